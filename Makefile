@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all the set-up themselves, into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+
+.PHONY: demo test test-all lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/pi-attention train --out $(RUN)
+	$(BIN)/pi-attention eval $(RUN)
+	$(BIN)/pi-attention generate $(RUN)
+	$(BIN)/pi-attention inspect $(RUN)
+	@echo
+	@echo "Look at $(RUN)/: loss.png, pattern.png, gate.png, loss_by_position.png and sample.txt; metrics.jsonl holds the figures."
+	@echo "Next: $(BIN)/pi-attention train --help, or train on your own text with --data PATH."
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
+
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto -m "not gpu" --cov=pi_attention --cov-report=term
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,128 @@
+"""The public operator: arguments, choice of the implementation, results. No arithmetic here."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, NamedTuple, overload
+
+from torch import Tensor
+
+from pi_attention.ops.checks import check_arguments
+from pi_attention.pattern import PiPattern
+from pi_attention.segments import segment_starts
+
+log = logging.getLogger("pi_attention")
+
+Fusion = Literal["gate", "mass"]
+Impl = Literal["auto", "reference", "blocked", "triton"]
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
+
+
+class PiAux(NamedTuple):
+    """What `return_aux=True` returns beside the output; all [B, H, T], fp32 (fp64 for fp64 inputs)."""
+
+    lse_local: Tensor
+    """Log-sum-exp of the local band's scaled scores; −inf for a padding query."""
+    lse_skip: Tensor
+    """Log-sum-exp of the skip band's scaled scores; −inf where a query has no skip key."""
+    gate: Tensor
+    """The weight g of the local band that was applied, in [0, 1]; 1 where a query has no skip key."""
+
+
+@overload
+def pi_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: PiPattern,
+    *,
+    gate: Tensor | None = ...,
+    fusion: Fusion = ...,
+    segment_ids: Tensor | None = ...,
+    scale: float | None = ...,
+    return_aux: Literal[False] = ...,
+    impl: Impl = ...,
+) -> Tensor: ...
+
+
+@overload
+def pi_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: PiPattern,
+    *,
+    gate: Tensor | None = ...,
+    fusion: Fusion = ...,
+    segment_ids: Tensor | None = ...,
+    scale: float | None = ...,
+    return_aux: Literal[True],
+    impl: Impl = ...,
+) -> tuple[Tensor, PiAux]: ...
+
+
+def pi_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: PiPattern,
+    *,
+    gate: Tensor | None = None,
+    fusion: Fusion = "gate",
+    segment_ids: Tensor | None = None,
+    scale: float | None = None,
+    return_aux: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, PiAux]:
+    """π-Attention (arXiv 2511.10696): a ring-local band and a periodic skip band, fused by a gate per token and head.
+
+    With ℓ, λ the output and log-sum-exp of softmax attention over the local band and s, μ those of the skip band::
+
+        out = g·ℓ + (1 − g)·s        g = sigmoid(a)            fusion="gate": the paper's dynamic fusion gate
+                                     g = sigmoid(λ − μ + a)    fusion="mass": a = 0 is one softmax over both bands
+
+    A query without skip keys (early in its segment) gets ℓ; a padding query gets 0. All gradients are then 0, not NaN.
+
+    Args:
+        query: [B, H, T, D], fp16, bf16, fp32 or fp64, any strides. Query i is at position S − T + i.
+        key: [B, G, S, D] with G dividing H (grouped-query attention) and S ≥ T.
+        value: like key.
+        pattern: which keys each query sees.
+        gate: logits a, [B, H, T], any floating dtype. None is fusion="mass" with a = 0.
+        fusion: "gate" or "mass", as above.
+        segment_ids: [B, S] int32. A query sees only keys of its own segment, a contiguous run of equal ids; negative
+            ids are padding. See `segments_from_mask` and `segments_from_cu_seqlens`.
+        scale: factor of the scores; 1/√D when None.
+        return_aux: also return a `PiAux` of log-sum-exps and gate weights; gradients flow through them.
+        impl: "reference" (dense masks, O(T·S) memory), "blocked" (plain PyTorch, linear), "triton" (fused kernels), or
+            "auto". An explicit choice never falls back to another.
+
+    Returns:
+        out [B, H, T, D] in the dtype of query, and with `return_aux` the pair (out, PiAux).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, its value and the remedy.
+        NotImplementedError: the implementation that `impl` names cannot serve this call; the message says why.
+    """
+    check_arguments(query, key, value, pattern, gate, fusion, segment_ids)
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}.")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    starts = None if segment_ids is None else segment_starts(segment_ids)
+    fusion = "mass" if gate is None else fusion
+
+    if impl == "auto" and not return_aux:
+        from pi_attention.ops.dense import covers_everything, dense_attention
+
+        if covers_everything(pattern, key.shape[2]):
+            return dense_attention(query, key, value, pattern, starts, scale)
+    if impl == "triton":
+        raise NotImplementedError('impl="triton" is not available in this version: use impl="auto" or "blocked".')
+    if impl == "reference":
+        from pi_attention.ops.reference import reference_attention as attend
+    else:
+        from pi_attention.ops.blocked import blocked_attention as attend
+    out, lse_local, lse_skip, weight = attend(
+        query, key, value, pattern, gate=gate, fusion=fusion, starts=starts, scale=scale
+    )
+    return (out, PiAux(lse_local, lse_skip, weight)) if return_aux else out

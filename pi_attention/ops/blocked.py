@@ -1,0 +1,73 @@
+"""π-Attention in plain PyTorch, linear in the length in time and memory: the CPU path, which runs on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pi_attention.ops.bands import compute_dtype
+from pi_attention.ops.fusion import fuse, gate_values
+from pi_attention.ops.library import band, encode
+from pi_attention.pattern import PiPattern
+
+
+def sink_attention(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: PiPattern, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query over the sinks of its segment that lie beyond its window.
+
+    Shapes and dtypes as those of `bands.band_forward`. The sinks of a query are gathered: O(T · sinks · D).
+    """
+    batch, heads, length, dim = query.shape
+    groups, key_length, dtype = key.shape[1], key.shape[2], compute_dtype(query.dtype)
+    position = torch.arange(key_length - length, key_length, device=query.device)[:, None]
+    start = torch.zeros_like(position)[None] if starts is None else starts[:, key_length - length :, None].long()
+    sink = start + torch.arange(pattern.sinks, device=query.device)  # [B or 1, T, sinks]
+    visible = (start >= 0) & (sink <= position - pattern.window)
+    sink = sink.clamp(0, key_length - 1).expand(batch, -1, -1).flatten(1)[:, None, :, None]
+
+    def gather(x: Tensor) -> Tensor:  # [B, G, T, sinks, D]
+        return x.gather(2, sink.expand(-1, groups, -1, dim)).unflatten(2, (length, -1)).to(dtype)
+
+    query = query.to(dtype).unflatten(1, (groups, heads // groups)) * scale
+    scores = torch.einsum("bghtd,bgtsd->bghts", query, gather(key)).flatten(1, 2)
+    visible = visible[:, None]
+    empty = ~visible.any(dim=-1, keepdim=True)
+    scores = scores.masked_fill(~visible, -torch.inf).masked_fill(empty, 0.0)
+    weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
+    out = torch.einsum("bghts,bgtsd->bghtd", weights.unflatten(1, (groups, -1)), gather(value)).flatten(1, 2)
+    return out, torch.logsumexp(scores, dim=-1).masked_fill(empty[..., 0], -torch.inf)
+
+
+def local_attention(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: PiPattern, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The local band: window and sinks in one softmax. Returns out [B, H, T, D] and log-sum-exp [B, H, T]."""
+    out, lse = band(query, key, value, starts, encode(pattern), False, scale)
+    if not pattern.sinks:
+        return out, lse
+    out_sink, lse_sink = sink_attention(query, key, value, starts, pattern, scale)
+    out = fuse(out, out_sink, gate_values(lse, lse_sink, None, "mass"))
+    no_sink = lse_sink == -torch.inf
+    return out, torch.where(no_sink, lse, torch.logaddexp(lse, lse_sink.masked_fill(no_sink, 0.0)))
+
+
+def blocked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: PiPattern,
+    *,
+    gate: Tensor | None,
+    fusion: str,
+    starts: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out [B, H, T, D], lse_local, lse_skip and gate weight g [B, H, T]; arguments as in `pi_attention`."""
+    local, lse_local = local_attention(query, key, value, starts, pattern, scale)
+    if pattern.skips == 0:
+        lse_skip = torch.full_like(lse_local, -torch.inf)
+        return local.to(query.dtype), lse_local, lse_skip, torch.ones_like(lse_local)
+    skip, lse_skip = band(query, key, value, starts, encode(pattern), True, scale)
+    weight = gate_values(lse_local, lse_skip, gate, fusion)
+    return fuse(local, skip, weight).to(query.dtype), lse_local, lse_skip, weight

@@ -1,0 +1,90 @@
+"""Validation of the operator's arguments. Each message names the argument, its value and the remedy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pi_attention.pattern import PiPattern
+
+FUSIONS = ("gate", "mass")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_tensor(name: str, x: object, layout: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor {layout}, got {type(x).__name__}.")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}.")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}: cast it to float16, bfloat16, float32 or float64.")
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Shapes, dtypes and devices of query [B, H, T, D], key and value [B, G, S, D]."""
+    _check_tensor("query", query, "[B, H, T, D]")
+    _check_tensor("key", key, "[B, G, S, D]")
+    _check_tensor("value", value, "[B, G, S, D]")
+    if key.shape != value.shape:
+        raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape [B, G, S, D].")
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype} but query has {query.dtype}: cast them to one dtype.")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device} but query is on {query.device}: move them to one device.")
+    if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch B and head dim D: "
+            "the layout is [B, H, T, D], heads before tokens."
+        )
+    if 0 in query.shape or 0 in key.shape:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must not have an empty dimension.")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query has {query.shape[1]} heads and key has {key.shape[1]}: "
+            "for grouped-query attention the key heads must divide the query heads."
+        )
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(
+            f"query has {query.shape[2]} tokens but key has {key.shape[2]}: queries are aligned with the end of the "
+            "keys, so there must be at least as many keys. Is the layout [B, H, T, D], heads before tokens?"
+        )
+
+
+def check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: PiPattern,
+    gate: Tensor | None,
+    fusion: str,
+    segment_ids: Tensor | None,
+) -> None:
+    """Raise TypeError or ValueError for arguments that no implementation of `pi_attention` could serve."""
+    check_qkv(query, key, value)
+    if not isinstance(pattern, PiPattern):
+        raise TypeError(f"pattern must be a PiPattern, got {type(pattern).__name__}: PiPattern(window, period, skips).")
+    pattern.check_heads(query.shape[1])
+    pattern.check_length(key.shape[2])
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion must be one of {FUSIONS}, got {fusion!r}.")
+    if gate is not None:
+        if not isinstance(gate, Tensor) or not gate.is_floating_point():
+            raise TypeError("gate must be a floating-point Tensor [B, H, T] of logits, or None.")
+        if gate.shape != query.shape[:3]:
+            raise ValueError(
+                f"gate must be [B, H, T] = {tuple(query.shape[:3])}, got {tuple(gate.shape)}: "
+                "one logit for each query token and query head."
+            )
+        if gate.device != query.device:
+            raise ValueError(f"gate is on {gate.device} but query is on {query.device}: move them to one device.")
+    if segment_ids is not None:
+        if not isinstance(segment_ids, Tensor) or segment_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError("segment_ids must be an int32 Tensor [B, S], or None: see segments_from_mask.")
+        if segment_ids.shape != (key.shape[0], key.shape[2]):
+            raise ValueError(
+                f"segment_ids must be [B, S] = {(key.shape[0], key.shape[2])}, got {tuple(segment_ids.shape)}: "
+                "one id for each key token, cached ones included."
+            )
+        if segment_ids.device != query.device:
+            raise ValueError(f"segment_ids is on {segment_ids.device}, query on {query.device}: use one device.")

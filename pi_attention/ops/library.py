@@ -1,0 +1,118 @@
+"""The bands as registered PyTorch operators: schema, fake tensors, autograd. Glue only; the arithmetic is in bands.py.
+
+Registered operators are opaque to torch.compile, so a graph holds one node a band whatever the lengths.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pi_attention.ops.bands import band_backward as eager_band_backward
+from pi_attention.ops.bands import band_forward, compute_dtype
+from pi_attention.pattern import PiPattern
+
+
+def encode(pattern: PiPattern) -> list[int]:
+    """A pattern as the integers that an operator schema can carry."""
+    skips = -1 if pattern.skips is None else pattern.skips
+    return [pattern.window, skips, int(pattern.causal), int(pattern.ring), pattern.sinks, *pattern.periods]
+
+
+@lru_cache(maxsize=256)
+def _decode(code: tuple[int, ...]) -> PiPattern:
+    window, skips, causal, ring, sinks, *periods = code
+    period = periods[0] if len(periods) == 1 else tuple(periods)
+    return PiPattern(window, period, None if skips < 0 else skips, bool(causal), bool(ring), sinks)
+
+
+def decode(code: list[int]) -> PiPattern:
+    """Inverse of `encode`."""
+    return _decode(tuple(code))
+
+
+@torch.library.custom_op("pi_attention::band", mutates_args=())
+def band(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: list[int], skip: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One band of the encoded pattern: see `bands.band_forward`."""
+    return band_forward(query, key, value, starts, decode(pattern), skip, scale)
+
+
+@band.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: list[int], skip: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(query.dtype)
+    return query.new_empty(query.shape, dtype=dtype), query.new_empty(query.shape[:3], dtype=dtype)
+
+
+@torch.library.custom_op("pi_attention::band_backward", mutates_args=())
+def band_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    starts: Tensor | None,
+    pattern: list[int],
+    skip: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one band: see `bands.band_backward`."""
+    return eager_band_backward(grad_out, grad_lse, query, key, value, out, starts, decode(pattern), skip, scale)
+
+
+@band_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    starts: Tensor | None,
+    pattern: list[int],
+    skip: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save_band(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, starts, ctx.pattern, ctx.skip, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, starts, *output)
+
+
+def _differentiate_band(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    query, key, value, starts, out, lse = ctx.saved_tensors
+    grad_lse = torch.where(lse == -torch.inf, 0.0, grad_lse)  # a query without keys has no gradient, not NaN
+    grads = band_backward(grad_out, grad_lse, query, key, value, out, starts, ctx.pattern, ctx.skip, ctx.scale)
+    return *grads, None, None, None, None
+
+
+torch.library.register_autograd("pi_attention::band", _differentiate_band, setup_context=_save_band)
+
+
+def _save_band_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.pattern, ctx.skip, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_band_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    """Double backward: run the plain PyTorch backward again under autograd, and differentiate that."""
+    *tensors, starts = ctx.saved_tensors
+    inputs = [x.detach().requires_grad_() for x in tensors]
+    rest: tuple[Any, ...] = (starts, decode(ctx.pattern), ctx.skip, ctx.scale)
+    with torch.enable_grad():
+        outputs = eager_band_backward(*inputs, *rest)
+    return *torch.autograd.grad(outputs, inputs, grads, allow_unused=True), None, None, None, None
+
+
+torch.library.register_autograd(
+    "pi_attention::band_backward", _differentiate_band_backward, setup_context=_save_band_backward
+)

@@ -1,0 +1,50 @@
+"""Segment ids: one int32 tensor [B, S] that serves packed documents, left and right padding and ragged batches.
+
+A segment is a contiguous run of equal ids; a query sees keys of its own segment only; negative ids are padding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segments_from_mask(attention_mask: Tensor) -> Tensor:
+    """Segment ids of a padding mask: real tokens (non-zero) are one segment a row, padding is −1.
+
+    Args:
+        attention_mask: [B, S] bool or integer; left, right or both sides padded.
+    """
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask must be [B, S], got shape {tuple(attention_mask.shape)}: "
+            "pass the two-dimensional padding mask of the tokenizer."
+        )
+    return (attention_mask != 0).to(torch.int32) - 1
+
+
+def segments_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Segment ids [1, length] of packed documents, from the cumulative lengths that varlen kernels take.
+
+    Args:
+        cu_seqlens: [documents + 1] integers, from 0 upwards; tokens from cu_seqlens[-1] to `length` are padding.
+        length: number of tokens of the packed row, S.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must be [documents + 1], got shape {tuple(cu_seqlens.shape)}.")
+    position = torch.arange(length, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens.to(position.dtype), position, right=True) - 1
+    return torch.where(document < cu_seqlens.numel() - 1, document, -1).to(torch.int32)[None]
+
+
+def segment_starts(segment_ids: Tensor) -> Tensor:
+    """For each token the position where its segment starts, −1 for padding: [B, S] int32.
+
+    Two tokens are in one segment exactly when their starts are equal and not negative; so this is the form that the
+    implementations work on.
+    """
+    position = torch.arange(segment_ids.shape[1], dtype=torch.int32, device=segment_ids.device)
+    changed = torch.ones_like(segment_ids, dtype=torch.bool)
+    changed[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = torch.where(changed, position, 0).cummax(dim=1).values
+    return torch.where(segment_ids >= 0, starts, -1).to(torch.int32)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from problems import Case
+
+from pi_attention import PiPattern
+
+SMALL = [
+    Case(PiPattern(3, 4, 2), T=11, S=11, B=1, H=2, G=1, D=2),
+    Case(
+        PiPattern(2, (3, 4), 2, sinks=1),
+        T=9,
+        S=11,
+        B=2,
+        H=2,
+        G=2,
+        D=2,
+        fusion="mass",
+        segments=((-1,) * 2 + (0,) * 9, (0,) * 6 + (1,) * 5),
+    ),
+    Case(PiPattern(2, 3, 2, causal=False), T=9, S=9, B=1, H=2, G=1, D=2, fusion="mass"),
+    Case(PiPattern(2, 3, 2, causal=False, ring=True), T=9, S=9, B=1, H=2, G=1, D=2),
+]
+
+
+def finite_results(case, impl):
+    def run(*inputs):
+        out, aux = case.run(impl, inputs, return_aux=True)
+        return out, *(torch.where(x == -torch.inf, 0.0, x) for x in aux)
+
+    return run
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_gradients_match_finite_differences(case, impl):
+    assert torch.autograd.gradcheck(finite_results(case, impl), case.tensors())
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_second_derivatives_match_finite_differences(case, impl):
+    assert torch.autograd.gradgradcheck(finite_results(case, impl), case.tensors())
+
+
+def test_gate_of_a_query_without_skip_keys_gets_no_gradient(impl):
+    case = Case(PiPattern(3, 6, 2), T=20, S=20)
+    inputs = case.tensors()
+    (grad,) = torch.autograd.grad(case.run(impl, inputs).pow(2).sum(), inputs[3])
+    assert (grad[:, :, :6] == 0).all()
+    assert (grad[:, :, 6:] != 0).all()
+
+
+def test_gradient_of_a_log_sum_exp_alone(impl):
+    case = Case(PiPattern(3, 6, 2), T=20, S=20)
+    query, key, value, gate = case.tensors()
+    _, aux = case.run(impl, (query, key, value, gate), return_aux=True)
+    grad_query, grad_value = torch.autograd.grad(aux.lse_local.sum(), (query, value), allow_unused=True)
+    assert grad_query.abs().sum() > 0
+    assert grad_value is None or (grad_value == 0).all()
+
+
+def test_an_infinite_gate_has_finite_gradients(impl):
+    case = Case(PiPattern(3, 6, 2), T=20, S=20)
+    query, key, value, gate = case.tensors()
+    gate = torch.full_like(gate, -torch.inf).requires_grad_()
+    grads = torch.autograd.grad(case.run(impl, (query, key, value, gate)).sum(), (query, key, value, gate))
+    assert all(g.isfinite().all() for g in grads)

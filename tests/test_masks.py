@@ -1,0 +1,46 @@
+import torch
+from hypothesis import given
+from problems import cases
+
+from pi_attention.masks import dense_mask, dense_masks, flex_mask_mod
+from pi_attention.segments import segment_starts, segments_from_cu_seqlens, segments_from_mask
+
+
+@given(cases())
+def test_flex_mask_mod_agrees_with_the_dense_masks(case):
+    ids = case.segment_ids()
+    starts = None if ids is None else segment_starts(ids)
+    local, skip = dense_masks(case.pattern, case.T, case.S, starts=starts)
+    shape = (case.B, case.H, case.T, case.S)
+    index = [torch.arange(n).reshape([-1 if d == axis else 1 for d in range(4)]) for axis, n in enumerate(shape)]
+    for band, mask in (("local", local), ("skip", skip), ("both", local | skip)):
+        seen = flex_mask_mod(case.pattern, case.T, case.S, band=band, starts=starts)(*index)
+        assert torch.equal(seen.expand(shape), mask.expand(shape)), band
+    assert torch.equal(dense_mask(case.pattern, case.T, case.S, starts=starts), local | skip)
+
+
+@given(cases())
+def test_bands_are_disjoint_and_inside_the_segment(case):
+    ids = case.segment_ids()
+    starts = None if ids is None else segment_starts(ids)
+    local, skip = dense_masks(case.pattern, case.T, case.S, starts=starts)
+    assert not (local & skip).any()
+    if starts is not None:
+        same = starts[:, case.S - case.T :, None] == starts[:, None, :]
+        assert not ((local | skip) & ~same[:, None]).any()
+        assert not (local | skip).any(dim=1)[starts[:, case.S - case.T :] < 0].any()
+
+
+def test_segments_from_a_padding_mask():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    assert segments_from_mask(mask).tolist() == [[-1, -1, 0, 0], [0, 0, 0, -1]]
+    assert segments_from_mask(mask).dtype == torch.int32
+
+
+def test_segments_from_cumulative_lengths():
+    assert segments_from_cu_seqlens(torch.tensor([0, 2, 5]), 7).tolist() == [[0, 0, 1, 1, 1, -1, -1]]
+
+
+def test_starts_tell_runs_apart_even_when_an_id_returns():
+    ids = torch.tensor([[0, 0, 1, 0, -1, 0]], dtype=torch.int32)
+    assert segment_starts(ids).tolist() == [[0, 0, 2, 3, -1, 5]]

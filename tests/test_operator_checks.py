@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from pi_attention import PiPattern, pi_attention, segments_from_cu_seqlens, segments_from_mask
+
+PATTERN = PiPattern(4, 4, 2)
+
+
+def tensors(**shapes):
+    made = {"query": (2, 4, 8, 16), "key": (2, 2, 8, 16), "value": (2, 2, 8, 16)} | shapes
+    return {name: torch.randn(shape) for name, shape in made.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (tensors(query=(2, 8, 16)), ValueError, r"query must be \[B, H, T, D\]"),
+        (tensors() | {"query": [1.0]}, TypeError, "query"),
+        (tensors() | {"key": torch.randn(2, 2, 8, 16).half()}, TypeError, "cast"),
+        (tensors() | {"query": torch.ones(2, 4, 8, 16, dtype=torch.int64)}, TypeError, "query has dtype"),
+        (tensors(value=(2, 2, 9, 16)), ValueError, "value"),
+        (tensors(key=(1, 2, 8, 16), value=(1, 2, 8, 16)), ValueError, "batch"),
+        (tensors(key=(2, 3, 8, 16), value=(2, 3, 8, 16)), ValueError, "divide the query heads"),
+        (tensors(key=(2, 2, 7, 16), value=(2, 2, 7, 16)), ValueError, "at least as many keys"),
+        (tensors(query=(2, 4, 0, 16)), ValueError, "empty"),
+        (tensors() | {"pattern": "local"}, TypeError, "PiPattern"),
+        (tensors() | {"pattern": PiPattern(4, (4, 4, 4), 2)}, ValueError, "3 entries"),
+        (tensors() | {"pattern": PiPattern(4, 3, 2, causal=False, ring=True)}, ValueError, "divide the length"),
+        (tensors() | {"fusion": "add"}, ValueError, "fusion"),
+        (tensors() | {"gate": torch.randn(2, 4, 9)}, ValueError, "gate must be"),
+        (tensors() | {"gate": torch.ones(2, 4, 8, dtype=torch.int64)}, TypeError, "floating"),
+        (tensors() | {"segment_ids": torch.zeros(2, 9, dtype=torch.int32)}, ValueError, "segment_ids must be"),
+        (tensors() | {"segment_ids": torch.zeros(2, 8)}, TypeError, "int32"),
+        (tensors() | {"impl": "cuda"}, ValueError, "impl"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, words):
+    with pytest.raises(error, match=words):
+        pi_attention(**({"pattern": PATTERN} | arguments))
+
+
+def test_an_explicit_implementation_never_falls_back():
+    with pytest.raises(NotImplementedError, match="triton"):
+        pi_attention(**tensors(), pattern=PATTERN, impl="triton")
+
+
+def test_segment_helpers_refuse_other_shapes():
+    with pytest.raises(ValueError, match="attention_mask"):
+        segments_from_mask(torch.ones(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        segments_from_cu_seqlens(torch.tensor([0]), 4)

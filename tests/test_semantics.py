@@ -1,0 +1,259 @@
+"""What π-Attention is, asked of every implementation."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from problems import CASES, Case, cases, outputs_and_gradients
+
+from pi_attention import PiPattern, pi_attention, segments_from_mask
+from pi_attention.masks import dense_mask
+
+FAST = ["blocked"]
+
+
+def assert_equal_results(got, want):
+    names = ["out", "lse_local", "lse_skip", "g", "dquery", "dkey", "dvalue", "dgate"]
+    for name, a, b in zip(names, got, want, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_reference(case, fast, poisoned_memory):
+    assert_equal_results(outputs_and_gradients(case, fast), outputs_and_gradients(case, "reference"))
+
+
+@pytest.mark.parametrize("fast", FAST)
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_equals_the_reference_on_any_pattern_and_shape(fast, case):
+    assert_equal_results(outputs_and_gradients(case, fast), outputs_and_gradients(case, "reference"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fast", FAST)
+@settings(max_examples=600, deadline=None)
+@given(case=cases(dims=(1, 3, 8, 24)))
+def test_equals_the_reference_on_many_patterns_and_shapes(fast, case):
+    assert_equal_results(outputs_and_gradients(case, fast), outputs_and_gradients(case, "reference"))
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_is_within_the_budget_of_eager_low_precision(case, dtype, fast):
+    """At most twice (output) and three times (gradients) the error of the eager reference in that precision."""
+    got, eager = outputs_and_gradients(case, fast, dtype), outputs_and_gradients(case, "reference", dtype)
+    inputs = case.tensors(dtype)
+    exact_case_inputs = tuple(x.detach().double().requires_grad_() for x in inputs)
+    exact = _results_of(case, exact_case_inputs)
+    for index, (a, b, gold) in enumerate(zip(got, eager, exact, strict=True)):
+        budget = 2 if index < 4 else 3
+        rounding = torch.finfo(a.dtype).eps * gold.abs().max()
+        error, eager_error = (a.double() - gold).abs().max(), (b.double() - gold).abs().max()
+        assert error <= budget * eager_error + rounding, f"result {index}: {error:.2e} against {eager_error:.2e}"
+
+
+def _results_of(case, inputs):
+    """As `outputs_and_gradients` by the fp64 reference, for inputs that were drawn in another precision."""
+    patched = dataclasses.replace(case)
+    object.__setattr__(patched, "tensors", lambda *_, **__: inputs)
+    return outputs_and_gradients(patched, "reference")
+
+
+def sdpa(case, query, key, value, mask):
+    share = case.H // case.G
+    return F.scaled_dot_product_attention(
+        query, key.repeat_interleave(share, 1), value.repeat_interleave(share, 1), attn_mask=mask
+    )
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.segments is None], ids=str)
+def test_mass_without_a_gate_is_one_softmax_over_both_bands(case, impl):
+    query, key, value, _ = case.tensors(grad=False)
+    want = sdpa(case, query, key, value, dense_mask(case.pattern, case.T, case.S))
+    torch.testing.assert_close(pi_attention(query, key, value, case.pattern, impl=impl), want)
+    zeros = query.new_zeros(query.shape[:3])
+    got = pi_attention(query, key, value, case.pattern, gate=zeros, fusion="mass", impl=impl)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_period_one_with_enough_skips_is_dense(window, impl):
+    case = Case(PiPattern(window, 1, 100))
+    query, key, value, _ = case.tensors(grad=False)
+    want = sdpa(case, query, key, value, torch.ones(case.T, case.S, dtype=torch.bool).tril())
+    torch.testing.assert_close(pi_attention(query, key, value, case.pattern, impl=impl), want)
+
+
+def test_a_window_over_everything_is_dense(impl):
+    case = Case(PiPattern(200, 7, 5))
+    query, key, value, gate = case.tensors(grad=False)
+    want = sdpa(case, query, key, value, torch.ones(case.T, case.S, dtype=torch.bool).tril())
+    torch.testing.assert_close(case.run(impl, (query, key, value, gate)), want)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [1, 5, 63])
+@pytest.mark.parametrize("packed", [False, True])
+def test_auto_takes_dense_attention_where_the_window_covers_everything(length, causal, packed):
+    segments = tuple((0,) * (length // 2) + (1,) * (length - length // 2) for _ in range(2)) if packed else None
+    case = Case(PiPattern(63, 7, 5, causal=causal), T=length, S=63, segments=None)
+    case = dataclasses.replace(case, segments=((-1,) * 5 + (0,) * 30 + (1,) * 28,) * 2 if segments else None)
+    inputs = case.tensors(grad=False)
+    torch.testing.assert_close(case.run("auto", inputs), case.run("reference", inputs))
+
+
+def test_no_skips_is_a_sliding_window_whatever_the_gate(impl):
+    case = Case(PiPattern(6, 4, 0))
+    query, key, value, gate = case.tensors(grad=False)
+    lag = torch.arange(case.T)[:, None] - torch.arange(case.S)
+    want = sdpa(case, query, key, value, (lag >= 0) & (lag < 6))
+    torch.testing.assert_close(case.run(impl, (query, key, value, gate)), want)
+
+
+@pytest.mark.parametrize("fusion", ["gate", "mass"])
+def test_an_infinite_gate_is_one_branch(fusion, impl):
+    case = Case(PiPattern(6, 9, 3), fusion=fusion)
+    query, key, value, gate = case.tensors(grad=False)
+    local = pi_attention(query, key, value, PiPattern(6, 9, 0), impl=impl)
+    far = torch.full_like(gate, torch.inf)
+    torch.testing.assert_close(case.run(impl, (query, key, value, far)), local, rtol=0, atol=0)
+    out = case.run(impl, (query, key, value, -far))
+    torch.testing.assert_close(out[:, :, :9], local[:, :, :9])  # no skip key yet: the local branch
+    lag = torch.arange(case.T)[:, None] - torch.arange(case.S)
+    skip = (lag == 9) | (lag == 18) | (lag == 27)
+    torch.testing.assert_close(out[:, :, 9:], sdpa(case, query[:, :, 9:], key, value, skip[9:]))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.pattern.causal], ids=str)
+def test_future_keys_change_nothing(case, impl):
+    """A NaN future key and a changed future value leave the past as it was, bit for bit."""
+    query, key, value, gate = case.tensors(grad=False)
+    cut = case.S - case.T // 2
+    changed_key, changed_value = key.clone(), value.clone()
+    changed_key[:, :, cut:] = torch.nan
+    changed_value[:, :, cut:] = -3 * value[:, :, cut:]
+    past = case.T - (case.S - cut)
+    before = case.run(impl, (query, key, value, gate))[:, :, :past]
+    after = case.run(impl, (query, changed_key, changed_value, gate))[:, :, :past]
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_chunks_appended_to_cached_keys_equal_the_whole(chunk, impl):
+    case = Case(PiPattern(5, (6, 7, 11, 64), 3, sinks=1), T=63, S=63)
+    query, key, value, gate = case.tensors(grad=False)
+    whole = case.run(impl, (query, key, value, gate))
+    for first in range(0, 63, chunk):
+        end = min(first + chunk, 63)
+        part = case.run(impl, (query[:, :, first:end], key[:, :, :end], value[:, :, :end], gate[:, :, first:end]))
+        torch.testing.assert_close(part, whole[:, :, first:end])
+
+
+@pytest.mark.parametrize("pattern", [PiPattern(4, 5, 3, sinks=1), PiPattern(4, 5, 2, causal=False)], ids=str)
+def test_packed_documents_equal_separate_ones(pattern, impl):
+    lengths = [1, 17, 4, 15]
+    case = Case(pattern, B=1, segments=(tuple(i for i, n in enumerate(lengths) for _ in range(n)),))
+    query, key, value, gate = case.tensors(grad=False)
+    packed = case.run(impl, (query, key, value, gate))
+    for part, *inputs in zip(*(x.split(lengths, dim=2) for x in (packed, query, key, value, gate)), strict=True):
+        q, k, v, a = inputs
+        torch.testing.assert_close(part, pi_attention(q, k, v, pattern, gate=a, impl=impl))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_and_gives_zero(side, impl):
+    pattern, length, pad = PiPattern(4, 5, 3, sinks=1), 24, 9
+    case = Case(pattern, T=length, S=length)
+    inputs = case.tensors(grad=False)
+    want = case.run(impl, inputs)
+    amounts = (pad, 0) if side == "left" else (0, pad)
+    real = slice(pad, None) if side == "left" else slice(0, length)
+    padded = [F.pad(x, (0, 0, *amounts), value=7.0) for x in inputs[:3]] + [F.pad(inputs[3], amounts, value=7.0)]
+    mask = F.pad(torch.ones(case.B, length), amounts)
+    q, k, v, a = (x.requires_grad_() for x in padded)
+    out, aux = pi_attention(q, k, v, pattern, gate=a, segment_ids=segments_from_mask(mask), return_aux=True, impl=impl)
+    torch.testing.assert_close(out[:, :, real], want)
+    padding = slice(0, pad) if side == "left" else slice(length, None)
+    assert (out[:, :, padding] == 0).all()
+    assert (aux.lse_local[:, :, padding] == -torch.inf).all() and (aux.lse_skip[:, :, padding] == -torch.inf).all()
+    grads = torch.autograd.grad(out.sum() + out.pow(2).sum(), (q, k, v, a))
+    assert all((g[:, :, padding] == 0).all() for g in grads)
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_all_padding_is_zero_without_nan(impl):
+    case = Case(PiPattern(4, 5, 3, sinks=1), segments=((-1,) * 37,) * 2)
+    out, *rest = outputs_and_gradients(case, impl)
+    assert (out == 0).all() and all((x == 0).all() for x in rest[3:])
+
+
+def test_a_batch_row_does_not_depend_on_its_neighbours(impl):
+    case = Case(PiPattern(4, (5, 6, 7, 9), 3), B=3)
+    inputs = case.tensors(torch.float32, grad=False)
+    whole = case.run(impl, inputs)
+    alone = dataclasses.replace(case, B=1).run(impl, tuple(x[1:2] for x in inputs))
+    torch.testing.assert_close(alone, whole[1:2], rtol=1e-6, atol=1e-6)
+
+
+def test_permuted_heads_give_permuted_outputs(impl):
+    order = [2, 0, 3, 1]
+    periods = (5, 6, 7, 9)
+    case = Case(PiPattern(4, periods, 3), G=4)
+    inputs = case.tensors(grad=False)
+    permuted = pi_attention(
+        *(x[:, order] for x in inputs[:3]),
+        PiPattern(4, tuple(periods[h] for h in order), 3),
+        gate=inputs[3][:, order],
+        impl=impl,
+    )
+    torch.testing.assert_close(permuted, case.run(impl, inputs)[:, order])
+
+
+def test_equal_periods_per_head_are_one_period(impl):
+    inputs = Case(PiPattern(4, 6, 3)).tensors(grad=False)
+    one = Case(PiPattern(4, 6, 3)).run(impl, inputs)
+    torch.testing.assert_close(Case(PiPattern(4, (6, 6, 6, 6), 3)).run(impl, inputs), one)
+
+
+@pytest.mark.parametrize("shift", [3, 17])
+def test_a_ring_has_no_first_token(shift, impl):
+    case = Case(PiPattern(4, (5, 6, 10, 15), 3, causal=False, ring=True), T=60, S=60)
+    inputs = case.tensors(grad=False)
+    turned = case.run(impl, tuple(x.roll(shift, dims=2) for x in inputs))
+    torch.testing.assert_close(turned, case.run(impl, inputs).roll(shift, dims=2))
+
+
+def test_any_strides(impl):
+    """[B, T, H, D] seen as [B, H, T, D], and a slice of a wider tensor."""
+    case = Case(PiPattern(4, 5, 3))
+    query, key, value, gate = case.tensors(grad=False)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key)]
+    wide = torch.cat([value, value], dim=-1)[..., : case.D]
+    out = case.run(impl, (*strided, wide, gate.transpose(0, 2).contiguous().transpose(0, 2)))
+    torch.testing.assert_close(out, case.run(impl, (query, key, value, gate)))
+
+
+def test_results_are_bitwise_repeatable(impl):
+    case = Case(PiPattern(4, (5, 6, 7, 9), 3, sinks=1), segments=((0,) * 20 + (1,) * 17,) * 2)
+    first, second = (outputs_and_gradients(case, impl, torch.float32) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_scale_is_applied(impl):
+    case = Case(PiPattern(4, 5, 3))
+    query, key, value, gate = case.tensors(grad=False)
+    scaled = case.run(impl, (query * 3, key, value, gate), scale=0.1)
+    torch.testing.assert_close(case.run(impl, (query, key, value, gate), scale=0.3), scaled)
+
+
+def test_output_dtype_follows_the_query_and_log_sum_exps_stay_exact(impl):
+    case = Case(PiPattern(4, 5, 3))
+    query, key, value, gate = case.tensors(torch.bfloat16, grad=False)
+    out, aux = case.run(impl, (query, key, value, gate.float()), return_aux=True)
+    assert out.dtype == torch.bfloat16 and out.shape == query.shape
+    assert {x.dtype for x in aux} == {torch.float32} and {x.shape for x in aux} == {gate.shape}
