@@ -20,6 +20,16 @@ ORDER = [
     "ops.dense",
     "ops.checks",
     "ops.api",
+    "cache",
+    "nn.rope",
+    "nn.gate",
+    "nn.layers",
+    "nn.attention",
+    "nn",
+    "models.configuration_pi",
+    "models.caching",
+    "models.modeling_pi",
+    "models",
 ]
 """A file imports only from files above it; its own folder counts where the folder stands."""
 

@@ -1,0 +1,119 @@
+"""Our bounded layer cache behind transformers' cache interface, and transformers' caches behind that of our layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from pi_attention.cache import LayerCache
+from pi_attention.pattern import PiPattern
+
+
+class PiCacheLayer(CacheLayerMixin):
+    """A `LayerCache` as a layer of a transformers `Cache`."""
+
+    is_sliding = True
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, pattern: PiPattern) -> None:
+        self.cache = LayerCache(pattern)
+
+    @property
+    def keys(self) -> Tensor | None:
+        return None if self.cache.kept is None else self.cache.kept[0]
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self.cache.kept is None else self.cache.kept[1]
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.cache.kept is not None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the first update allocates."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, starts: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.cache.update(key_states, value_states, starts)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        kept = 0 if self.keys is None else self.keys.shape[2]
+        return kept + query_length, self.cache.length - kept
+
+    def get_seq_length(self) -> int:
+        return self.cache.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.cache.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.cache.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.keys is not None:
+            self.cache.reorder(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.cache.reorder(indices)
+
+    def activate_past_recording(self) -> None:
+        self.cache.record()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.cache.crop(abs(tokens_to_remove))
+
+    def offload(self) -> None:
+        self.cache.to("cpu")
+
+    def prefetch(self) -> None:
+        raise NotImplementedError(
+            "offloading is not supported for PiCache: its memory is bounded, keep it on the device."
+        )
+
+
+class PiCache(Cache):
+    """The decoding cache of a model: for each layer what its pattern can still see.
+
+    Args:
+        patterns: of the layers, `config.patterns()`.
+    """
+
+    def __init__(self, patterns: list[PiPattern]) -> None:
+        super().__init__(layers=[PiCacheLayer(pattern) for pattern in patterns])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated in all layers."""
+        return sum(layer.cache.nbytes for layer in self.layers)
+
+
+class LayerOfCache:
+    """One layer of any transformers cache, as `nn.PiAttention` wants it."""
+
+    def __init__(self, cache: Cache, layer_idx: int) -> None:
+        self._cache, self._layer_idx = cache, layer_idx
+        self.length: int = cache.get_seq_length(layer_idx)
+        self._returned = 0
+
+    def update(self, key: Tensor, value: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Append, and return all keys and values that the new queries may see."""
+        more = {} if starts is None else {"starts": starts}
+        key, value = self._cache.update(key, value, self._layer_idx, **more)
+        self._returned = key.shape[2]
+        return key, value
+
+    def select(self, per_token: Tensor) -> Tensor:
+        """The entries of a [B, length] tensor for the keys last returned."""
+        layer = self._cache.layers[self._layer_idx]
+        if isinstance(layer, PiCacheLayer):
+            return layer.cache.select(per_token)
+        return per_token[:, per_token.shape[1] - self._returned :]

@@ -1,0 +1,139 @@
+"""Configuration of the Hugging Face π-Transformer."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import PretrainedConfig
+
+from pi_attention.ops.checks import FUSIONS
+from pi_attention.pattern import PiPattern
+
+DENSE = PiPattern(window=2**40, period=1, skips=0)
+"""A window over any context: dense causal attention."""
+
+
+class PiConfig(PretrainedConfig):
+    """A decoder of pre-norm blocks (RMSNorm, π-Attention with RoPE, SwiGLU).
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads: sizes.
+        intermediate_size: feed-forward width; 8/3 of the hidden size, rounded up to a multiple of 32, when None.
+        num_key_value_heads: grouped-query attention; num_attention_heads when None.
+        head_dim: hidden_size / num_attention_heads when None.
+        window, period, skips, sinks: the pattern of the layers (see `PiPattern`); period may be a list, one per head.
+        layer_patterns: what each layer attends to, repeated over the layers: "pi" (the pattern above), "local" (its
+            window alone), "dense", or a dict of pattern fields to change, e.g. {"period": 64}.
+        gate: learn a fusion gate; False is one softmax over both bands.
+        fusion: "gate" or "mass" (see `pi_attention`).
+        gate_features: the gate sees only so many features of the hidden state; None sees all.
+        qk_norm: RMSNorm over each head's query and key.
+        rope_theta: base of the rotary embedding.
+        max_position_embeddings: longest context that the model was trained for.
+        rms_norm_eps, initializer_range, tie_word_embeddings, use_cache: as in Llama.
+    """
+
+    model_type = "pi"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        hidden_size: int = 512,
+        intermediate_size: int | None = None,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int = 128,
+        period: int | list[int] = 128,
+        skips: int | None = 16,
+        sinks: int = 0,
+        layer_patterns: list[str | dict[str, Any]] | None = None,
+        gate: bool = True,
+        fusion: str = "gate",
+        gate_features: int | None = None,
+        qk_norm: bool = False,
+        rope_theta: float = 10000.0,
+        max_position_embeddings: int = 2048,
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = False,
+        use_cache: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size or -(-hidden_size * 8 // 3 // 32) * 32
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.window = window
+        self.period = list(period) if isinstance(period, list | tuple) else period
+        self.skips = skips
+        self.sinks = sinks
+        self.layer_patterns = layer_patterns
+        self.gate = gate
+        self.fusion = fusion
+        self.gate_features = gate_features
+        self.qk_norm = qk_norm
+        self.rope_theta = rope_theta
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion must be one of {FUSIONS}, got {fusion!r}.")
+        patterns = self.patterns()
+        # The words that transformers' own caches know: exact and bounded for every pattern without sinks.
+        reaches = [pattern.reach for pattern in patterns]
+        bounded = [reach for reach in reaches if reach is not None and reach < DENSE.window - 1]
+        self.sliding_window = max(bounded) + 1 if bounded else None
+        self.layer_types = ["sliding_attention" if reach in bounded else "full_attention" for reach in reaches]
+        for derived in ("sliding_window", "layer_types"):
+            kwargs.pop(derived, None)
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            **kwargs,
+        )
+
+    @property
+    def pattern(self) -> PiPattern:
+        """The pattern of the "pi" layers."""
+        return PiPattern(
+            self.window,
+            tuple(self.period) if isinstance(self.period, list) else self.period,
+            self.skips,
+            sinks=self.sinks,
+        )
+
+    def patterns(self) -> list[PiPattern]:
+        """The pattern of every layer.
+
+        Raises:
+            ValueError: an entry of layer_patterns is unknown, or a pattern does not fit the number of heads.
+        """
+        kinds = self.layer_patterns or ["pi"]
+        patterns = [self._pattern_of(kinds[layer % len(kinds)]) for layer in range(self.num_hidden_layers)]
+        for pattern in patterns:
+            pattern.check_heads(self.num_attention_heads)
+        return patterns
+
+    def _pattern_of(self, kind: str | dict[str, Any]) -> PiPattern:
+        if isinstance(kind, dict):
+            fields = {"window": self.window, "period": self.period, "skips": self.skips, "sinks": self.sinks} | kind
+            return PiPattern(**fields)
+        if kind == "pi":
+            return self.pattern
+        if kind == "local":
+            return PiPattern(self.window, 1, 0, sinks=self.sinks)
+        if kind == "dense":
+            return DENSE
+        raise ValueError(f'layer_patterns holds {kind!r}: use "pi", "local", "dense", or a dict of pattern fields.')

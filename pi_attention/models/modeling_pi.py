@@ -1,0 +1,272 @@
+"""The π-Transformer for Hugging Face: PiModel and PiForCausalLM."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from pi_attention.models.caching import LayerOfCache, PiCache
+from pi_attention.models.configuration_pi import PiConfig
+from pi_attention.nn.attention import GateOptions, PiAttention
+from pi_attention.nn.gate import GateLogits
+from pi_attention.nn.layers import SwiGLU
+from pi_attention.nn.rope import rotary_angles
+from pi_attention.pattern import PiPattern
+
+IMPLEMENTATION_OF = {"eager": "reference", "sdpa": "auto"}
+"""transformers' attention implementations, and which of ours serves them."""
+
+
+class PiDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: PiConfig, pattern: PiPattern, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.self_attn = PiAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            pattern,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            gate=GateOptions(config.fusion, config.gate, config.gate_features),
+            rope_theta=config.rope_theta,
+            qk_norm=config.qk_norm,
+        )
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        segment_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[B, T, hidden] -> [B, T, hidden]."""
+        cache = None if past_key_values is None else LayerOfCache(past_key_values, self.layer_idx)
+        hidden_states = hidden_states + self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            segment_ids=segment_ids,
+            cache=cache,
+        )
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class PiPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what transformers needs to know of the architecture."""
+
+    config_class = PiConfig
+    config: PiConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["PiDecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = False
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": PiDecoderLayer}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, GateLogits):
+            init.zeros_(module.weight)
+            init.constant_(module.bias, module.initial_bias)
+        else:
+            super()._init_weights(module)
+
+
+def segments_of_batch(
+    attention_mask: Tensor | None, position_ids: Tensor | None, past: int, batch: int, tokens: int
+) -> Tensor | None:
+    """Segment ids [B, past + T] from what Hugging Face callers pass; None when each row is one segment.
+
+    A document starts where the position ids do not continue, so packed documents never see one another, with or
+    without a mask and a cache; the first new token belongs to the document that started position_ids[:, 0] tokens ago.
+    """
+    if attention_mask is None and position_ids is None:
+        return None
+    length = past + tokens
+    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[1] != length):
+        raise ValueError(
+            f"attention_mask must be [B, {length}] for {past} cached and {tokens} new tokens, got "
+            f"{tuple(attention_mask.shape)}: pass the padding mask of all tokens; the pattern makes the rest."
+        )
+    like = attention_mask if attention_mask is not None else position_ids
+    assert like is not None
+    ids = torch.zeros(batch, length, dtype=torch.int32, device=like.device)
+    if position_ids is not None:
+        first = (past - position_ids[:, :1]).clamp(min=0)
+        starts_here = torch.arange(length, device=like.device) == first
+        jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        starts_here = starts_here.expand(position_ids.shape[0], -1).clone()
+        starts_here[:, past + 1 :] |= jumps
+        ids = ids + starts_here.cumsum(dim=1, dtype=torch.int32)
+    if attention_mask is not None:
+        ids = torch.where(attention_mask != 0, ids, -1)
+    if not torch.compiler.is_compiling() and bool((ids == ids[:, :1]).all()) and bool((ids[:, :1] >= 0).all()):
+        return None
+    return ids
+
+
+class PiModel(PiPreTrainedModel):
+    """Embeddings, blocks and a final norm: token ids to hidden states."""
+
+    def __init__(self, config: PiConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        patterns = config.patterns()
+        self.layers = nn.ModuleList(PiDecoderLayer(config, pattern, i) for i, pattern in enumerate(patterns))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _choose_implementation(self) -> None:
+        name = self.config._attn_implementation or "sdpa"
+        if name not in IMPLEMENTATION_OF:
+            raise ValueError(
+                f"attn_implementation={name!r} would not compute π-Attention: "
+                f"use one of {sorted(IMPLEMENTATION_OF)} (eager is the dense reference)."
+            )
+        for layer in self.layers:
+            layer.self_attn.impl = IMPLEMENTATION_OF[name]
+
+    def _check_cache(self, cache: Cache) -> None:
+        if self.config.sinks and not isinstance(cache, PiCache):
+            raise ValueError(
+                f"a {type(cache).__name__} forgets the attention sinks (sinks={self.config.sinks}): "
+                "leave past_key_values out, or pass PiCache(config.patterns())."
+            )
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        segment_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, T, hidden] of token ids [B, T].
+
+        Args:
+            input_ids: [B, T]; or inputs_embeds [B, T, hidden].
+            inputs_embeds: instead of input_ids.
+            attention_mask: [B, cached + T], 0 for padding on either side.
+            position_ids: [B or 1, T]; where they restart, a new document starts.
+            past_key_values: cache of earlier tokens; created when None and use_cache.
+            use_cache: return a cache.
+            segment_ids: [B, cached + T] int32 (see `pi_attention`), instead of deriving them from mask and positions.
+            kwargs: passed on to the layers.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds, not both or none.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, tokens = inputs_embeds.shape[:2]
+        if use_cache and past_key_values is None:
+            past_key_values = PiCache(self.config.patterns())
+        past = 0
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
+            past = past_key_values.get_seq_length()
+        self._choose_implementation()
+
+        if segment_ids is None:
+            segment_ids = segments_of_batch(attention_mask, position_ids, past, batch, tokens)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + tokens, device=inputs_embeds.device)[None]
+        angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        position_embeddings = (angles[0].to(inputs_embeds.dtype), angles[1].to(inputs_embeds.dtype))
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                segment_ids=segment_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class PiForCausalLM(PiPreTrainedModel, GenerationMixin):
+    """PiModel with a language-modelling head."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: PiConfig) -> None:
+        super().__init__(config)
+        self.model = PiModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Let generate() use our bounded cache where it would make a dynamic one."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+            model_kwargs["past_key_values"] = PiCache(self.config.patterns())
+            if getattr(generation_config, "is_assistant", False):
+                model_kwargs["past_key_values"].activate_past_recording()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab], and with labels [B, T] (−100 ignored) the mean loss of predicting each next token.
+
+        Args:
+            labels: [B, T] token ids; shifted here.
+            logits_to_keep: compute the logits of the last so many tokens, or of these positions; 0 is all.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs: see `PiModel`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )

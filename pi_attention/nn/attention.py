@@ -1,0 +1,179 @@
+"""Multi-head π-Attention as a layer: projections, rotary embedding, gate, operator, cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pi_attention.nn.gate import FusionGate, neutral_bias
+from pi_attention.nn.rope import apply_rotary, rotary_angles
+from pi_attention.ops.api import Fusion, Impl, PiAux, pi_attention
+from pi_attention.ops.checks import FUSIONS
+from pi_attention.pattern import PiPattern
+from pi_attention.segments import segment_starts
+
+
+class KeyValueCache(Protocol):
+    """What the layer asks of a cache; `pi_attention.cache.LayerCache` is one."""
+
+    length: int
+
+    def update(self, key: Tensor, value: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Append, and return all keys and values that the new queries may see."""
+        ...
+
+    def select(self, per_token: Tensor) -> Tensor:
+        """The entries of a [B, length] tensor for the keys last returned."""
+        ...
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """The fusion gate of a layer.
+
+    Args:
+        fusion: "gate" (the paper's) or "mass" (starts as one softmax over both bands).
+        learned: False has no gate: one softmax over both bands.
+        features: the gate sees only the first so many features of the hidden state; None sees all.
+    """
+
+    fusion: Fusion = "gate"
+    learned: bool = True
+    features: int | None = None
+
+
+class PiAttention(nn.Module):
+    """Multi-head π-Attention (arXiv 2511.10696) over hidden states [B, T, hidden_size].
+
+    Args:
+        hidden_size: features in and out.
+        num_heads: query heads H.
+        pattern: which keys each query sees.
+        num_kv_heads: key/value heads G, dividing H (grouped-query attention); H when None.
+        head_dim: D; hidden_size / num_heads when None.
+        gate: the fusion gate.
+        rope_theta: base of the rotary embedding; None for no positions.
+        qk_norm: RMSNorm over each head's query and key (arXiv 2010.04245).
+
+    Example::
+
+        attention = PiAttention(512, num_heads=8, pattern=PiPattern(window=128, period=128, skips=16))
+        y = attention(x)  # [B, T, 512]
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        pattern: PiPattern,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        gate: GateOptions | None = None,
+        rope_theta: float | None = 10000.0,
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        gate = gate or GateOptions()
+        num_kv_heads = num_kv_heads or num_heads
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(f"hidden_size={hidden_size} is no multiple of num_heads={num_heads}: give head_dim.")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}.")
+        if gate.fusion not in FUSIONS:
+            raise ValueError(f"fusion must be one of {FUSIONS}, got {gate.fusion!r}.")
+        pattern.check_heads(num_heads)
+        self.pattern = pattern
+        self.head_dim = head_dim or hidden_size // num_heads
+        self.fusion = gate.fusion
+        self.rope_theta = rope_theta
+        self.impl: Impl = "auto"
+        self.aux: list[PiAux] | None = None  # filled while record_aux watches
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        has_gate = gate.learned and pattern.skips != 0
+        bias = neutral_bias(pattern, gate.fusion)
+        self.gate = FusionGate(hidden_size, num_heads, bias=bias, gate_features=gate.features) if has_gate else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """[B, T, hidden_size] -> [B, T, hidden_size].
+
+        Args:
+            hidden_states: of the new tokens.
+            position_embeddings: cos and sin [B or 1, T, D]; computed from the positions in the sequence when None.
+            segment_ids: [B, S] for all S tokens so far, the cached ones included; see `pi_attention`.
+            cache: holds the keys and values of earlier tokens, and is updated.
+        """
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        past = 0 if cache is None else cache.length
+        if position_embeddings is None and self.rope_theta is not None:
+            position = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device)[None]
+            position_embeddings = rotary_angles(position, self.head_dim, self.rope_theta)
+        if position_embeddings is not None:
+            query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if cache is not None:
+            starts = None
+            if segment_ids is not None and self.pattern.sinks:
+                starts = segment_starts(segment_ids)[:, past]
+            key, value = cache.update(key, value, starts)
+            segment_ids = None if segment_ids is None else cache.select(segment_ids)
+        out = self._attend(query, key, value, hidden_states, segment_ids)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, segment_ids: Tensor | None
+    ) -> Tensor:
+        gate = None if self.gate is None else self.gate(hidden_states)
+        pattern, fusion, impl = self.pattern, self.fusion, self.impl
+        if self.aux is None:
+            return pi_attention(
+                query, key, value, pattern, gate=gate, fusion=fusion, segment_ids=segment_ids, impl=impl
+            )
+        out, aux = pi_attention(
+            query, key, value, pattern, gate=gate, fusion=fusion, segment_ids=segment_ids, impl=impl, return_aux=True
+        )
+        self.aux.append(PiAux(*(x.detach() for x in aux)))
+        return out
+
+
+@contextmanager
+def record_aux(model: nn.Module) -> Iterator[dict[str, list[PiAux]]]:
+    """Collect gates and log-sum-exps of every `PiAttention` in `model`, by module name, one `PiAux` a call.
+
+    Example::
+
+        with record_aux(model) as aux:
+            model(input_ids)
+        gate = aux["model.layers.0.self_attn"][0].gate  # [B, H, T]
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PiAttention)}
+    records: dict[str, list[PiAux]] = {name: [] for name in layers}
+    for name, layer in layers.items():
+        layer.aux = records[name]
+    try:
+        yield records
+    finally:
+        for layer in layers.values():
+            layer.aux = None

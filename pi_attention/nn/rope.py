@@ -1,0 +1,21 @@
+"""Rotary position embedding (RoPE, arXiv 2104.09864), in the half-rotation layout of Llama and Hugging Face."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_angles(position: Tensor, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin, [..., dim] in fp32, for integer positions [...]."""
+    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=position.device) / dim)
+    angle = position[..., None].float() * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, heads, T, D] by the angles whose cos and sin are [B or 1, T, D]; in the dtype of x."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)

@@ -1,0 +1,153 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pi_attention import PiPattern, pi_attention
+from pi_attention.cache import LayerCache
+from pi_attention.segments import segment_starts
+
+PATTERNS = [
+    PiPattern(4, 5, 3),
+    PiPattern(4, 5, 3, sinks=2),
+    PiPattern(6, (3, 11), 2, sinks=3),
+    PiPattern(1, 1, 0),
+    PiPattern(3, 4, None, sinks=1),
+]
+
+
+def tokens(length, batch=2, heads=2, dim=4):
+    return [torch.randn(batch, heads, length, dim, dtype=torch.float64) for _ in range(3)]
+
+
+def cached(pattern, query, key, value, chunks, segment_ids=None, cache=None):
+    """Outputs of a sequence that is fed in chunks."""
+    cache = cache or LayerCache(pattern)
+    outs, first = [], cache.length
+    for chunk in chunks:
+        end = first + chunk
+        starts = None if segment_ids is None else segment_starts(segment_ids[:, :end])[:, first]
+        kept_key, kept_value = cache.update(key[:, :, first:end], value[:, :, first:end], starts)
+        ids = None if segment_ids is None else cache.select(segment_ids[:, :end])
+        outs.append(pi_attention(query[:, :, first:end], kept_key, kept_value, pattern, segment_ids=ids))
+        first = end
+    return torch.cat(outs, dim=2)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@settings(max_examples=15, deadline=None)
+@given(chunks=st.lists(st.integers(1, 30), min_size=1, max_size=12))
+def test_any_chunking_equals_the_whole_far_past_the_reach(pattern, chunks):
+    chunks = [*chunks, *[1] * 150, 40, *[1] * 3]
+    query, key, value = tokens(sum(chunks))
+    whole = pi_attention(query, key, value, pattern, impl="reference")
+    torch.testing.assert_close(cached(pattern, query, key, value, chunks), whole)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@settings(max_examples=15, deadline=None)
+@given(
+    chunks=st.lists(st.integers(1, 30), min_size=2, max_size=12), pads=st.tuples(st.integers(0, 40), st.integers(0, 9))
+)
+def test_left_padding_and_documents_equal_the_whole(pattern, chunks, pads):
+    chunks = [*chunks, *[1] * 60]
+    length = sum(chunks)
+    ids = torch.zeros(2, length, dtype=torch.int32)
+    for row, pad in enumerate(pads):
+        ids[row, length // 2 :] = 1  # a second document
+        ids[row, : min(pad, length - 1)] = -1
+    query, key, value = tokens(length)
+    whole = pi_attention(query, key, value, pattern, segment_ids=ids, impl="reference")
+    torch.testing.assert_close(cached(pattern, query, key, value, chunks, ids), whole)
+
+
+@pytest.mark.parametrize("pattern", [p for p in PATTERNS if p.reach is not None], ids=str)
+def test_memory_is_bounded_whatever_the_length(pattern):
+    cache = LayerCache(pattern)
+    bound = (pattern.sinks + pattern.reach + 2) * 5 // 4 + 64 + 1
+    for step in range(2000):
+        cache.update(*(torch.randn(1, 1, 1, 4) for _ in range(2)))
+        assert cache.nbytes <= 2 * bound * 4 * 4, step
+        assert cache.kept.shape[3] <= pattern.reach + 1
+    assert cache.length == 2000
+
+
+def test_memory_of_a_long_prompt_is_released():
+    cache = LayerCache(PiPattern(4, 5, 3))
+    cache.update(torch.randn(1, 1, 5000, 4), torch.randn(1, 1, 5000, 4))
+    cache.update(torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4))
+    assert cache.nbytes < 2 * 200 * 4 * 4
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_recorded_tokens_can_be_taken_back(pattern):
+    query, key, value = tokens(120)
+    whole = pi_attention(query, key, value, pattern, impl="reference")
+    cache = LayerCache(pattern)
+    cache.record()
+    first = 0
+    while first < 110:  # guess 7, keep 4
+        guess = [x[:, :, first : first + 7].clone() for x in (key, value)]
+        for x in guess:
+            x[:, :, 4:] = 99.0
+        seen = cache.update(*guess)
+        out = pi_attention(query[:, :, first : first + 7], *seen, pattern)
+        torch.testing.assert_close(out[:, :, :4], whole[:, :, first : first + 4])
+        cache.crop(3)
+        first += 4
+    # several updates, then one crop
+    cache.update(key[:, :, first : first + 1], value[:, :, first : first + 1])
+    seen = cache.update(key[:, :, first + 1 : first + 3], value[:, :, first + 1 : first + 3])
+    torch.testing.assert_close(
+        pi_attention(query[:, :, first + 1 : first + 3], *seen, pattern), whole[:, :, first + 1 : first + 3]
+    )
+    cache.crop(3)
+    seen = cache.update(key[:, :, first : first + 3], value[:, :, first : first + 3])
+    torch.testing.assert_close(
+        pi_attention(query[:, :, first : first + 3], *seen, pattern), whole[:, :, first : first + 3]
+    )
+
+
+def test_a_crop_into_forgotten_tokens_is_refused():
+    cache = LayerCache(PiPattern(4, 5, 3))
+    for _ in range(60):
+        cache.update(*(torch.randn(1, 1, 1, 4) for _ in range(2)))
+    cache.crop(1)  # the last update has forgotten nothing that this needs
+    with pytest.raises(ValueError, match="record"):
+        cache.crop(5)
+    with pytest.raises(ValueError, match="cannot forget"):
+        cache.crop(-1)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_reordered_rows(pattern):
+    query, key, value = tokens(80, batch=3)
+    order = torch.tensor([2, 0, 0])
+    cache = LayerCache(pattern)
+    cached(pattern, query, key, value, [40], cache=cache)
+    cache.reorder(order)
+    past = [x[order] for x in (query, key, value)]
+    whole = pi_attention(*past, pattern, impl="reference")
+    torch.testing.assert_close(cached(pattern, *past, [1] * 40, cache=cache), whole[:, :, 40:])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_gradients_flow_through_the_cache(pattern):
+    query, key, value = (x.requires_grad_() for x in tokens(40))
+    out = cached(pattern, query, key, value, [13, 1, 20, 6])
+    whole = pi_attention(query, key, value, pattern, impl="reference")
+    for a, b in zip(
+        torch.autograd.grad(out.pow(2).sum(), (query, key, value)),
+        torch.autograd.grad(whole.pow(2).sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_reset_and_bidirectional_patterns():
+    cache = LayerCache(PiPattern(4, 5, 3, sinks=2))
+    cache.update(torch.randn(1, 1, 9, 4), torch.randn(1, 1, 9, 4))
+    cache.reset()
+    assert (cache.length, cache.nbytes, cache.kept) == (0, 0, None)
+    with pytest.raises(ValueError, match="causal"):
+        LayerCache(PiPattern(4, 5, 3, causal=False))

@@ -1,0 +1,262 @@
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from pi_attention import PiPattern
+from pi_attention.models import PiCache, PiConfig, PiForCausalLM
+from pi_attention.models.modeling_pi import segments_of_batch
+
+ROTARY_ROUNDING = {"rtol": 1e-4, "atol": 1e-4}  # rotary embedding is relative, but its angles are fp32
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS = {
+    "pi": {"window": 4, "period": 5, "skips": 3},
+    "mixed": {"window": 4, "period": [3, 5, 7, 9], "skips": 2, "sinks": 2, "layer_patterns": ["pi", "local", "dense"]},
+    "mass": {"window": 4, "period": 5, "skips": 3, "fusion": "mass", "qk_norm": True, "tie_word_embeddings": True},
+    "no-gate": {"window": 4, "period": 5, "skips": 3, "gate": False, "layer_patterns": ["pi", {"period": 2}, "dense"]},
+}
+
+
+def make(name="pi", **more):
+    torch.manual_seed(0)
+    model = PiForCausalLM(PiConfig(**SIZES | CONFIGS[name] | more)).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.25)
+    return model.double()
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    return make(request.param)
+
+
+def prompt(batch=2, length=60):
+    return torch.randint(0, 64, (batch, length))
+
+
+@pytest.mark.parametrize("split", [(60,), (1,) * 60, (13, 1, 1, 20, 5, 20)], ids=["whole", "tokens", "chunks"])
+def test_cached_equals_uncached(model, split):
+    ids = prompt()
+    cache, logits = None, []
+    for part in ids.split(split, dim=1):
+        out = model(part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("name", ["pi", "mass", "no-gate"])
+def test_the_library_s_own_cache_is_exact_too(name):
+    model, ids = make(name), prompt()
+    cache = DynamicCache(config=model.config)
+    logits = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(7, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits)
+
+
+def test_the_library_s_own_cache_is_refused_with_sinks():
+    model = make("mixed")
+    with pytest.raises(ValueError, match="sinks"):
+        model(prompt(), past_key_values=DynamicCache(config=model.config))
+
+
+def test_a_token_reaches_exactly_what_the_layers_hop():
+    model = make("no-gate")
+    embeddings = model.model.embed_tokens(prompt(1)).detach().requires_grad_()
+    hidden = model(inputs_embeds=embeddings, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    (grad,) = torch.autograd.grad(hidden[0, -1].sum(), embeddings)
+    reached = {59}
+    for pattern in reversed(model.config.patterns()):
+        reached |= {k for q in reached for band in pattern.keys(q, 60) for k in band}
+    assert set((grad[0].abs().sum(dim=-1) > 0).nonzero().flatten().tolist()) == reached
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("with_positions", [False, True])
+def test_padding_changes_no_logit(model, side, with_positions):
+    ids, pad = prompt(2, 40), 13
+    mask = torch.ones(2, 40, dtype=torch.long)
+    real = slice(pad, None) if side == "left" else slice(0, 40 - pad)
+    mask[1, :] = 0
+    mask[1, real] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0) if with_positions else None
+    logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(logits[0], model(ids[:1]).logits[0])
+    torch.testing.assert_close(logits[1, real], model(ids[1:, real]).logits[0], **ROTARY_ROUNDING)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("use_cache", [None, False])
+def test_packed_documents_do_not_leak_by_default(model, use_cache):
+    ids, lengths = prompt(1, 45), [12, 1, 32]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    separate = torch.cat([model(part).logits for part in ids.split(lengths, dim=1)], dim=1)
+    for mask in (None, torch.ones_like(ids)):
+        packed = model(ids, position_ids=positions, attention_mask=mask, use_cache=use_cache).logits
+        torch.testing.assert_close(packed, separate)
+    by_ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None].int()
+    torch.testing.assert_close(model(ids, segment_ids=by_ids).logits, separate, **ROTARY_ROUNDING)
+
+
+def test_the_last_packed_document_can_be_continued(model):
+    ids, lengths = prompt(1, 60), [22, 38]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    cache = PiCache(model.config.patterns())
+    logits = [
+        model(ids[:, a:b], position_ids=positions[:, a:b], past_key_values=cache, use_cache=True).logits
+        for a, b in [(0, 30), *((t, t + 1) for t in range(30, 60))]
+    ]
+    torch.testing.assert_close(torch.cat(logits, dim=1)[:, 22:], model(ids[:, 22:]).logits)
+
+
+@pytest.mark.parametrize(
+    "mode", [{}, {"do_sample": True}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}]
+)
+def test_generation_with_the_cache_equals_without(model, mode):
+    runs = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        options = {"max_new_tokens": 50, "use_cache": use_cache, "pad_token_id": 0} | mode
+        runs.append(model.generate(prompt(2, 9) * 0 + torch.arange(9), **options))
+    assert torch.equal(*runs)
+
+
+def test_left_padded_generation_equals_separate(model):
+    ids, mask = prompt(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[1, :17] = 0
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=40, pad_token_id=0)
+    alone = model.generate(ids[1:, 17:], max_new_tokens=40, pad_token_id=0)
+    assert torch.equal(together[1, 17:], alone[0])
+
+
+def test_speculative_generation_equals_greedy(model):
+    ids = prompt(1, 9).repeat(1, 4)
+    greedy = model.generate(ids, max_new_tokens=40, pad_token_id=0, do_sample=False)
+    lookup = model.generate(ids, max_new_tokens=40, pad_token_id=0, do_sample=False, prompt_lookup_num_tokens=4)
+    assert torch.equal(greedy, lookup)
+
+
+def test_cache_memory_is_bounded_in_generation():
+    model = make("pi")
+    sizes = []
+    for length in (100, 300):
+        out = model.generate(prompt(1, 9), max_new_tokens=length, return_dict_in_generate=True, pad_token_id=0)
+        assert isinstance(out.past_key_values, PiCache)
+        sizes.append(out.past_key_values.nbytes)
+    assert sizes[0] == sizes[1]
+
+
+def test_saved_and_loaded(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert isinstance(loaded, PiForCausalLM)
+    ids = prompt()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.patterns() == model.config.patterns()
+    assert config.sliding_window == max(p.reach for p in config.patterns() if p.reach < 1000) + 1
+
+
+def test_a_checkpoint_without_gates_loads_with_a_fresh_gate(tmp_path):
+    make("pi", gate=False).save_pretrained(tmp_path)
+    config = PiConfig.from_pretrained(tmp_path, gate=True)
+    loaded = PiForCausalLM.from_pretrained(tmp_path, config=config)
+    gate = loaded.model.layers[0].self_attn.gate
+    assert (gate.fc_out.weight == 0).all() and gate.fc_in.weight.abs().max() < 1
+    torch.testing.assert_close(gate.fc_out.bias, torch.full((4,), math.log(4 / 3), dtype=gate.fc_out.bias.dtype))
+
+
+def test_gradients_with_and_without_checkpointing(model):
+    ids = prompt()
+    model.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_loss_is_the_mean_over_next_tokens():
+    model, ids = make(), prompt()
+    labels = ids.clone()
+    labels[:, :10] = -100
+    out = model(ids, labels=labels)
+    want = torch.nn.functional.cross_entropy(out.logits[:, 9:-1].flatten(0, 1).float(), ids[:, 10:].flatten())
+    torch.testing.assert_close(out.loss.float(), want)
+
+
+def test_logits_to_keep():
+    model, ids = make(), prompt()
+    logits = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=1).logits, logits[:, -1:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([3, 5])).logits, logits[:, [3, 5]])
+
+
+def test_eager_is_the_reference(model):
+    ids = prompt()
+    logits = model(ids).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, logits)
+    assert model.model.layers[0].self_attn.impl == "reference"
+
+
+def test_hidden_states_are_recorded():
+    out = make()(prompt(), output_hidden_states=True)
+    assert [tuple(h.shape) for h in out.hidden_states] == [(2, 60, 32)] * 4
+
+
+def test_an_implementation_that_would_compute_something_else_is_refused():
+    model = make()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="would not compute"):
+        model(prompt())
+
+
+def test_wrong_arguments_are_named():
+    model = make()
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        model(prompt(), attention_mask=torch.ones(2, 1, 60, 60))
+    with pytest.raises(ValueError, match="either input_ids"):
+        model()
+    with pytest.raises(ValueError, match="layer_patterns"):
+        PiConfig(**SIZES, layer_patterns=["full"])
+    with pytest.raises(ValueError, match="entries"):
+        PiConfig(**SIZES, period=[3, 4])
+    with pytest.raises(ValueError, match="fusion"):
+        PiConfig(**SIZES, fusion="add")
+
+
+def test_config_survives_json():
+    config = PiConfig(**SIZES | CONFIGS["mixed"])
+    again = PiConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
+    assert again.patterns() == config.patterns()
+    assert config.pattern == PiPattern(4, (3, 5, 7, 9), 2, sinks=2)
+
+
+def test_plain_batches_need_no_segments():
+    assert segments_of_batch(None, None, 0, 2, 5) is None
+    assert segments_of_batch(torch.ones(2, 8), torch.arange(3, 8)[None], 3, 2, 5) is None
+    packed = segments_of_batch(None, torch.tensor([[0, 1, 0, 1, 2]]), 0, 1, 5)
+    assert packed.tolist() == [[1, 1, 2, 2, 2]]
+
+
+def test_compiled_model_agrees():
+    torch._dynamo.reset()
+    model = make().float()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (40, 50, 60):
+        ids = prompt(2, length)
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+
+from pi_attention import PiPattern
+from pi_attention.cache import LayerCache
+from pi_attention.nn import FusionGate, PiAttention, SwiGLU, apply_rotary, record_aux, rotary_angles
+from pi_attention.nn.attention import GateOptions
+from pi_attention.nn.gate import neutral_bias
+
+PATTERN = PiPattern(4, 5, 3, sinks=1)
+ROTARY_ROUNDING = {"rtol": 1e-4, "atol": 1e-4}  # rotary embedding is relative, but its angles are fp32
+
+
+def layer(**options):
+    torch.manual_seed(0)
+    made = PiAttention(32, 4, PATTERN, num_kv_heads=2, **options).double()
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return made
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"rope_theta": None}, {"gate": GateOptions("mass")}])
+def test_cached_chunks_equal_the_whole(options):
+    attention, x = layer(**options), torch.randn(2, 50, 32, dtype=torch.float64)
+    cache = LayerCache(PATTERN)
+    parts = [attention(part, cache=cache) for part in x.split([7, 1, 1, 30, 11], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), attention(x))
+
+
+def test_left_padded_rows_decode_as_if_alone():
+    attention, x = layer(), torch.randn(2, 50, 32, dtype=torch.float64)
+    ids = torch.zeros(2, 50, dtype=torch.int32)
+    ids[1, :13] = -1
+    cache = LayerCache(PATTERN)
+    first = attention(x[:, :20], segment_ids=ids[:, :20], cache=cache)
+    rest = [attention(x[:, t : t + 1], segment_ids=ids[:, : t + 1], cache=cache) for t in range(20, 50)]
+    out = torch.cat([first, *rest], dim=1)
+    torch.testing.assert_close(out[0], attention(x[:1])[0])
+    torch.testing.assert_close(out[1, 13:], attention(x[1:, 13:])[0], **ROTARY_ROUNDING)
+
+
+def test_rotary_embedding_depends_on_the_distance_alone():
+    q, k = torch.randn(1, 1, 1, 16, dtype=torch.float64), torch.randn(1, 1, 1, 16, dtype=torch.float64)
+
+    def score(i, j):
+        angles = [[x.double() for x in rotary_angles(torch.tensor([[p]]), 16)] for p in (i, j)]
+        return (apply_rotary(q, *angles[0]) * apply_rotary(k, *angles[1])).sum()
+
+    torch.testing.assert_close(score(9, 4), score(105, 100), rtol=1e-4, atol=1e-4)
+    assert (score(9, 4) - score(9, 5)).abs() > 1e-2
+
+
+def test_a_fresh_gate_weighs_bands_by_their_keys():
+    """Zero scores: the fresh "gate" layer is the mean over all keys of both bands, as one softmax would be."""
+    pattern = PiPattern(4, 5, 3)
+    for fusion in ("gate", "mass"):
+        attention = PiAttention(32, 4, pattern, gate=GateOptions(fusion))
+        torch.nn.init.zeros_(attention.q_proj.weight)
+        x = torch.randn(1, 40, 32)
+        values = attention.v_proj(x)
+        mean = torch.stack([values[0, [39, 38, 37, 36, 34, 29, 24]].mean(dim=0)])
+        torch.testing.assert_close(attention(x)[0, -1:], attention.o_proj(mean))
+    assert neutral_bias(pattern, "gate") == math.log(4 / 3)
+    assert neutral_bias(pattern, "mass") == neutral_bias(PiPattern(4, 5, None), "gate") == 0.0
+
+
+def test_gate_reads_the_first_features_only():
+    gate = FusionGate(32, 4, gate_features=8)
+    torch.nn.init.normal_(gate.fc_out.weight)
+    x = torch.randn(2, 5, 32)
+    changed = x.clone()
+    changed[..., 8:] += 1
+    assert gate(x).shape == (2, 4, 5)
+    assert torch.equal(gate(x), gate(changed))
+    changed[..., 0] += 1
+    assert not torch.equal(gate(x), gate(changed))
+
+
+def test_no_gate_without_skips_or_when_not_wanted():
+    assert PiAttention(32, 4, PiPattern(4, 5, 0)).gate is None
+    assert PiAttention(32, 4, PATTERN, gate=GateOptions(learned=False)).gate is None
+
+
+def test_every_parameter_learns():
+    attention = layer(qk_norm=True)
+    attention(torch.randn(2, 50, 32, dtype=torch.float64)).pow(2).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attention.parameters())
+
+
+def test_recorded_gates():
+    attention = torch.nn.Sequential(layer(), SwiGLU(32, 64).double())
+    x = torch.randn(2, 50, 32, dtype=torch.float64)
+    with record_aux(attention) as aux:
+        out = attention(x)
+    assert torch.equal(attention(x), out)
+    gate = aux["0"][0].gate
+    assert gate.shape == (2, 4, 50)
+    assert (gate[..., :5] == 1).all() and ((gate[..., 6:] > 0) & (gate[..., 6:] < 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_heads": 5}, "head_dim"),
+        ({"num_kv_heads": 3}, "must divide"),
+        ({"pattern": PiPattern(4, (5, 6), 3)}, "2 entries"),
+        ({"gate": GateOptions("sum")}, "fusion"),
+        ({"gate": GateOptions(features=33)}, "gate_features"),
+    ],
+)
+def test_wrong_arguments_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        PiAttention(**({"hidden_size": 32, "num_heads": 4, "pattern": PATTERN} | options))
+
+
+def test_compiles_and_runs_under_autocast():
+    torch._dynamo.reset()
+    attention, x = layer().float(), torch.randn(2, 50, 32)
+    torch.testing.assert_close(torch.compile(attention, fullgraph=True, backend="aot_eager")(x), attention(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), attention(x), rtol=0.1, atol=0.5)
