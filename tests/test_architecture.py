@@ -9,11 +9,13 @@ PACKAGE = Path(__file__).parents[1] / "pi_attention"
 
 ORDER = [
     "pattern",
+    "accounting",
     "segments",
     "masks",
     "ops.fusion",
     "ops.reference",
     "ops.layout",
+    "ops.single",
     "ops.bands",
     "ops.library",
     "ops.blocked",
@@ -30,10 +32,17 @@ ORDER = [
     "models.caching",
     "models.modeling_pi",
     "models",
+    "data",
+    "tasks",
+    "plots",
+    "training.config",
+    "training",
+    "cli.runs",
+    "cli",
 ]
 """A file imports only from files above it; its own folder counts where the folder stands."""
 
-STANDARD_LIBRARY_ONLY = ["pattern"]
+STANDARD_LIBRARY_ONLY = ["pattern", "accounting"]
 
 
 def modules() -> dict[str, Path]:
@@ -70,7 +79,8 @@ def test_a_file_imports_only_from_files_above_it():
 def test_some_files_need_the_standard_library_alone():
     for name in STANDARD_LIBRARY_ONLY:
         for imported in imports(modules()[name]):
-            assert imported.partition(".")[0] in sys.stdlib_module_names, f"{name} imports {imported}"
+            ours = imported == "pi_attention.pattern"
+            assert ours or imported.partition(".")[0] in sys.stdlib_module_names, f"{name} imports {imported}"
 
 
 def test_no_fast_path_imports_the_reference():

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from pi_attention.ops.api import Fusion
 from pi_attention.ops.checks import FUSIONS
 from pi_attention.pattern import PiPattern
 
@@ -46,12 +47,12 @@ class PiConfig(PretrainedConfig):
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
         window: int = 128,
-        period: int | list[int] = 128,
+        period: int | list[int] | tuple[int, ...] = 128,
         skips: int | None = 16,
         sinks: int = 0,
         layer_patterns: list[str | dict[str, Any]] | None = None,
         gate: bool = True,
-        fusion: str = "gate",
+        fusion: Fusion = "gate",
         gate_features: int | None = None,
         qk_norm: bool = False,
         rope_theta: float = 10000.0,
@@ -78,7 +79,7 @@ class PiConfig(PretrainedConfig):
         self.sinks = sinks
         self.layer_patterns = layer_patterns
         self.gate = gate
-        self.fusion = fusion
+        self.fusion: Fusion = fusion
         self.gate_features = gate_features
         self.qk_norm = qk_norm
         self.rope_theta = rope_theta
@@ -128,7 +129,12 @@ class PiConfig(PretrainedConfig):
 
     def _pattern_of(self, kind: str | dict[str, Any]) -> PiPattern:
         if isinstance(kind, dict):
-            fields = {"window": self.window, "period": self.period, "skips": self.skips, "sinks": self.sinks} | kind
+            fields: dict[str, Any] = {
+                "window": self.window,
+                "period": self.period,
+                "skips": self.skips,
+                "sinks": self.sinks,
+            } | kind
             return PiPattern(**fields)
         if kind == "pi":
             return self.pattern

@@ -21,9 +21,10 @@ from pi_attention.nn.attention import GateOptions, PiAttention
 from pi_attention.nn.gate import GateLogits
 from pi_attention.nn.layers import SwiGLU
 from pi_attention.nn.rope import rotary_angles
+from pi_attention.ops.api import Impl
 from pi_attention.pattern import PiPattern
 
-IMPLEMENTATION_OF = {"eager": "reference", "sdpa": "auto"}
+IMPLEMENTATION_OF: dict[str, Impl] = {"eager": "reference", "sdpa": "auto"}
 """transformers' attention implementations, and which of ours serves them."""
 
 
@@ -141,8 +142,9 @@ class PiModel(PiPreTrainedModel):
                 f"attn_implementation={name!r} would not compute π-Attention: "
                 f"use one of {sorted(IMPLEMENTATION_OF)} (eager is the dense reference)."
             )
-        for layer in self.layers:
-            layer.self_attn.impl = IMPLEMENTATION_OF[name]
+        for module in self.modules():
+            if isinstance(module, PiAttention):
+                module.impl = IMPLEMENTATION_OF[name]
 
     def _check_cache(self, cache: Cache) -> None:
         if self.config.sinks and not isinstance(cache, PiCache):

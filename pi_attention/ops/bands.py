@@ -6,6 +6,7 @@ in two small matrix products; chunks of blocks stay in cache. Scores and sums ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -23,7 +24,11 @@ from pi_attention.ops.layout import (
     take_rows,
     windows,
 )
+from pi_attention.ops.single import band_of_one_query
 from pi_attention.pattern import Band, PiPattern
+
+PART_ELEMENTS = 1 << 20
+"""Elements of the keys computed together: 4 MiB in fp32, so that the memory of what is made of them is reused."""
 
 PADDING_QUERY = -2  # differs from the −1 of padding and absent keys, so that a padding query sees nothing
 
@@ -34,28 +39,52 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class HeadGroup:
-    """Query heads of one period, with the key heads that they attend to."""
+class Part:
+    """Query heads that share a band and are computed together: some rows of the batch, some heads."""
 
     band: Band
-    heads: list[int]
-    key_heads: list[int]
-    whole: bool  # all heads: no selection needed
+    rows: slice
+    heads: slice | list[int]
+    key_heads: slice | list[int]
+
+    def queries(self, x: Tensor) -> Tensor:
+        """The part's share of [B, H, ...]."""
+        return x[self.rows, self.heads]
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The part's share of [B, G, ...]."""
+        return x[self.rows, self.key_heads]
+
+    def add_to_keys(self, total: Tensor, share: Tensor) -> None:
+        """Adjoint of `keys`."""
+        if isinstance(self.key_heads, slice):
+            self.keys(total).add_(share)
+        else:
+            total[self.rows].index_add_(1, torch.tensor(self.key_heads, device=total.device), share)
 
 
-def head_groups(pattern: PiPattern, skip: bool, heads: int, key_heads: int) -> list[HeadGroup]:
-    """The heads by period: one group that shares windows of keys when there is one period."""
-    if not skip or len(set(pattern.periods)) == 1:
-        band = pattern.skip_band() if skip else pattern.local_band
-        return [HeadGroup(band, list(range(heads)), list(range(key_heads)), whole=True)]
-    members: dict[int, list[int]] = {}
-    for head in range(heads):
-        members.setdefault(pattern.period_of(head), []).append(head)
-    share = heads // key_heads
-    return [
-        HeadGroup(pattern.skip_band(group[0]), group, [head // share for head in group], whole=False)
-        for group in members.values()
-    ]
+def parts(query: Tensor, key: Tensor, pattern: PiPattern, skip: bool) -> Iterator[Part]:
+    """Split batch and heads so that a part has one period and its tensors stay in cache."""
+    batch, heads, _, dim = query.shape
+    groups, length = key.shape[1:3]
+    share = heads // groups
+    fit = max(1, PART_ELEMENTS // (length * dim * share))  # key heads with their query heads
+    if skip and len(set(pattern.periods)) > 1:
+        members: dict[int, list[int]] = {}
+        for head in range(heads):
+            members.setdefault(pattern.period_of(head), []).append(head)
+        for chosen in members.values():
+            for first in range(0, len(chosen), fit):
+                some = chosen[first : first + fit]
+                for row in range(batch):
+                    yield Part(pattern.skip_band(some[0]), slice(row, row + 1), some, [head // share for head in some])
+        return
+    band = pattern.skip_band() if skip else pattern.local_band
+    step, rows = min(fit, groups), max(1, fit // groups)
+    for row in range(0, batch, rows):
+        for group in range(0, groups, step):
+            end = min(group + step, groups)
+            yield Part(band, slice(row, row + rows), slice(group * share, end * share), slice(group, end))
 
 
 class Visibility:
@@ -76,7 +105,8 @@ class Visibility:
         row = torch.arange(plan.block, device=device)[:, None]
         lag = [torch.arange(side.window, device=device) - row for side in plan.sides]
         outside = [(c < 0) | (c >= side.lags) for c, side in zip(lag, plan.sides, strict=True)]
-        self.outside = torch.cat(outside, dim=-1)  # [C, sum of W]
+        self.outside = torch.cat(outside, dim=-1)  # [C, columns], a column being a window row of some side
+        self.bound = torch.where(self.outside, -torch.inf, torch.inf)
 
     def _rows(self, tags: Tensor, first: int, rows: int, ring: bool, fill: int) -> Tensor:
         """[B, S] in residue order, [B · R, rows, 1]."""
@@ -90,11 +120,25 @@ class Visibility:
         end = side.first_key + (rows - 1) * plan.stride + plan.residues
         return first >= self.sinks and end <= plan.keys
 
-    def hidden(self, chunk: tuple[slice, slice], sequences_per_batch: int) -> tuple[Tensor, Tensor | None]:
-        """Hidden pairs, [C, columns] or [count, 1, C, columns], and rows that see nothing, None or [count, 1, C, 1]."""
+    def hide(self, scores: Tensor, chunk: tuple[slice, slice], sequences_per_batch: int, finite: bool) -> Tensor | None:
+        """Set hidden scores [count, heads, C, columns] to −inf in place; the rows that see nothing, [count, 1, C, 1].
+
+        Those rows keep their scores, so that their softmax is finite. None: there are none. `finite`: no score is NaN.
+        """
+        if not self.segmented and all(self._interior(side, chunk[1]) for side in self.plan.sides):
+            if finite:
+                scores.clamp_max_(self.bound)  # on a CPU a tenth of the time of masked_fill_
+            else:
+                scores.masked_fill_(self.outside, -torch.inf)
+            return None
+        hidden = self._hidden(chunk, sequences_per_batch)
+        empty = hidden.all(dim=-1, keepdim=True)
+        scores.masked_fill_(hidden & ~empty, -torch.inf)
+        return empty
+
+    def _hidden(self, chunk: tuple[slice, slice], sequences_per_batch: int) -> Tensor:
+        """Hidden pairs [count, 1, C, columns]: outside of the band, of the sequence or of the segment."""
         plan, (sequences, blocks) = self.plan, chunk
-        if not self.segmented and all(self._interior(side, blocks) for side in plan.sides):
-            return self.outside, None
         device = self.outside.device
         sequence = torch.arange(sequences.start, sequences.stop, device=device)
         tag_row = sequence % plan.residues
@@ -106,14 +150,12 @@ class Visibility:
             windows(tags[tag_row], plan, side, everything, blocks).transpose(-1, -2)  # [count, 1, W]
             for side, tags in zip(plan.sides, self.key_tags, strict=True)
         ]
-        hidden = (self.outside | (torch.cat(keys, dim=-1) != query))[:, None]
-        empty = hidden.all(dim=-1, keepdim=True)
-        return hidden & ~empty, empty
+        return (self.outside | (torch.cat(keys, dim=-1) != query))[:, None]
 
 
 @dataclass
 class Rows:
-    """One head group in residue order, as forward and backward walk over it."""
+    """One part in residue order, as forward and backward walk over it."""
 
     plan: Plan
     visibility: Visibility
@@ -122,6 +164,7 @@ class Rows:
     query: Tensor  # [N, blocks, heads · C, D], times the scale
     keys: list[Tensor]  # of each side, [N, rows, D]
     values: list[Tensor]
+    finite: bool  # known to hold no NaN in query and key
 
     def weights(self, chunk: tuple[slice, slice]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Softmax weights of a chunk [count, heads · C, columns], its log-sum-exp, and the key windows of each side."""
@@ -131,8 +174,7 @@ class Rows:
         # [heads · C, D] @ [D, W] -> [heads · C, W]
         scores = [torch.bmm(query, window.transpose(1, 2)) for window in key_windows]
         score = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).unflatten(1, (self.heads, -1))
-        hidden, empty = self.visibility.hidden(chunk, self.groups * self.plan.residues)
-        score.masked_fill_(hidden, -torch.inf)
+        empty = self.visibility.hide(score, chunk, self.groups * self.plan.residues, self.finite)
         weights = torch.softmax(score, dim=-1)
         # The largest weight is exp(largest score − log-sum-exp).
         lse = score.detach().amax(dim=-1) - weights.detach().amax(dim=-1).log()
@@ -150,15 +192,13 @@ class Rows:
 
 
 def lay_out(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: PiPattern, skip: bool, group: HeadGroup
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: PiPattern, skip: bool, band: Band
 ) -> Rows | None:
-    """A head group in residue order, in the dtype of the scaled query; None when the sequence is too short for it."""
+    """One part in residue order, in the dtype of the scaled query; None when the sequence is too short for its band."""
     length = key.shape[2]
-    bands = pattern.signed_bands(group.band, length)
+    bands = pattern.signed_bands(band, length)
     if not bands:
         return None
-    if not group.whole:
-        query, key, value = query[:, group.heads], key[:, group.key_heads], value[:, group.key_heads]
     plan = make_plan(bands, query.shape[2], length)
     groups = key.shape[1]
 
@@ -166,6 +206,7 @@ def lay_out(
         taken = [take_rows(x, plan, side.first_key, side.rows, pattern.ring) for side in plan.sides]
         return [rows.to(query.dtype).flatten(0, 2).contiguous() for rows in taken]
 
+    finite = query.device.type == "cpu" and bool((query.sum() + key.sum()).isfinite())
     return Rows(
         plan=plan,
         visibility=Visibility(plan, pattern, skip, starts, query.device),
@@ -174,7 +215,21 @@ def lay_out(
         query=take_blocks(query, plan, groups),
         keys=sides(key),
         values=sides(value),
+        finite=finite,
     )
+
+
+def _lay_out_part(
+    part: Part,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    starts: Tensor | None,
+    pattern: PiPattern,
+    skip: bool,
+    scale: float,
+) -> Rows | None:
+    query = part.queries(tensors[0]).to(compute_dtype(tensors[0].dtype)) * scale
+    starts = None if starts is None else starts[part.rows]
+    return lay_out(query, part.keys(tensors[1]), part.keys(tensors[2]), starts, pattern, skip, part.band)
 
 
 def band_forward(
@@ -189,26 +244,35 @@ def band_forward(
         out [B, H, T, D], 0 where a query sees no key; log-sum-exp [B, H, T], −inf there. fp32, or fp64 for fp64.
     """
     dtype = compute_dtype(query.dtype)
-    out = torch.zeros_like(query, dtype=dtype, memory_format=torch.contiguous_format)
+    out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=dtype, device=query.device)
-    for group in head_groups(pattern, skip, query.shape[1], key.shape[1]):
-        rows = lay_out(query.to(dtype) * scale, key, value, starts, pattern, skip, group)
-        if rows is None:
+    for part in parts(query, key, pattern, skip):
+        if query.shape[2] == 1 and pattern.causal:
+            one = part.queries(query).to(dtype) * scale
+            of_rows = None if starts is None else starts[part.rows]
+            first_key = pattern.sinks if skip else 0
+            result = band_of_one_query(one, part.keys(key), part.keys(value), of_rows, part.band, first_key)
+            out[part.rows, part.heads], lse[part.rows, part.heads] = result
             continue
-        out_blocks = torch.empty_like(rows.query)
-        lse_blocks = out_blocks.new_empty(*out_blocks.shape[:-1], 1)
-        for chunk in rows.plan.chunks(len(rows.query), rows.heads):
-            weights, chunk_lse, _ = rows.weights(chunk)
-            parts = zip(rows.split(weights), rows.value_windows(chunk), strict=True)
-            # [heads · C, W] @ [W, D] -> [heads · C, D]
-            chunk_out = reduce(torch.add, [torch.bmm(p, v) for p, v in parts])
-            out_blocks[chunk] = chunk_out.view(out_blocks[chunk].shape)
-            lse_blocks[chunk] = chunk_lse.view(lse_blocks[chunk].shape)
-        group_out = give_blocks_back(out_blocks, rows.plan, rows.groups)
-        group_lse = give_blocks_back(lse_blocks, rows.plan, rows.groups)[..., 0]
-        if group.whole:
-            return group_out.contiguous(), group_lse.contiguous()
-        out[:, group.heads], lse[:, group.heads] = group_out, group_lse
+        rows = _lay_out_part(part, (query, key, value), starts, pattern, skip, scale)
+        if rows is not None:
+            out_blocks, lse_blocks = _part_forward(rows)
+            out[part.rows, part.heads] = give_blocks_back(out_blocks, rows.plan, rows.groups)
+            lse[part.rows, part.heads] = give_blocks_back(lse_blocks, rows.plan, rows.groups)[..., 0]
+    return out, lse
+
+
+def _part_forward(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in residue order, [N, blocks, heads · C, D and 1]."""
+    out = torch.empty_like(rows.query)
+    lse = out.new_empty(*out.shape[:-1], 1)
+    for chunk in rows.plan.chunks(len(rows.query), rows.heads):
+        weights, chunk_lse, _ = rows.weights(chunk)
+        sides = zip(rows.split(weights), rows.value_windows(chunk), strict=True)
+        # [heads · C, W] @ [W, D] -> [heads · C, D]
+        chunk_out = reduce(torch.add, [torch.bmm(p, v) for p, v in sides])
+        out[chunk] = chunk_out.view(out[chunk].shape)
+        lse[chunk] = chunk_lse.view(lse[chunk].shape)
     return out, lse
 
 
@@ -229,32 +293,25 @@ def band_backward(
     dS = P·(dO·vⱼ − ⟨dO, out⟩ + dλ), with the weights P computed again from query and key.
     """
     dtype = compute_dtype(query.dtype)
-    grads = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (query, key, value)]
-    grad_query, grad_key, grad_value = grads
-    delta = (grad_out * out).sum(dim=-1, keepdim=True) - grad_lse[..., None]
-    for group in head_groups(pattern, skip, query.shape[1], key.shape[1]):
-        rows = lay_out(query.to(dtype) * scale, key, value, starts, pattern, skip, group)
+    grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value)]
+    for part in parts(query, key, pattern, skip):
+        rows = _lay_out_part(part, (query, key, value), starts, pattern, skip, scale)
         if rows is None:
             continue
-        of_group = [x if group.whole else x[:, group.heads] for x in (grad_out, delta)]
-        dq, dks, dvs = _group_backward(rows, *(take_blocks(x, rows.plan, rows.groups) for x in of_group))
-        dq = give_blocks_back(dq, rows.plan, rows.groups) * scale
-        shape = (query.shape[0], rows.groups, rows.plan.residues)
-        for side, dk, dv in zip(rows.plan.sides, dks, dvs, strict=True):
-            for total, part in ((grad_key, dk), (grad_value, dv)):
-                part = give_rows_back(part.unflatten(0, shape), rows.plan, side.first_key, pattern.ring)
-                if group.whole:
-                    total += part
-                else:
-                    total.index_add_(1, torch.tensor(group.key_heads, device=total.device), part)
-        if group.whole:
-            grad_query = dq
-        else:
-            grad_query[:, group.heads] = dq
-    return grad_query.to(query.dtype).contiguous(), grad_key.to(key.dtype), grad_value.to(value.dtype)
+        plan, groups = rows.plan, rows.groups
+        d_out = part.queries(grad_out)
+        delta = (d_out * part.queries(out)).sum(dim=-1, keepdim=True) - part.queries(grad_lse)[..., None]
+        blocks = [take_blocks(x, plan, groups) for x in (d_out, delta)]
+        d_query, *d_sides = _part_backward(rows, *blocks)
+        grads[0][part.rows, part.heads] = give_blocks_back(d_query, plan, groups) * scale
+        shape = (-1, groups, plan.residues)
+        for total, shares in zip(grads[1:], d_sides, strict=True):
+            for side, share in zip(plan.sides, shares, strict=True):
+                part.add_to_keys(total, give_rows_back(share.unflatten(0, shape), plan, side.first_key, pattern.ring))
+    return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype)
 
 
-def _group_backward(rows: Rows, grad_out: Tensor, delta: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _part_backward(rows: Rows, grad_out: Tensor, delta: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradients in residue order: of the scaled query blocks, and of each side's key and value rows."""
     plan = rows.plan
     grad_query = torch.empty_like(rows.query)
@@ -263,11 +320,11 @@ def _group_backward(rows: Rows, grad_out: Tensor, delta: Tensor) -> tuple[Tensor
     for chunk in plan.chunks(len(rows.query), rows.heads):
         weights, _, key_windows = rows.weights(chunk)
         query, d_out, d = (x[chunk].flatten(0, 1) for x in (rows.query, grad_out, delta))
-        parts = zip(
+        sides = zip(
             plan.sides, rows.split(weights), key_windows, rows.value_windows(chunk), grad_keys, grad_values, strict=True
         )
         d_query = []
-        for side, p, k, v, grad_k, grad_v in parts:
+        for side, p, k, v, grad_k, grad_v in sides:
             d_score = torch.bmm(d_out, v.transpose(1, 2)).sub_(d).mul_(p)  # [heads · C, D] @ [D, W] -> [heads · C, W]
             d_query.append(torch.bmm(d_score, k))  # [heads · C, W] @ [W, D] -> [heads · C, D]
             # [W, heads · C] @ [heads · C, D] -> [W, D]

@@ -1,0 +1,90 @@
+"""`pi-attention eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from pi_attention.data.packing import PackedBlocks
+
+
+@dataclass
+class Eval:
+    """Perplexity, bits per byte and loss by position, on the run's validation text or on any other."""
+
+    run: Annotated[Path, tyro.conf.Positional] = Path("runs/pi")
+    """Folder of a run, or a saved model."""
+    data: str | None = None
+    """Text to evaluate on, as for train; the run's own validation text by default."""
+    text_field: str = "text"
+    """The field of .jsonl and .parquet files and data sets that holds the text."""
+    split: str = "test"
+    """Split of a data set on the hub."""
+    context: int | None = None
+    """Tokens of a block; the model's by default."""
+    batch_size: int = 1
+    """Blocks at a time."""
+    limit: int | None = None
+    """Evaluate only the first so many blocks."""
+    out: Path | None = None
+    """Folder for eval.json and loss_by_position.png; the run's by default."""
+
+    def execute(self, console: Console) -> int:
+        """Run the command; the exit code."""
+        from pi_attention import plots
+        from pi_attention.cli.runs import load_run
+        from pi_attention.tasks.language_modelling import evaluate
+
+        model, tokenizer = load_run(self.run)
+        blocks = self._blocks(model, tokenizer)
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+            task = progress.add_task("evaluating")
+            result = evaluate(
+                model,
+                blocks,
+                batch_size=self.batch_size,
+                limit=self.limit,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        out = self.out or self.run
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "eval.json").write_text(
+            json.dumps(
+                {"data": self.data or "validation", "context": blocks.context} | dataclasses.asdict(result), indent=2
+            )
+        )
+        plots.save(plots.loss_by_position(result.position, result.loss_by_position), out / "loss_by_position.png")
+        console.print(
+            f"{result.tokens:,} tokens: loss {result.loss:.4f} nats, perplexity {result.perplexity:.3f} a token, "
+            f"{result.bits_per_byte:.4f} bits per byte"
+        )
+        table = Table("position", "loss", title="Loss by position in the context")
+        for position, loss in zip(result.position, result.loss_by_position, strict=True):
+            table.add_row(str(position), f"{loss:.4f}")
+        console.print(table)
+        return 0
+
+    def _blocks(self, model: Any, tokenizer: Any) -> PackedBlocks:
+        from pi_attention.data.corpus import load_documents
+        from pi_attention.data.packing import PackedBlocks
+        from pi_attention.training.config import TrainConfig, load_yaml
+        from pi_attention.training.train import SETTINGS, load_blocks
+
+        context = self.context or model.config.max_position_embeddings
+        if self.data is not None:
+            documents = load_documents(self.data, split=self.split, text_field=self.text_field)
+            return PackedBlocks(documents, tokenizer, context)
+        if not (self.run / SETTINGS).exists():
+            raise ValueError("data is needed: a saved model, unlike a run, has no validation text of its own.")
+        config = load_yaml(TrainConfig, self.run / SETTINGS)
+        config.data.context = context
+        return load_blocks(config, tokenizer)[1]

@@ -1,0 +1,55 @@
+"""`pi-attention generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+
+@dataclass
+class Generate:
+    """Continue a prompt, streamed, with a cache of bounded memory."""
+
+    run: Annotated[Path, tyro.conf.Positional] = Path("runs/pi")
+    """Folder of a run, or a saved model."""
+    prompt: str = "KING HENRY.\n"
+    """Text to continue."""
+    max_new_tokens: int = 400
+    """Tokens to generate at most."""
+    temperature: float = 0.8
+    """Sampling temperature; 0 is greedy."""
+    top_k: int = 50
+    """Sample among the so many likeliest tokens."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+    def execute(self, console: Console) -> int:
+        """Run the command; the exit code."""
+        from pi_attention.accounting import cache_tokens
+        from pi_attention.cli.runs import load_run
+        from pi_attention.tasks.generation import generate_text
+
+        model, tokenizer = load_run(self.run)
+        result = generate_text(
+            model,
+            tokenizer,
+            self.prompt,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed,
+            stream=True,
+        )
+        most = max(cache_tokens(pattern, 10**9) for pattern in model.config.patterns())
+        bound = (
+            f"never more than {most:,} tokens a layer are kept" if most < 10**9 else "a dense layer keeps every token"
+        )
+        console.print(
+            f"\n{result.new_tokens} tokens, {result.new_tokens / result.seconds:.1f} tokens/s, "
+            f"cache {result.cache_bytes / 2**20:.2f} MiB ({bound})"
+        )
+        return 0

@@ -1,0 +1,1 @@
+"""Corpora, tokenizers and packing: from text to training blocks."""

@@ -1,0 +1,72 @@
+"""Documents into blocks of equal length, with segment ids that keep the documents of a block apart."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IGNORE = -100  # the label that transformers' losses leave out
+
+
+def hold_out(documents: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    """Split documents into training and validation: whole documents if there are at least ten, else each one's end."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, got {fraction}.")
+    if len(documents) >= 10:
+        order = list(range(len(documents)))
+        random.Random(seed).shuffle(order)
+        target, held = fraction * sum(map(len, documents)), set()
+        size = 0
+        for index in order[:-1]:
+            if size >= target:
+                break
+            held.add(index)
+            size += len(documents[index])
+        return [d for i, d in enumerate(documents) if i not in held], [documents[i] for i in sorted(held)]
+    cuts = [max(1, round(len(document) * (1 - fraction))) for document in documents]
+    pairs = list(zip(documents, cuts, strict=True))
+    return [d[:cut] for d, cut in pairs], [d[cut:] for d, cut in pairs if d[cut:]]
+
+
+class PackedBlocks(Dataset[dict[str, Tensor]]):
+    """Blocks of `context` tokens cut from documents laid end to end, each followed by the end-of-document token.
+
+    A block is a dict of input_ids, segment_ids and labels, [context] each; the labels leave out the first token of
+    each document, which no earlier token of its segment predicts. The last, incomplete block is dropped.
+    """
+
+    def __init__(self, documents: list[str], tokenizer: Any, context: int) -> None:
+        ids, owner = [], []
+        for number, tokens in enumerate(tokenizer(documents, add_special_tokens=False)["input_ids"]):
+            ids.append(np.asarray([*tokens, tokenizer.eos_token_id], dtype=np.int32))
+            owner.append(np.full(len(tokens) + 1, number, dtype=np.int32))
+        self.tokens = np.concatenate(ids)
+        self.document = np.concatenate(owner)
+        self.bytes = sum(len(document.encode()) for document in documents)
+        self.context = context
+        if len(self.tokens) < context:
+            raise ValueError(
+                f"the corpus has {len(self.tokens)} tokens, fewer than one block of context={context}: "
+                "use more data or a shorter context."
+            )
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of the text by number of tokens."""
+        return self.bytes / len(self.tokens)
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.context
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block = slice(index * self.context, (index + 1) * self.context)
+        input_ids = torch.from_numpy(self.tokens[block].astype(np.int64))
+        segment_ids = torch.from_numpy(self.document[block] - self.document[block.start])
+        labels = input_ids.clone()
+        labels[1:][segment_ids[1:] != segment_ids[:-1]] = IGNORE
+        return {"input_ids": input_ids, "segment_ids": segment_ids, "labels": labels}

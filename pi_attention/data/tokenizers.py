@@ -1,0 +1,45 @@
+"""Tokenizers: any of Hugging Face's, or plain bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character by which byte-level tokenizers write each byte: itself if printable, else one from 256 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Token ids 0 to 255 are the bytes of the UTF-8 text, 256 is the end of a document."""
+    tokenizer = Tokenizer(models.BPE(vocab=_byte_characters(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(name: str) -> Any:
+    """`bytes`, or the name or folder of a Hugging Face tokenizer.
+
+    Raises:
+        ValueError: there is none of that name, or it has no end-of-document token.
+    """
+    if name == "bytes":
+        return byte_tokenizer()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f'tokenizer={name!r} cannot be loaded: give "bytes", a local folder, or a name on the hub. {error}'
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer={name!r} has no eos_token, which separates documents: set one and save it.")
+    return tokenizer

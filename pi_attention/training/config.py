@@ -1,0 +1,202 @@
+"""Every setting of a training run, each with its sentence; the command line and the YAML file are made from these."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from pi_attention.pattern import PiPattern
+
+
+@dataclass
+class DataSettings:
+    """Where the text comes from."""
+
+    data: str = "shakespeare"
+    """The bundled public-domain corpus "shakespeare", a .txt, .jsonl or .parquet file, a folder of .txt files, or a
+    data set on the hub ("Salesforce/wikitext:wikitext-103-raw-v1")."""
+    text_field: str = "text"
+    """The field of .jsonl and .parquet files and data sets that holds the text."""
+    tokenizer: str = "bytes"
+    """"bytes", or the name or folder of any Hugging Face tokenizer."""
+    validation_fraction: float = 0.05
+    """Share of the text held out for validation: whole documents if there are at least ten."""
+    context: int = 2048
+    """Tokens of a block; documents are packed into blocks and do not see one another."""
+
+
+@dataclass
+class ModelSettings:
+    """The shape of the model and its pattern."""
+
+    hidden_size: int = 256
+    """Features of a token."""
+    layers: int = 4
+    """Number of blocks."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int | None = None
+    """Key/value heads for grouped-query attention; as many as heads by default."""
+    window: int = 64
+    """Keys of the ring-local band, the token itself counted."""
+    period: tuple[int, ...] = (64,)
+    """Distance between skip keys: one for all heads, or one per head."""
+    skips: int | None = 16
+    """Skip keys of a query; 0 is ring-local attention, None every multiple back to the start."""
+    sinks: int = 0
+    """First tokens of a document that every query sees."""
+    layer_patterns: tuple[Literal["pi", "local", "dense"], ...] = ("pi",)
+    """What each layer attends to, repeated over the layers."""
+    gate: bool = True
+    """Learn a fusion gate per token and head; without it, one softmax over both bands."""
+    fusion: Literal["gate", "mass"] = "gate"
+    """How the gate fuses the bands: the paper's sigmoid, or one that starts from a joint softmax."""
+    gate_features: int | None = None
+    """Features of the hidden state that the gate sees; all by default."""
+    qk_norm: bool = True
+    """Normalise each head's query and key."""
+    tie_word_embeddings: bool = True
+    """Share the input embedding with the output layer."""
+
+    def pattern_period(self) -> int | tuple[int, ...]:
+        """The period as `PiPattern` takes it."""
+        return self.period[0] if len(self.period) == 1 else self.period
+
+
+@dataclass
+class OptimizerSettings:
+    """How the model is trained."""
+
+    steps: int = 300
+    """Optimiser steps."""
+    batch_size: int = 1
+    """Blocks of a step on each device."""
+    gradient_accumulation: int = 1
+    """Batches summed up in a step."""
+    learning_rate: float = 3e-3
+    """Peak learning rate: linear warm-up, then cosine decay."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic: bf16 where the device is a GPU that has it, else fp32."""
+
+
+@dataclass
+class RunSettings:
+    """The run's folder and rhythm."""
+
+    out: Path = Path("runs/pi")
+    """Folder of the run: checkpoints, configuration, metrics, pictures, sample."""
+    resume: bool = False
+    """Go on from the folder's last checkpoint; every other setting is then taken from the folder."""
+    seed: int = 0
+    """Seed of weights, order of the blocks and sample."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    eval_every: int = 100
+    """Steps between two validations."""
+    eval_blocks: int = 16
+    """Blocks of a validation during training."""
+    save_every: int = 100
+    """Steps between two checkpoints; Ctrl-C saves one as well."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+
+
+@dataclass
+class TrainConfig:
+    """Train a π-Transformer language model."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def check(self) -> None:
+        """Raise ValueError for settings that cannot work, before any work is done."""
+        positive = {
+            "context": self.data.context,
+            "steps": self.optimizer.steps,
+            "batch_size": self.optimizer.batch_size,
+            "gradient_accumulation": self.optimizer.gradient_accumulation,
+            "log_every": self.run.log_every,
+            "eval_every": self.run.eval_every,
+            "eval_blocks": self.run.eval_blocks,
+            "save_every": self.run.save_every,
+            "keep_checkpoints": self.run.keep_checkpoints,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.optimizer.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {self.optimizer.learning_rate}.")
+        model = self.model
+        if model.heads < 1 or model.hidden_size % model.heads:
+            raise ValueError(f"heads={model.heads} must divide hidden_size={model.hidden_size}.")
+        PiPattern(model.window, model.pattern_period(), model.skips, sinks=model.sinks).check_heads(model.heads)
+
+
+Settings = TypeVar("Settings")
+
+
+def to_plain(settings: object) -> dict[str, Any]:
+    """A settings dataclass as plain values for YAML."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(entry) for entry in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(settings))  # type: ignore[call-overload]
+
+
+def from_plain(kind: type[Settings], values: dict[str, Any], where: str = "") -> Settings:
+    """Settings from plain values; what is left out keeps its default.
+
+    Raises:
+        ValueError: a name is unknown; the message lists the known ones.
+    """
+    made = kind()
+    for name, value in values.items():
+        if name not in made.__dict__:
+            raise ValueError(f"unknown setting {where + name!r}: use one of {sorted(made.__dict__)}.")
+        default = getattr(made, name)
+        if dataclasses.is_dataclass(default):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where + name} must be a mapping of settings, got {value!r}.")
+            value = from_plain(type(default), value, f"{where}{name}.")
+        elif isinstance(default, tuple):
+            value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        elif isinstance(default, Path):
+            value = Path(value)
+        setattr(made, name, value)
+    return made
+
+
+def load_yaml(kind: type[Settings], path: Path) -> Settings:
+    """Settings from a YAML file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"config={str(path)!r} does not exist.")
+    values = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"config={str(path)!r} must hold a mapping of settings, got {type(values).__name__}.")
+    return from_plain(kind, values)
+
+
+def save_yaml(settings: object, path: Path) -> None:
+    """Write settings to a YAML file."""
+    path.write_text(yaml.safe_dump(to_plain(settings), sort_keys=False))

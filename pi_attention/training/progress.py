@@ -1,0 +1,122 @@
+"""What a run reports while it trains: metrics as JSON lines, and a progress bar with loss, tokens/s and time left."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file."""
+    file = run / METRICS
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+class MetricsFile(TrainerCallback):
+    """Append every log entry to metrics.jsonl; after a resume, drop the lines beyond the checkpoint first."""
+
+    def __init__(self, run: Path) -> None:
+        self.file = run / METRICS
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        kept = [line for line in read_metrics(self.file.parent) if line["step"] <= state.global_step]
+        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            with self.file.open("a") as lines:
+                lines.write(json.dumps({"step": state.global_step} | logs) + "\n")
+
+
+class ProgressBar(TrainerCallback):
+    """A rich progress bar; where the output is no terminal, one line for each log entry."""
+
+    def __init__(self, tokens_per_step: int, console: Console) -> None:
+        self.tokens_per_step, self.console = tokens_per_step, console
+        self.progress = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  validation {task.fields[validation]}  {task.fields[speed]} tokens/s"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.loss = self.validation = "–"
+        self.busy = 0.0  # seconds spent in steps
+        self.steps = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.task = self.progress.add_task(
+            "", total=state.max_steps, completed=state.global_step, loss="–", validation="–", speed="–"
+        )
+        if state.is_world_process_zero:
+            self.progress.start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.busy += time.perf_counter() - self.begun
+        self.steps += 1
+        self._show(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self.loss = f"{float(logs['loss']):.3f}"
+        if "eval_loss" in logs:
+            self.validation = f"{float(logs['eval_loss']):.3f}"
+        if state.is_world_process_zero and not self.console.is_terminal and {"loss", "eval_loss"} & set(logs):
+            left = (state.max_steps - state.global_step) * self.busy / max(1, self.steps)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  loss {self.loss}  validation {self.validation}  "
+                f"{self._speed()} tokens/s  {left:.0f} s left"
+            )
+        self._show(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.stop()
+
+    def _speed(self) -> str:
+        return f"{self.steps * self.tokens_per_step / self.busy:,.0f}" if self.busy else "–"
+
+    def _show(self, step: int) -> None:
+        self.progress.update(self.task, completed=step, loss=self.loss, validation=self.validation, speed=self._speed())
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Ctrl-C (or SIGTERM) ends the current step, saves a checkpoint and stops; a second one stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

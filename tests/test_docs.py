@@ -1,0 +1,27 @@
+"""The README's Python runs, as one session; the files that it points to exist."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pi_attention.pattern
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_readme_examples_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 5
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_links_lead_somewhere():
+    for page in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_docstring_examples():
+    assert doctest.testmod(pi_attention.pattern).failed == 0

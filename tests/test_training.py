@@ -1,0 +1,188 @@
+"""The main job from the command line, on a tiny model: training, interruption, resuming, evaluating, generating."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pi_attention.cli.main import main, parse
+from pi_attention.training.checkpoints import last_checkpoint
+
+TINY = [
+    "--hidden-size", "32", "--layers", "2", "--heads", "2", "--window", "8", "--period", "8", "--skips", "3",
+    "--context", "128", "--eval-every", "5", "--eval-blocks", "2", "--save-every", "4", "--log-every", "2",
+    "--warmup-steps", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(60) for j in range(20)))
+    return str(file)
+
+
+def run(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pi_attention.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=check, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    result = run("train", "--data", corpus, "--out", str(out), "--steps", "12", *TINY)
+    return out, result.stdout
+
+
+def test_a_run_folder_holds_everything(finished):
+    out, printed = finished
+    names = ["loss.png", "pattern.png", "gate.png", "sample.txt", "summary.json", "train.yaml", "metrics.jsonl"]
+    assert [name for name in names if not (out / name).stat().st_size] == []
+    assert list((out / "runs").rglob("events*"))
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [float(line["loss"]) for line in metrics if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert [line["step"] for line in metrics if "eval_loss" in line] == [5, 10, 12]
+    assert "tokens/s" in printed and "s left" in printed
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+
+
+def test_a_finished_run_is_not_overwritten(finished, corpus):
+    result = run("train", "--data", corpus, "--out", str(finished[0]), "--steps", "2", *TINY, check=False)
+    assert result.returncode == 2
+    assert "holds a run already" in result.stderr
+
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "timed out"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
+def test_a_stopped_run_resumes_to_the_same_weights(stop, finished, corpus, tmp_path):
+    out = tmp_path / "stopped"
+    command = [sys.executable, "-m", "pi_attention.cli", "train", "--data", corpus, "--out", str(out), "--steps", "12"]
+    process = subprocess.Popen([*command, *TINY], env=environment(), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: last_checkpoint(out) is not None or process.poll() is not None)
+    process.send_signal(stop)
+    printed, _ = process.communicate(timeout=120)
+    if stop == signal.SIGINT:
+        assert process.returncode == 130 and "--resume" in printed
+    assert not (out / "model").exists()
+    run("train", "--out", str(out), "--resume")
+    for name, tensor in weights(finished[0]).items():
+        assert torch.equal(tensor, weights(out)[name]), name
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_a_checkpoint_is_whole_or_absent(monkeypatch, corpus, tmp_path):
+    """Stop a save at every file that it writes: the newest visible checkpoint always loads."""
+    import pi_attention.training.checkpoints as checkpoints
+
+    out = tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    def killed(folder):
+        raise Killed
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints, "_sync", killed)
+    with pytest.raises(Killed):
+        parse(["train", "--data", corpus, "--out", str(out), "--steps", "12", *TINY]).execute(_console())
+    assert last_checkpoint(out) is None
+    assert (out / checkpoints.PARTIAL).exists()
+    monkeypatch.undo()
+    assert parse(["train", "--out", str(out), "--resume"]).execute(_console()) == 0
+    assert not (out / checkpoints.PARTIAL).exists()
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
+def test_evaluation(finished, corpus):
+    out, _ = finished
+    printed = run("eval", str(out)).stdout
+    result = json.loads((out / "eval.json").read_text())
+    assert f"{result['bits_per_byte']:.4f} bits per byte" in printed
+    assert (out / "loss_by_position.png").exists()
+    other = run("eval", str(out), "--data", corpus, "--context", "64", "--out", str(out / "other")).stdout
+    assert "perplexity" in other
+    assert json.loads((out / "other" / "eval.json").read_text())["context"] == 64
+
+
+def test_generation_streams_and_reports_the_cache(finished):
+    printed = run("generate", str(finished[0]), "--prompt", "7 times", "--max-new-tokens", "30").stdout
+    assert printed.startswith("7 times")
+    assert "cache" in printed and "never more than 24 tokens" in printed
+
+
+def test_inspection(finished, tmp_path):
+    printed = run("inspect", str(finished[0])).stdout
+    assert "the last 8 tokens, 3 keys at multiples of 8" in printed
+    picture = tmp_path / "p.svg"
+    printed = run("inspect", "--window", "4", "--period", "5", "7", "--heads", "2", "--out", str(picture)).stdout
+    assert "one period a head" in printed and picture.stat().st_size > 1000
+
+
+def test_settings_from_a_file_and_flags(tmp_path, corpus):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"model": {"window": 32, "period": 16}, "run": {"out": "somewhere"}}))
+    command = parse(["train", "--config", str(file), "--window", "48"])
+    assert (command.model.window, command.model.period, command.run.out) == (48, (16,), Path("somewhere"))
+    assert command.model.skips == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--window", "0"], "window must be at least 1"),
+        (["train", "--period", "3", "4", "5"], "3 entries"),
+        (["train", "--heads", "3"], "must divide"),
+        (["train", "--steps", "0"], "steps must be"),
+        (["train", "--data", "missing.txt"], "missing.txt"),
+        (["train", "--resume", "--out", "nothing-here"], "no run to resume"),
+        (["train", "--config", "missing.yaml"], "missing.yaml"),
+        (["--config", "x.yaml"], "command"),
+        (["eval", "nothing-here"], "no model"),
+        (["inspect", "--period", "3", "4"], "2 entries"),
+    ],
+)
+def test_errors_are_one_clear_line(arguments, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pi-attention", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert words in printed and "Traceback" not in printed
+
+
+def test_unknown_settings_in_a_file_are_named(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {windows: 3}")
+    with pytest.raises(ValueError, match=r"unknown setting 'model.windows'"):
+        parse(["train", "--config", str(file)])
