@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/pi-attention train --out $(RUN)
@@ -20,6 +20,9 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto -m "not gpu" --cov=pi_attention --cov-report=term
+
+test-gpu:  # on a machine with a GPU, in an environment of its own: the semantics of the kernels, and the rest
+	$(PYTHON) -m pytest -n 8 tests/test_semantics.py tests/test_compile.py tests/test_operator_checks.py tests/test_gpu.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,9 +1,14 @@
 import os
 
-import pytest
 import torch
 
-IMPLEMENTATIONS = ["reference", "blocked"]
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+import problems
+import pytest
+
+IMPLEMENTATIONS = ["reference", "blocked", "triton"]
 
 
 def pytest_configure() -> None:
@@ -18,6 +23,8 @@ def seed() -> None:
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def impl(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton":
+        problems.need_triton()
     return request.param
 
 

@@ -2,11 +2,44 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pi_attention import PiPattern, pi_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def need_triton() -> None:
+    pytest.importorskip("triton")
+
+
+def attend(*arguments, impl: str, **options):
+    """`pi_attention`; for the kernels, which compute in fp32, on the GPU if there is one, and cast there and back."""
+    if impl != "triton":
+        return pi_attention(*arguments, impl=impl, **options)
+    dtype = arguments[0].dtype
+
+    def there(x):
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(DEVICE, torch.float32 if x.dtype == torch.float64 else x.dtype)
+
+    def back(x):
+        return x.to("cpu", dtype if dtype == torch.float64 else x.dtype)
+
+    result = pi_attention(*map(there, arguments), impl=impl, **{name: there(x) for name, x in options.items()})
+    if isinstance(result, Tensor):
+        return back(result)
+    return back(result[0]), type(result[1])(*map(back, result[1]))
+
+
+def assert_close(got: Tensor, want: Tensor, impl: str = "", **options) -> None:
+    """`torch.testing.assert_close` at the precision of the implementation."""
+    tolerance = {"rtol": 1e-4, "atol": 2e-5} if impl == "triton" else {}
+    torch.testing.assert_close(got, want, **tolerance | options)
 
 
 @dataclass(frozen=True)
@@ -43,7 +76,7 @@ class Case:
     def run(self, impl: str, inputs: tuple[Tensor, ...], **more):
         query, key, value, gate = inputs
         options = {"fusion": self.fusion, "segment_ids": self.segment_ids(), "impl": impl} | more
-        return pi_attention(query, key, value, self.pattern, gate=gate if self.gated else None, **options)
+        return attend(query, key, value, self.pattern, gate=gate if self.gated else None, **options)
 
 
 def outputs_and_gradients(case: Case, impl: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:

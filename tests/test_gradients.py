@@ -30,6 +30,11 @@ def finite_results(case, impl):
     return run
 
 
+@pytest.fixture(params=["reference", "blocked"])
+def impl(request):
+    return request.param
+
+
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradients_match_finite_differences(case, impl):
     assert torch.autograd.gradcheck(finite_results(case, impl), case.tensors())

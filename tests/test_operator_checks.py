@@ -39,9 +39,32 @@ def test_wrong_arguments_are_named(arguments, error, words):
         pi_attention(**({"pattern": PATTERN} | arguments))
 
 
-def test_an_explicit_implementation_never_falls_back():
-    with pytest.raises(NotImplementedError, match="triton"):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({name: x.double() for name, x in tensors().items()}, "float64"),
+        (tensors(query=(1, 1, 8, 300), key=(1, 1, 8, 300), value=(1, 1, 8, 300)), "head dim 300"),
+    ],
+)
+def test_an_explicit_implementation_never_falls_back(arguments, words):
+    with pytest.raises(NotImplementedError, match=words):
+        pi_attention(**arguments, pattern=PATTERN, impl="triton")
+
+
+def test_without_a_gpu_the_kernels_say_so(monkeypatch):
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    with pytest.raises(NotImplementedError, match="needs a GPU"):
         pi_attention(**tensors(), pattern=PATTERN, impl="triton")
+
+
+def test_the_kernels_refuse_double_backward():
+    inputs = [x.requires_grad_() for x in tensors().values()]
+    out = pi_attention(*inputs, PATTERN, impl="triton")
+    (grad,) = torch.autograd.grad(out.sum(), inputs[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        grad.sum().backward()
 
 
 def test_segment_helpers_refuse_other_shapes():

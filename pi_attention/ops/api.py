@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
+from pi_attention.ops.blocked import blocked_attention
 from pi_attention.ops.checks import check_arguments
+from pi_attention.ops.dense import covers_everything, dense_attention
+from pi_attention.ops.fused import fused_attention, why_not_triton
+from pi_attention.ops.fusion import gate_values
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segment_starts
 
@@ -111,18 +116,27 @@ def pi_attention(
     starts = None if segment_ids is None else segment_starts(segment_ids)
     fusion = "mass" if gate is None else fusion
 
-    if impl == "auto" and not return_aux:
-        from pi_attention.ops.dense import covers_everything, dense_attention
+    if impl == "auto" and not return_aux and covers_everything(pattern, key.shape[2]):
+        return dense_attention(query, key, value, pattern, starts, scale)
+    attend = _implementation(impl, query)
+    out, lse_local, lse_skip = attend(query, key, value, pattern, gate=gate, fusion=fusion, starts=starts, scale=scale)
+    if not return_aux:
+        return out
+    return out, PiAux(lse_local, lse_skip, gate_values(lse_local, lse_skip, gate, fusion))
 
-        if covers_everything(pattern, key.shape[2]):
-            return dense_attention(query, key, value, pattern, starts, scale)
-    if impl == "triton":
-        raise NotImplementedError('impl="triton" is not available in this version: use impl="auto" or "blocked".')
+
+def _implementation(impl: Impl, query: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The function that serves a call; "auto" logs why it is not the fused one."""
     if impl == "reference":
-        from pi_attention.ops.reference import reference_attention as attend
-    else:
-        from pi_attention.ops.blocked import blocked_attention as attend
-    out, lse_local, lse_skip, weight = attend(
-        query, key, value, pattern, gate=gate, fusion=fusion, starts=starts, scale=scale
-    )
-    return (out, PiAux(lse_local, lse_skip, weight)) if return_aux else out
+        from pi_attention.ops.reference import reference_attention
+
+        return reference_attention
+    if impl == "blocked" or (impl == "auto" and not query.is_cuda):
+        return blocked_attention
+    reason = why_not_triton(query)
+    if reason is None:
+        return fused_attention
+    if impl == "triton":
+        raise NotImplementedError(f'impl="triton" cannot serve this call: {reason}. Use impl="auto" or "blocked".')
+    log.debug("blocked instead of triton: %s", reason)
+    return blocked_attention

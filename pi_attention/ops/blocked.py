@@ -39,13 +39,17 @@ def sink_attention(
     return out, torch.logsumexp(scores, dim=-1).masked_fill(empty[..., 0], -torch.inf)
 
 
-def local_attention(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: PiPattern, scale: float
+def join_sinks(
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    pattern: PiPattern,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The local band: window and sinks in one softmax. Returns out [B, H, T, D] and log-sum-exp [B, H, T]."""
-    out, lse = band(query, key, value, starts, encode(pattern), False, scale)
-    if not pattern.sinks:
-        return out, lse
+    """Output [B, H, T, D] and log-sum-exp [B, H, T] of the window, with the sinks taken into its softmax."""
     out_sink, lse_sink = sink_attention(query, key, value, starts, pattern, scale)
     out = fuse(out, out_sink, gate_values(lse, lse_sink, None, "mass"))
     no_sink = lse_sink == -torch.inf
@@ -62,12 +66,13 @@ def blocked_attention(
     fusion: str,
     starts: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [B, H, T, D], lse_local, lse_skip and gate weight g [B, H, T]; arguments as in `pi_attention`."""
-    local, lse_local = local_attention(query, key, value, starts, pattern, scale)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
+    local, lse_local = band(query, key, value, starts, encode(pattern), False, scale)
+    if pattern.sinks:
+        local, lse_local = join_sinks(local, lse_local, query, key, value, starts, pattern, scale)
     if pattern.skips == 0:
-        lse_skip = torch.full_like(lse_local, -torch.inf)
-        return local.to(query.dtype), lse_local, lse_skip, torch.ones_like(lse_local)
+        return local.to(query.dtype), lse_local, torch.full_like(lse_local, -torch.inf)
     skip, lse_skip = band(query, key, value, starts, encode(pattern), True, scale)
     weight = gate_values(lse_local, lse_skip, gate, fusion)
-    return fuse(local, skip, weight).to(query.dtype), lse_local, lse_skip, weight
+    return fuse(local, skip, weight).to(query.dtype), lse_local, lse_skip

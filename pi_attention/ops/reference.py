@@ -43,12 +43,12 @@ def reference_attention(
     fusion: str,
     starts: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [B, H, T, D], lse_local, lse_skip and gate weight g [B, H, T]; arguments as in `pi_attention`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     local, skip = dense_masks(pattern, query.shape[2], key.shape[2], starts=starts, device=query.device)
     out_local, lse_local = band_reference(query, key, value, local, scale)
     out_skip, lse_skip = band_reference(query, key, value, skip, scale)
     weight = gate_values(lse_local, lse_skip, gate, fusion)
-    return fuse(out_local, out_skip, weight), lse_local, lse_skip, weight
+    return fuse(out_local, out_skip, weight), lse_local, lse_skip

@@ -1,0 +1,162 @@
+"""The fused kernels on a GPU against dense attention and FlexAttention: checked first, then timed.
+
+    python -m benchmarks.gpu [--lengths 2048 32768] [--peers]    # writes results/gpu-<device>.json
+
+The floor of a row is the larger of two times: the fewest bytes moved at the measured copy bandwidth, and the products
+of the visible pairs at the measured matrix rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from triton.testing import do_bench
+
+from benchmarks.timing import machine, write
+from pi_attention import PiPattern, pi_attention
+from pi_attention.accounting import attention_flops
+
+HEADS = 16
+PATTERNS = [PiPattern(256, 256, 16), PiPattern(256, 256, 1), PiPattern(1024, 1024, 32), PiPattern(64, 64, 8)]
+MAIN = PATTERNS[0]
+
+
+def median(run: Callable[[], Any]) -> float:
+    """Microseconds."""
+    return 1e3 * float(do_bench(run, warmup=25, rep=100, return_mode="median"))
+
+
+def ceilings() -> tuple[float, float]:
+    """Measured bytes per second of a copy and operations per second of a bf16 matrix product."""
+    source = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / (1e-6 * median(lambda: target.copy_(source)))
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    rate = 2 * 8192**3 / (1e-6 * median(lambda: a @ b))
+    return bandwidth, rate
+
+
+def problem(length: int, dim: int, groups: int = HEADS) -> tuple[list[Tensor], Tensor]:
+    torch.manual_seed(0)
+    shapes = [(1, HEADS, length, dim), (1, groups, length, dim), (1, groups, length, dim), (1, HEADS, length)]
+    inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+    return inputs, torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16)
+
+
+def check(name: str, got: Tensor, want: Tensor) -> None:
+    error = float((got.float() - want.float()).norm() / want.float().norm())
+    if not error < 1e-2:
+        raise SystemExit(f"{name} is wrong: relative error {error:.2e}")
+
+
+def time_both(attend: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> dict[str, float]:
+    wanted = [x for x in inputs if x.requires_grad]
+
+    def step() -> None:
+        torch.autograd.grad(attend(*inputs), wanted, grad, allow_unused=True)
+
+    with torch.no_grad():
+        forward = median(lambda: attend(*inputs))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    peak = torch.cuda.max_memory_allocated() - before
+    return {"forward us": forward, "forward+backward us": median(step), "peak MiB": peak / 2**20}
+
+
+def floors(pattern: PiPattern, length: int, dim: int, bandwidth: float, rate: float) -> dict[str, float]:
+    tensor = HEADS * length * dim * 2
+    flops = attention_flops(pattern, length, heads=HEADS, head_dim=dim)
+    return {
+        "floor forward us": 1e6 * max(4 * tensor / bandwidth, flops / rate),
+        "floor forward+backward us": 1e6 * max(12 * tensor / bandwidth, 3.5 * flops / rate),
+    }
+
+
+def ours(pattern: PiPattern) -> Callable[..., Tensor]:
+    return lambda q, k, v, a: pi_attention(q, k, v, pattern, gate=a, impl="triton")
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def flex_pair(pattern: PiPattern, length: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """FlexAttention for the local band alone, and for both bands (the skip band in residue order) with a torch gate."""
+    compiled = torch.compile(flex_attention, dynamic=False)
+    window, period, first = pattern.window, pattern.period_of(0), pattern.skip_band().first
+    rows, last = length // period, pattern.skip_band().last
+    local = create_block_mask(lambda b, h, q, k: (q - k >= 0) & (q - k < window), None, None, length, length)
+    skip = create_block_mask(lambda b, h, q, k: (q - k >= first) & (q - k < last), None, None, rows, rows)
+
+    def fold(x: Tensor) -> Tensor:
+        b, h, _, d = x.shape
+        return x.view(b, h, rows, period, d).permute(0, 3, 1, 2, 4).reshape(b * period, h, rows, d)
+
+    def unfold(x: Tensor) -> Tensor:
+        return x.view(1, period, HEADS, rows, -1).permute(0, 2, 3, 1, 4).reshape(1, HEADS, length, -1)
+
+    @torch.compile
+    def mix(near: Tensor, far: Tensor, a: Tensor) -> Tensor:
+        some = torch.arange(length, device=a.device) >= first * period
+        g = torch.where(some, torch.sigmoid(a.float()), 1.0)[..., None]
+        return (g * near + (1 - g) * torch.where(some[:, None], far, 0.0)).to(near.dtype)
+
+    def only_local(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+        return compiled(q, k, v, block_mask=local)
+
+    def both(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+        return mix(only_local(q, k, v, a), unfold(compiled(fold(q), fold(k), fold(v), block_mask=skip)), a)
+
+    return only_local, both
+
+
+def row(pattern: PiPattern, length: int, dim: int, limits: tuple[float, float], peers: bool) -> dict[str, Any]:
+    inputs, grad = problem(length, dim)
+    result: dict[str, Any] = {"S": length, "D": dim, "pattern": f"{pattern.window},{pattern.period},{pattern.skips}"}
+    result |= floors(pattern, length, dim, *limits)
+    if length <= 32768:
+        check("pi", ours(pattern)(*inputs), pi_attention(*inputs[:3], pattern, gate=inputs[3], impl="blocked"))
+    result["pi"] = time_both(ours(pattern), inputs, grad)
+    if peers:
+        result["sdpa causal"] = time_both(dense, inputs, grad)
+    if peers and pattern == MAIN and dim == 128 and length == 32768:
+        local, both = flex_pair(pattern, length)
+        check("flex pair", both(*inputs), ours(pattern)(*inputs))
+        result["flex local"] = time_both(local, inputs, grad)
+        result["flex pair"] = time_both(both, inputs, grad)
+    for kind in ("forward", "forward+backward"):
+        result[f"{kind} over floor"] = result["pi"][f"{kind} us"] / result[f"floor {kind} us"]
+    print(result, flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 32768, 131072])
+    parser.add_argument("--dims", type=int, nargs="+", default=[128])
+    parser.add_argument("--patterns", type=int, default=1, help="how many of the patterns")
+    parser.add_argument("--peers", action="store_true")
+    options = parser.parse_args()
+    device = torch.cuda.get_device_name()
+    limits = ceilings()
+    print(device, f"{limits[0] / 1e12:.2f} TB/s, {limits[1] / 1e12:.0f} TFLOP/s", machine(), flush=True)
+    rows = [
+        row(pattern, length, dim, limits, options.peers)
+        for pattern in PATTERNS[: options.patterns]
+        for dim in options.dims
+        for length in options.lengths
+    ]
+    head = {"gpu": device, "copy bytes/s": limits[0], "matrix flop/s": limits[1], "H": HEADS, "dtype": "bfloat16"}
+    print(write(f"gpu-{device.replace(' ', '-').lower()}", head | {"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The Triton implementation as registered PyTorch operators, and π-Attention made of them.
+
+This file needs torch alone, so that the operators are registered before anything is traced; kernels load when run.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pi_attention.ops.blocked import join_sinks
+from pi_attention.ops.fusion import fuse, gate_values
+from pi_attention.ops.library import decode, encode
+from pi_attention.pattern import PiPattern
+
+BOTH, LOCAL, SKIP = 0, 1, 2
+
+
+def why_not_triton(query: Tensor) -> str | None:
+    """Why the kernels cannot serve a call with this query; None when they can."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    from triton import knobs
+
+    if not query.is_cuda and not knobs.runtime.interpret:
+        return f"the tensors are on {query.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
+    if query.dtype == torch.float64:
+        return "the kernels compute in fp32, and the tensors are float64"
+    if query.shape[3] > 256:
+        return f"head dim {query.shape[3]} is larger than 256"
+    return None
+
+
+@torch.library.custom_op("pi_attention::fused", mutates_args=())
+def fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    starts: Tensor | None,
+    pattern: list[int],
+    bands: int,
+    mass: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp, and for both bands the skip band's output and log-sum-exp (else empty tensors)."""
+    from pi_attention.ops.triton.launch import Launch, launch_forward
+
+    shape = decode(pattern)
+    if bands != BOTH:
+        out, lse = launch_forward(Launch(query, key, value, starts, shape, bands == SKIP, scale))
+        return out, lse, out.new_empty(0), lse.new_empty(0)
+    skip = launch_forward(Launch(query, key, value, starts, shape, True, scale))
+    out, lse = launch_forward(Launch(query, key, value, starts, shape, False, scale), skip, gate, mass)
+    return out, lse, *skip
+
+
+@fused.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    starts: Tensor | None,
+    pattern: list[int],
+    bands: int,
+    mass: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    if bands != BOTH:
+        return out, lse, out.new_empty(0), lse.new_empty(0)
+    return out, lse, torch.empty_like(out), torch.empty_like(lse)
+
+
+@torch.library.custom_op("pi_attention::fused_backward", mutates_args=())
+def fused_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    grad_skip_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    starts: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    skip_out: Tensor,
+    skip_lse: Tensor,
+    pattern: list[int],
+    bands: int,
+    mass: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and gate logits (fp32; empty without a gate)."""
+    from pi_attention.ops.triton.launch import Launch, Saved, launch_backward, launch_row_terms
+
+    shape = decode(pattern)
+    both = bands == BOTH
+    saved = Saved(out, lse, skip_out if both else None, skip_lse if both else None)
+    terms, grad_gate = launch_row_terms(saved, grad_out, grad_lse, grad_skip_lse, gate, mass)
+    exact = len(set(shape.periods)) > 1 and query.shape[1] != key.shape[1]  # several launches add to one gradient
+    grads = (
+        torch.empty(query.shape, dtype=query.dtype, device=query.device),
+        *(torch.empty(x.shape, dtype=torch.float32 if exact else x.dtype, device=x.device) for x in (key, value)),
+    )
+    if bands != LOCAL:
+        skip = Launch(query, key, value, starts, shape, True, scale)
+        launch_backward(skip, grad_out, skip_lse if both else lse, terms[2:] if both else terms, grads, add=False)
+    if bands != SKIP:
+        launch_backward(Launch(query, key, value, starts, shape, False, scale), grad_out, lse, terms, grads, add=both)
+    if grad_gate is None:
+        grad_gate = lse.new_empty(0)
+    return grads[0], grads[1].to(key.dtype), grads[2].to(value.dtype), grad_gate
+
+
+@fused_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    grad_skip_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    starts: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    skip_out: Tensor,
+    skip_lse: Tensor,
+    pattern: list[int],
+    bands: int,
+    mass: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_gate = lse.new_empty(0 if gate is None else lse.shape)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_gate
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, gate, starts, ctx.pattern, ctx.bands, ctx.mass, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, gate, starts, *output)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(True)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any, grad_skip_lse: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    *grads, grad_gate = fused_backward(
+        grad_out, grad_lse, grad_skip_lse, *saved, ctx.pattern, ctx.bands, ctx.mass, ctx.scale
+    )
+    gate = saved[3]
+    return *grads, None if gate is None else grad_gate.to(gate.dtype), None, None, None, None, None
+
+
+torch.library.register_autograd("pi_attention::fused", _differentiate, setup_context=_save)
+
+
+def _refuse(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError('impl="triton" has no double backward: use impl="blocked" for second derivatives.')
+
+
+torch.library.register_autograd("pi_attention::fused_backward", _refuse)
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: PiPattern,
+    *,
+    gate: Tensor | None,
+    fusion: str,
+    starts: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
+    code = encode(pattern)
+    if not pattern.sinks:
+        if pattern.skips == 0:
+            out, lse, _, _ = fused(query, key, value, None, starts, code, LOCAL, False, scale)
+            return out, lse, torch.full_like(lse, -torch.inf)
+        out, lse, _, lse_skip = fused(query, key, value, gate, starts, code, BOTH, fusion == "mass", scale)
+        return out, lse, lse_skip
+    # Sinks, few keys a query, are joined to the local band outside of the kernels.
+    local, lse, _, _ = fused(query, key, value, None, starts, code, LOCAL, False, scale)
+    local, lse = join_sinks(local.float(), lse, query, key, value, starts, pattern, scale)
+    if pattern.skips == 0:
+        return local.to(query.dtype), lse, torch.full_like(lse, -torch.inf)
+    skip, lse_skip, _, _ = fused(query, key, value, None, starts, code, SKIP, False, scale)
+    weight = gate_values(lse, lse_skip, gate, fusion)
+    return fuse(local, skip.float(), weight).to(query.dtype), lse, lse_skip

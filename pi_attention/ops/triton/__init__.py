@@ -1,0 +1,1 @@
+"""Fused Triton kernels, forward and backward. Loaded only when used."""

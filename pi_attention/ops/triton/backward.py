@@ -1,0 +1,243 @@
+"""Backward kernels of one band. No atomics: dQ by query tile, dK and dV by key tile.
+
+With the weights P of the band, a row weight w and a row shift c (see `row_terms_kernel`):
+
+    dS = P·(w·(dO·vⱼ) − c)      dQ = dS·K      dK = dSᵀ·Q      dV = (w·P)ᵀ·dO
+"""
+
+import triton
+import triton.language as tl
+
+from pi_attention.ops.triton.band import (
+    LOG2E,
+    RUN_TIME,
+    band_of_head,
+    gate_weight,
+    load_key_tags,
+    load_query_tags,
+    load_rows,
+    store_rows,
+    visible,
+)
+
+
+@triton.jit(do_not_specialize=["T", "rows"])
+def row_terms_kernel(
+    GradOut, Out, SkipOut, Lse, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate,
+    sd_b, sd_h, sd_t, sd_d, sg_b, sg_h, sg_t, H, T, rows,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BOTH: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """What the backward pass of each band needs of a query row: Terms [4, B, H, T] = w and c, local and skip.
+
+    With Δ = ⟨dO, out⟩, Δs = ⟨dO, s⟩ and β = 1 for "mass", 0 for "gate":
+    da = (1 − g)(Δ − Δs), c = Δ − (1 − g)Δs − β·da − dλ and (1 − g)Δs + β·da − dμ, w = g and 1 − g.
+    """
+    index = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    present = index < rows
+    token, head, batch = index % T, index // T % H, index // T // H
+    dim = tl.arange(0, BD)
+    mask = present[:, None] & (dim < D)[None, :]
+    grad_pointer = (batch * sd_b + head * sd_h + token * sd_t)[:, None] + dim[None, :] * sd_d
+    grad = tl.load(GradOut + grad_pointer, mask=mask, other=0.0).to(tl.float32)
+    pointer = index[:, None] * D + dim[None, :]
+    delta = tl.sum(grad * tl.load(Out + pointer, mask=mask, other=0.0).to(tl.float32), 1)
+    lse = tl.load(Lse + index, mask=present, other=0.0)
+    d_lse = tl.load(GradLse + index, mask=present, other=0.0)
+    d_lse = tl.where(lse == float("-inf"), 0.0, d_lse)
+    if BOTH:
+        delta_skip = tl.sum(grad * tl.load(SkipOut + pointer, mask=mask, other=0.0).to(tl.float32), 1)
+        lse_skip = tl.load(SkipLse + index, mask=present, other=0.0)
+        d_lse_skip = tl.load(GradSkipLse + index, mask=present, other=0.0)
+        no_skip = lse_skip == float("-inf")
+        logit = tl.zeros([BM], tl.float32)
+        if GATED:
+            gates = Gate + batch * sg_b + head * sg_h + token * sg_t
+            logit += tl.load(gates, mask=present, other=0.0).to(tl.float32)
+        g = gate_weight(lse, lse_skip, logit, MASS)
+        grad_gate = tl.where(no_skip, 0.0, (1.0 - g) * (delta - delta_skip))
+        through_mass = grad_gate if MASS else 0.0
+        tl.store(Terms + index, g, mask=present)
+        tl.store(Terms + rows + index, delta - (1.0 - g) * delta_skip - through_mass - d_lse, mask=present)
+        tl.store(Terms + 2 * rows + index, 1.0 - g, mask=present)
+        skip_shift = (1.0 - g) * delta_skip + through_mass - tl.where(no_skip, 0.0, d_lse_skip)
+        tl.store(Terms + 3 * rows + index, skip_shift, mask=present)
+        if GATED:
+            tl.store(GradGate + index, grad_gate, mask=present)
+    else:
+        tl.store(Terms + index, tl.full([BM], 1.0, tl.float32), mask=present)
+        tl.store(Terms + rows + index, delta - d_lse, mask=present)
+
+
+@triton.jit
+def _weights(score, lse, seen, scale_log2):
+    """P = exp(score − log-sum-exp), 0 where hidden."""
+    shift = tl.where(lse == float("-inf"), 0.0, lse) * LOG2E
+    return tl.where(seen, tl.math.exp2(score * scale_log2 - shift), 0.0)
+
+
+@triton.jit
+def _side_of_query(
+    q, d_out, dq, lse, weight, shift, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+    row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    begin = row0 - last + 1
+    last_key = row_end - first
+    if not RING:
+        begin = tl.maximum(begin, -(offset // period))
+        last_key = tl.minimum(last_key, (S - 1 - offset) // period)
+    for start in tl.range(begin, last_key + 1, BN):
+        key_row = start + tl.arange(0, BN)
+        position = offset + key_row * period
+        if RING:
+            position = (position % S + S) % S
+        present = key_row <= last_key
+        k = load_rows(K, sk_t, sk_d, position, present, D, BD)
+        v = load_rows(V, sv_t, sv_d, position, present, D, BD)
+        key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, SINKS)
+        seen = visible(row[:, None], key_row[None, :], query_tag[:, None], key_tag[None, :], first, last)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
+        p = _weights(score, lse[:, None], seen, scale_log2)
+        d_weight = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
+        d_score = p * (weight[:, None] * d_weight - shift[:, None])
+        dq = tl.dot(d_score.to(k.dtype), k, dq, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+    return dq
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def band_backward_query_kernel(
+    Q, K, V, Starts, Bands, GradOut, Lse, Weight, Shift, GradQ,
+    sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
+    tiles, H, T, S, period, first, last, mirror_first, mirror_last, sinks, scale, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
+    MIRROR: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """GradQ [B, H, T, D] of one tile of BM query rows of one residue; added to what is there with ADD."""
+    tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    batch, head = (row_of_heads // H).to(tl.int64), row_of_heads % H
+    period, first, last, mirror_first, mirror_last = band_of_head(
+        Bands, head, period, first, last, mirror_first, mirror_last, PER_HEAD
+    )
+    residues = tl.minimum(period, T)
+    residue, row0 = tile % residues, tile // residues * BM
+    rows = tl.cdiv(T - residue, period)
+    if row0 < rows:
+        row = row0 + tl.arange(0, BM)
+        token = residue + row * period
+        present = token < T
+        offset = S - T + residue
+        Starts += batch * S
+        K += batch * sk_b + (head // GROUP) * sk_h
+        V += batch * sv_b + (head // GROUP) * sv_h
+        of_head = row_of_heads.to(tl.int64) * T
+        q = load_rows(Q + batch * sq_b + head * sq_h, sq_t, sq_d, token, present, D, BD)
+        d_out = load_rows(GradOut + batch * sd_b + head * sd_h, sd_t, sd_d, token, present, D, BD)
+        lse = tl.load(Lse + of_head + token, mask=present, other=0.0)
+        weight = tl.load(Weight + of_head + token, mask=present, other=0.0)
+        shift = tl.load(Shift + of_head + token, mask=present, other=0.0)
+        query_tag = load_query_tags(Starts, S - T + token, present, SEGMENTS)
+        row_end = tl.minimum(row0 + BM, rows) - 1
+        dq = tl.zeros([BM, BD], tl.float32)
+        dq = _side_of_query(
+            q, d_out, dq, lse, weight, shift, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+            row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+            D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
+        )  # fmt: skip
+        if MIRROR:
+            dq = _side_of_query(
+                q, d_out, dq, lse, weight, shift, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+                row0, row_end, row, query_tag, offset, period, S, mirror_first, mirror_last, sinks, scale_log2,
+                D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
+            )  # fmt: skip
+        store_rows(GradQ + of_head * D, D, token, present, dq * scale, D, BD, ADD)
+
+
+@triton.jit
+def _side_of_key(
+    k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
+    row0, row_end, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    begin = row0 + first
+    last_query = row_end + last - 1
+    if not RING:
+        begin = tl.maximum(begin, 0)
+        last_query = tl.minimum(last_query, (S - 1 - offset + period) // period - 1)
+    for start in tl.range(begin, last_query + 1, BM):
+        row = start + tl.arange(0, BM)
+        position = offset + row * period
+        if RING:
+            position = (position % S + S) % S
+        token = position - (S - T)
+        present = (row <= last_query) & (token >= 0)
+        q = load_rows(Q, sq_t, sq_d, token, present, D, BD)
+        d_out = load_rows(GradOut, sd_t, sd_d, token, present, D, BD)
+        lse = tl.load(Lse + token, mask=present, other=0.0)
+        weight = tl.load(Weight + token, mask=present, other=0.0)
+        shift = tl.load(Shift + token, mask=present, other=0.0)
+        query_tag = load_query_tags(Starts, position, present, SEGMENTS)
+        seen = visible(row[None, :], key_row[:, None], query_tag[None, :], key_tag[:, None], first, last)
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BD] @ [BD, BM] -> [BN, BM]
+        p = _weights(score, lse[None, :], seen, scale_log2)
+        weighted = (p * weight[None, :]).to(d_out.dtype)
+        dv = tl.dot(weighted, d_out, dv, input_precision=PRECISION)  # [BN, BM] @ [BM, BD] -> [BN, BD]
+        d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BN, BD] @ [BD, BM] -> [BN, BM]
+        d_score = p * (weight[None, :] * d_weight - shift[None, :])
+        dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision=PRECISION)  # [BN, BM] @ [BM, BD] -> [BN, BD]
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def band_backward_key_kernel(
+    Q, K, V, Starts, Bands, GradOut, Lse, Weight, Shift, GradK, GradV,
+    sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
+    tiles, G, T, S, period, first, last, mirror_first, mirror_last, sinks, scale, scale_log2, first_member, members,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
+    MIRROR: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """GradK and GradV [B, G, S, D] of one tile of BN key rows of one residue, from some query heads of the group.
+
+    All `members` heads from `first_member` on have one period.
+    """
+    tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    batch, group = (row_of_heads // G).to(tl.int64), row_of_heads % G
+    head = group * GROUP + first_member
+    period, first, last, mirror_first, mirror_last = band_of_head(
+        Bands, head, period, first, last, mirror_first, mirror_last, PER_HEAD
+    )
+    residue = tile % period
+    offset = S - T + residue
+    row0 = tile // period * BN - offset // period
+    row_end = tl.minimum(row0 + BN - 1, (S - 1 - offset + period) // period - 1)
+    if row0 <= row_end:
+        key_row = row0 + tl.arange(0, BN)
+        position = offset + key_row * period
+        present = key_row <= row_end
+        Starts += batch * S
+        k = load_rows(K + batch * sk_b + group * sk_h, sk_t, sk_d, position, present, D, BD)
+        v = load_rows(V + batch * sv_b + group * sv_h, sv_t, sv_d, position, present, D, BD)
+        key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, SINKS)
+        dk = tl.zeros([BN, BD], tl.float32)
+        dv = tl.zeros([BN, BD], tl.float32)
+        for member in tl.range(0, members):
+            of_head = (batch * G * GROUP + head + member) * T
+            q_of_head = Q + batch * sq_b + (head + member) * sq_h
+            d_of_head = GradOut + batch * sd_b + (head + member) * sd_h
+            dk, dv = _side_of_key(
+                k, v, dk, dv, q_of_head, d_of_head, Starts, Lse + of_head, Weight + of_head, Shift + of_head,
+                sq_t, sq_d, sd_t, sd_d, row0, row_end, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
+                D, BD, BM, RING, SEGMENTS, PRECISION,
+            )  # fmt: skip
+            if MIRROR:
+                dk, dv = _side_of_key(
+                    k, v, dk, dv, q_of_head, d_of_head, Starts, Lse + of_head, Weight + of_head, Shift + of_head,
+                    sq_t, sq_d, sd_t, sd_d, row0, row_end, key_row, key_tag, offset, period, T, S,
+                    mirror_first, mirror_last, scale_log2, D, BD, BM, RING, SEGMENTS, PRECISION,
+                )  # fmt: skip
+        of_group = row_of_heads.to(tl.int64) * S * D
+        store_rows(GradK + of_group, D, position, present, dk * scale, D, BD, ADD)
+        store_rows(GradV + of_group, D, position, present, dv, D, BD, ADD)

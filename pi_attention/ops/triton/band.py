@@ -1,0 +1,97 @@
+"""The inner steps that all kernels share: where a tile lies, which lags are visible, the online softmax.
+
+A band of stride π is a run of rows of the sequence in residue order: row r of residue ρ is the token at position
+p₀ + ρ + r·π, with p₀ = S − T the position of query 0. Key rows may be negative; query rows are not.
+
+Letters: BM query rows of a tile · BN key rows · BD head dim, padded to a power of two.
+"""
+
+import triton
+import triton.language as tl
+
+RUN_TIME = ["tiles", "T", "S", "period", "first", "last", "mirror_first", "mirror_last", "sinks"]
+"""Arguments that vary from call to call: no value of theirs is compiled in."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def band_of_head(Bands, head, period, first, last, mirror_first, mirror_last, PER_HEAD: tl.constexpr):
+    """Period and the row lags [first, last) and [mirror_first, mirror_last) of a head."""
+    if PER_HEAD:
+        period = tl.load(Bands + head * 5)
+        first = tl.load(Bands + head * 5 + 1)
+        last = tl.load(Bands + head * 5 + 2)
+        mirror_first = tl.load(Bands + head * 5 + 3)
+        mirror_last = tl.load(Bands + head * 5 + 4)
+    return period, first, last, mirror_first, mirror_last
+
+
+@triton.jit
+def load_rows(X, stride_t, stride_d, token, present, D: tl.constexpr, BD: tl.constexpr):
+    """Rows of a tensor by token index, zero where absent: [rows, BD]."""
+    dim = tl.arange(0, BD)
+    mask = present[:, None]
+    if D != BD:
+        mask = mask & (dim < D)[None, :]
+    return tl.load(X + token.to(tl.int64)[:, None] * stride_t + dim[None, :] * stride_d, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(X, stride_t, token, present, value, D: tl.constexpr, BD: tl.constexpr, ADD: tl.constexpr):
+    """Write rows [rows, BD] of a tensor whose head dim is contiguous, or add to what is there."""
+    dim = tl.arange(0, BD)
+    mask = present[:, None]
+    if D != BD:
+        mask = mask & (dim < D)[None, :]
+    pointer = X + token.to(tl.int64)[:, None] * stride_t + dim[None, :]
+    if ADD:
+        value += tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointer, value.to(X.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_key_tags(Starts, position, present, sinks, SEGMENTS: tl.constexpr, SINKS: tl.constexpr):
+    """Segment start of each key, −1 where it is absent, padding, or a sink (which the skip band leaves out)."""
+    tag = tl.load(Starts + position, mask=present, other=-1) if SEGMENTS else tl.where(present, 0, -1)
+    if SINKS:
+        tag = tl.where(position - tag < sinks, -1, tag)
+    return tag
+
+
+@triton.jit
+def load_query_tags(Starts, position, present, SEGMENTS: tl.constexpr):
+    """Segment start of each query, −2 where it is absent or padding, so that it equals no key's."""
+    if SEGMENTS:
+        tag = tl.load(Starts + position, mask=present, other=-2)
+        tag = tl.where(tag < 0, -2, tag)
+    else:
+        tag = tl.where(present, 0, -2)
+    return tag
+
+
+@triton.jit
+def visible(query_row, key_row, query_tag, key_tag, first, last):
+    """Which pairs of a tile are in the band and in one segment; the arguments broadcast to the tile's shape."""
+    lag = query_row - key_row
+    return (lag >= first) & (lag < last) & (query_tag == key_tag)
+
+
+@triton.jit
+def online_softmax(score, m, l):
+    """Running maximum m and sum l, in base 2, with one more tile of scores: its weights, the past's factor, m, l."""
+    m_new = tl.maximum(m, tl.max(score, 1))
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    weight = tl.math.exp2(score - shift[:, None])
+    past = tl.math.exp2(m - shift)
+    return weight, past, m_new, l * past + tl.sum(weight, 1)
+
+
+@triton.jit
+def gate_weight(lse_local, lse_skip, logit, MASS: tl.constexpr):
+    """Weight g of the local band: sigmoid(a), or sigmoid(λ − μ + a); 1 where there is no skip key."""
+    no_skip = lse_skip == float("-inf")
+    if MASS:
+        logit += tl.where(no_skip, 0.0, lse_local - lse_skip)
+    return tl.where(no_skip, 1.0, 1.0 / (1.0 + tl.math.exp2(-logit * LOG2E)))

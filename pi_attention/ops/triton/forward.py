@@ -1,0 +1,144 @@
+"""Forward kernel of one band; for the local band with the fusion gate in its epilogue."""
+
+import triton
+import triton.language as tl
+
+from pi_attention.ops.triton.band import (
+    LN2,
+    RUN_TIME,
+    band_of_head,
+    gate_weight,
+    load_key_tags,
+    load_query_tags,
+    load_rows,
+    online_softmax,
+    store_rows,
+    visible,
+)
+
+
+@triton.jit
+def _visit(
+    q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+    begin, end, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
+    SINKS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to the key rows from `begin` to before `end`, by tiles of BN; rows beyond `last_key` are absent."""
+    for start in tl.range(begin, end, BN):
+        key_row = start + tl.arange(0, BN)
+        position = offset + key_row * period
+        if RING:
+            position = (position % S + S) % S
+        present = key_row <= last_key
+        k = load_rows(K, sk_t, sk_d, position, present, D, BD)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [BM, BD] @ [BD, BN] -> [BM, BN]
+        if MASK:
+            key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, SINKS)
+            seen = visible(row[:, None], key_row[None, :], query_tag[:, None], key_tag[None, :], first, last)
+            score = tl.where(seen, score, float("-inf"))
+        weight, past, m, l = online_softmax(score, m, l)
+        v = load_rows(V, sv_t, sv_d, position, present, D, BD)
+        acc = acc * past[:, None]
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+    return acc, m, l
+
+
+@triton.jit
+def _side(
+    q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+    row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr,
+    SEGMENTS: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to all key rows at lags [first, last) of the tile's rows row0 … row_end."""
+    begin = row0 - last + 1
+    last_key = row_end - first
+    if not RING:
+        begin = tl.maximum(begin, -(offset // period))
+        last_key = tl.minimum(last_key, (S - 1 - offset) // period)
+    if SPLIT:  # tiles that every row sees whole need no mask
+        whole_begin = begin + tl.cdiv(tl.maximum(row0 + BM - last - begin, 0), BN) * BN
+        whole_end = whole_begin + tl.maximum(tl.minimum(row0 - first, last_key) + 1 - whole_begin, 0) // BN * BN
+        left_end = tl.minimum(whole_begin, last_key + 1)
+        acc, m, l = _visit(
+            q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+            begin, left_end, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+            D, BD, BN, RING, SEGMENTS, SINKS, True, PRECISION,
+        )  # fmt: skip
+        acc, m, l = _visit(
+            q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+            whole_begin, whole_end, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+            D, BD, BN, RING, SEGMENTS, SINKS, False, PRECISION,
+        )  # fmt: skip
+        begin = whole_end
+    acc, m, l = _visit(
+        q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+        begin, last_key + 1, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+        D, BD, BN, RING, SEGMENTS, SINKS, True, PRECISION,
+    )  # fmt: skip
+    return acc, m, l
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def band_forward_kernel(
+    Q, K, V, Starts, Bands, Gate, SkipOut, SkipLse, Out, Lse,
+    sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sg_b, sg_h, sg_t,
+    tiles, H, T, S, period, first, last, mirror_first, mirror_last, sinks, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
+    MIRROR: tl.constexpr, SPLIT: tl.constexpr, FUSE: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of BM query rows of one residue: Out [B, H, T, D] and Lse [B, H, T].
+
+    With FUSE, Out is g·(this band) + (1 − g)·SkipOut, g from the gate logits and the two log-sum-exps.
+    """
+    tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    batch, head = (row_of_heads // H).to(tl.int64), row_of_heads % H
+    period, first, last, mirror_first, mirror_last = band_of_head(
+        Bands, head, period, first, last, mirror_first, mirror_last, PER_HEAD
+    )
+    residues = tl.minimum(period, T)
+    residue, row0 = tile % residues, tile // residues * BM
+    rows = tl.cdiv(T - residue, period)
+    if row0 < rows:
+        row = row0 + tl.arange(0, BM)
+        token = residue + row * period
+        present = token < T
+        offset = S - T + residue
+        Starts += batch * S
+        Q += batch * sq_b + head * sq_h
+        K += batch * sk_b + (head // GROUP) * sk_h
+        V += batch * sv_b + (head // GROUP) * sv_h
+        q = load_rows(Q, sq_t, sq_d, token, present, D, BD)
+        query_tag = load_query_tags(Starts, S - T + token, present, SEGMENTS)
+        m = tl.full([BM], float("-inf"), tl.float32)
+        l = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, BD], tl.float32)
+        row_end = tl.minimum(row0 + BM, rows) - 1
+        acc, m, l = _side(
+            q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+            row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+            D, BD, BM, BN, RING, SEGMENTS, SINKS, SPLIT, PRECISION,
+        )  # fmt: skip
+        if MIRROR:
+            acc, m, l = _side(
+                q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+                row0, row_end, row, query_tag, offset, period, S, mirror_first, mirror_last, sinks, scale_log2,
+                D, BD, BM, BN, RING, SEGMENTS, SINKS, SPLIT, PRECISION,
+            )  # fmt: skip
+        empty = l == 0.0
+        out = acc / tl.where(empty, 1.0, l)[:, None]
+        lse = tl.where(empty, float("-inf"), (m + tl.math.log2(tl.where(empty, 1.0, l))) * LN2)
+        of_head = row_of_heads.to(tl.int64) * T
+        tl.store(Lse + of_head + token, lse, mask=present)
+        if FUSE:
+            lse_skip = tl.load(SkipLse + of_head + token, mask=present, other=float("-inf"))
+            logit = tl.zeros([BM], tl.float32)
+            if GATED:
+                gates = Gate + batch * sg_b + head * sg_h + token.to(tl.int64) * sg_t
+                logit += tl.load(gates, mask=present, other=0.0).to(tl.float32)
+            g = gate_weight(lse, lse_skip, logit, MASS)[:, None]
+            out = g * out + (1.0 - g) * load_rows(SkipOut + of_head * D, D, 1, token, present, D, BD).to(tl.float32)
+        store_rows(Out + of_head * D, D, token, present, out, D, BD, False)

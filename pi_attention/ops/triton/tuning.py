@@ -1,0 +1,52 @@
+"""Tile sizes by kernel and head dim: a small table from measurements on an H200, instead of autotuning at run time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+INTERPRETER_ROWS = 32
+
+
+class Tiles(NamedTuple):
+    """Query rows BM, key rows BN, warps and pipeline stages of a program."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+LOCAL = {
+    "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 2)},
+    "backward query": {64: Tiles(128, 64, 8, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 32, 8, 1)},
+    "backward key": {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 32, 8, 1)},
+}
+"""For the run of neighbouring tokens, which is bound by arithmetic."""
+
+SKIP = {
+    "forward": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(32, 16, 4, 2)},
+    "backward query": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(32, 16, 4, 1)},
+    "backward key": {64: Tiles(32, 64, 4, 2), 128: Tiles(32, 64, 4, 2), 256: Tiles(16, 32, 4, 1)},
+}
+"""For the rows of a residue, few keys a query, which is bound by memory."""
+
+
+def choose_tiles(kernel: str, skip: bool, head_dim: int, rows: int, *, wide: bool, interpreted: bool) -> Tiles:
+    """Tiles of a kernel.
+
+    Args:
+        kernel: "forward", "backward query" or "backward key".
+        skip: the skip band, else the local band.
+        head_dim: D, padded to a power of two.
+        rows: of a sequence in residue order; a tile need not be larger.
+        wide: elements of 4 bytes, which take twice the shared memory.
+        interpreted: small tiles, for tests on a CPU.
+    """
+    if interpreted:
+        return Tiles(INTERPRETER_ROWS, INTERPRETER_ROWS, 4, 1)
+    table = (SKIP if skip else LOCAL)[kernel]
+    tiles = table[min(size for size in table if size >= max(64, head_dim))]
+    if wide:
+        tiles = Tiles(max(16, tiles.queries // 2), max(16, tiles.keys // 2), tiles.warps, 1)
+    fit = max(16, 1 << (rows - 1).bit_length())
+    return tiles._replace(queries=min(tiles.queries, fit), keys=min(tiles.keys, fit))

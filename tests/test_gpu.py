@@ -1,0 +1,96 @@
+"""What only a GPU can show: long sequences, large offsets, CUDA graphs, the default implementation there."""
+
+import pytest
+import torch
+
+from pi_attention import PiPattern, pi_attention
+from pi_attention.nn import PiAttention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def relative_error(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def qkv(*shape, dtype=torch.bfloat16, grad=True):
+    return [torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=grad) for _ in range(3)]
+
+
+PATTERNS = [
+    PiPattern(256, 256, 16),
+    PiPattern(1024, 1024, 32),
+    PiPattern(64, 64, 8, sinks=4),
+    PiPattern(256, 256, 1),
+    PiPattern(100, (60, 70, 80, 90), 12),
+    PiPattern(128, 128, 8, causal=False),
+]
+
+
+@pytest.mark.parametrize("dim", [64, 128, 80, 256])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_long_sequences_agree_with_the_blocked_implementation(pattern, dim):
+    inputs = qkv(1, 4, 3333, dim)
+    gate = torch.randn(1, 4, 3333, device="cuda", requires_grad=True)
+    grad = torch.randn(1, 4, 3333, dim, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for impl in ("triton", "blocked"):
+        out = pi_attention(*inputs, pattern, gate=gate, impl=impl)
+        results.append([out, *torch.autograd.grad(out, (*inputs, gate), grad)])
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) < 1e-2
+
+
+def test_gpu_default_is_the_kernels_and_bitwise_repeatable():
+    inputs = qkv(2, 8, 2048, 64)
+    pattern = PiPattern(64, 64, 8)
+    runs = []
+    for impl in ("auto", "triton"):
+        out = pi_attention(*inputs, pattern, impl=impl)
+        runs.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_more_than_two_billion_elements():
+    query = torch.randn(1, 128, (1 << 31) // (128 * 128) + 512, 128, device="cuda", dtype=torch.bfloat16)
+    assert query.numel() > 1 << 31
+    pattern = PiPattern(32, 64, 2)
+    out = pi_attention(query, query, query, pattern, impl="triton")
+    tail = query[:, -1:, -400:]
+    want = pi_attention(tail, tail, tail, pattern, impl="blocked")
+    assert relative_error(out[:, -1:, -200:], want[:, :, -200:]) < 1e-2
+
+
+def test_cuda_graph_capture():
+    pattern, inputs = PiPattern(64, 64, 8), qkv(1, 4, 1000, 64, grad=False)
+    want = pi_attention(*inputs, pattern)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = pi_attention(*inputs, pattern)
+    inputs[0].copy_(torch.randn_like(inputs[0]))
+    graph.replay()
+    assert not torch.equal(out, want)
+    assert torch.equal(out, pi_attention(*inputs, pattern))
+
+
+def test_a_new_length_compiles_nothing():
+    from pi_attention.ops.triton.forward import band_forward_kernel
+
+    pattern = PiPattern(64, 64, 8)
+    pi_attention(*qkv(1, 4, 5000, 64, grad=False), pattern)
+    compiled = sum(len(cache[0]) for cache in band_forward_kernel.device_caches.values())
+    for length in (5001, 6000, 7777, 8192):
+        pi_attention(*qkv(1, 4, length, 64, grad=False), pattern)
+    assert sum(len(cache[0]) for cache in band_forward_kernel.device_caches.values()) == compiled
+
+
+def test_layer_under_autocast_and_compile():
+    layer = PiAttention(256, 4, PiPattern(64, 64, 8)).cuda()
+    x = torch.randn(2, 1000, 256, device="cuda")
+    want = layer(x)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert relative_error(layer(x), want) < 3e-2
+    compiled = torch.compile(layer, fullgraph=True)
+    assert relative_error(compiled(x), want) < 1e-4
+    compiled(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
