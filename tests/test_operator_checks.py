@@ -1,5 +1,6 @@
 import pytest
 import torch
+from problems import DEVICE
 
 from pi_attention import PiPattern, pi_attention, segments_from_cu_seqlens, segments_from_mask
 
@@ -42,13 +43,14 @@ def test_wrong_arguments_are_named(arguments, error, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({name: x.double() for name, x in tensors().items()}, "float64"),
+        (tensors() | {"dtype": torch.float64}, "float64"),
         (tensors(query=(1, 1, 8, 300), key=(1, 1, 8, 300), value=(1, 1, 8, 300)), "head dim 300"),
     ],
 )
 def test_an_explicit_implementation_never_falls_back(arguments, words):
+    dtype = arguments.pop("dtype", torch.float32)
     with pytest.raises(NotImplementedError, match=words):
-        pi_attention(**arguments, pattern=PATTERN, impl="triton")
+        pi_attention(**{name: x.to(DEVICE, dtype) for name, x in arguments.items()}, pattern=PATTERN, impl="triton")
 
 
 def test_without_a_gpu_the_kernels_say_so(monkeypatch):
@@ -60,7 +62,7 @@ def test_without_a_gpu_the_kernels_say_so(monkeypatch):
 
 
 def test_the_kernels_refuse_double_backward():
-    inputs = [x.requires_grad_() for x in tensors().values()]
+    inputs = [x.to(DEVICE).requires_grad_() for x in tensors().values()]
     out = pi_attention(*inputs, PATTERN, impl="triton")
     (grad,) = torch.autograd.grad(out.sum(), inputs[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="double backward"):

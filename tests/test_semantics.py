@@ -65,7 +65,7 @@ def test_error_is_within_the_budget_of_eager_low_precision(case, dtype, fast):
     exact = _results_of(case, exact_case_inputs)
     for index, (a, b, gold) in enumerate(zip(got, eager, exact, strict=True)):
         budget = 2 if index < 4 else 3
-        rounding = torch.finfo(a.dtype).eps * max(4.0, gold.abs().max())  # what cancels to 0 has an error, too
+        rounding = torch.finfo(a.dtype).eps * max(8.0, gold.abs().max())  # what cancels to 0 has an error, too
         error, eager_error = (a.double() - gold).abs().max(), (b.double() - gold).abs().max()
         assert error <= budget * eager_error + rounding, f"result {index}: {error:.2e} against {eager_error:.2e}"
 

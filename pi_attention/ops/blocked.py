@@ -18,16 +18,17 @@ def sink_attention(
 
     Shapes and dtypes as those of `bands.band_forward`. The sinks of a query are gathered: O(T · sinks · D).
     """
-    batch, heads, length, dim = query.shape
+    batch, heads, length, _ = query.shape
     groups, key_length, dtype = key.shape[1], key.shape[2], compute_dtype(query.dtype)
     position = torch.arange(key_length - length, key_length, device=query.device)[:, None]
     start = torch.zeros_like(position)[None] if starts is None else starts[:, key_length - length :, None].long()
     sink = start + torch.arange(pattern.sinks, device=query.device)  # [B or 1, T, sinks]
     visible = (start >= 0) & (sink <= position - pattern.window)
-    sink = sink.clamp(0, key_length - 1).expand(batch, -1, -1).flatten(1)[:, None, :, None]
+    sink = sink.clamp(0, key_length - 1).expand(batch, -1, -1)
+    row = torch.arange(batch, device=query.device)[:, None, None]
 
-    def gather(x: Tensor) -> Tensor:  # [B, G, T, sinks, D]
-        return x.gather(2, sink.expand(-1, groups, -1, dim)).unflatten(2, (length, -1)).to(dtype)
+    def gather(x: Tensor) -> Tensor:  # [B, G, T, sinks, D]; indexing, whose backward pass is repeatable on a GPU, too
+        return x.transpose(1, 2)[row, sink].movedim(3, 1).to(dtype)
 
     query = query.to(dtype).unflatten(1, (groups, heads // groups)) * scale
     scores = torch.einsum("bghtd,bgtsd->bghts", query, gather(key)).flatten(1, 2)

@@ -17,16 +17,18 @@ from pi_attention.ops.library import decode, encode
 from pi_attention.pattern import PiPattern
 
 BOTH, LOCAL, SKIP = 0, 1, 2
+HAS_TRITON = find_spec("triton") is not None
 
 
 def why_not_triton(query: Tensor) -> str | None:
     """Why the kernels cannot serve a call with this query; None when they can."""
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return "the package triton is not installed"
-    from triton import knobs
+    if not query.is_cuda:
+        from triton import knobs
 
-    if not query.is_cuda and not knobs.runtime.interpret:
-        return f"the tensors are on {query.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
+        if not knobs.runtime.interpret:
+            return f"the tensors are on {query.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
     if query.dtype == torch.float64:
         return "the kernels compute in fp32, and the tensors are float64"
     if query.shape[3] > 256:
@@ -97,22 +99,33 @@ def fused_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and gate logits (fp32; empty without a gate)."""
-    from pi_attention.ops.triton.launch import Launch, Saved, launch_backward, launch_row_terms
+    from pi_attention.ops.triton.launch import (
+        Launch,
+        Saved,
+        launch_backward_key,
+        launch_backward_query,
+        launch_row_terms,
+    )
 
     shape = decode(pattern)
     both = bands == BOTH
     saved = Saved(out, lse, skip_out if both else None, skip_lse if both else None)
     terms, grad_gate = launch_row_terms(saved, grad_out, grad_lse, grad_skip_lse, gate, mass)
     exact = len(set(shape.periods)) > 1 and query.shape[1] != key.shape[1]  # several launches add to one gradient
+    key_dtype = torch.float32 if exact else key.dtype
     grads = (
         torch.empty(query.shape, dtype=query.dtype, device=query.device),
-        *(torch.empty(x.shape, dtype=torch.float32 if exact else x.dtype, device=x.device) for x in (key, value)),
+        torch.empty(key.shape, dtype=key_dtype, device=key.device),
+        torch.empty(value.shape, dtype=key_dtype, device=value.device),
     )
+    work = []
     if bands != LOCAL:
-        skip = Launch(query, key, value, starts, shape, True, scale)
-        launch_backward(skip, grad_out, skip_lse if both else lse, terms[2:] if both else terms, grads, add=False)
+        work.append((Launch(query, key, value, starts, shape, True, scale), skip_lse if both else lse, terms[-2:]))
     if bands != SKIP:
-        launch_backward(Launch(query, key, value, starts, shape, False, scale), grad_out, lse, terms, grads, add=both)
+        work.append((Launch(query, key, value, starts, shape, False, scale), lse, terms[:2]))
+    for number, (launch, band_lse, band_terms) in enumerate(work):
+        launch_backward_query(launch, grad_out, band_lse, band_terms, grads[0], add=number > 0)
+        launch_backward_key(launch, grad_out, band_lse, band_terms, (grads[1], grads[2]), add=number > 0)
     if grad_gate is None:
         grad_gate = lse.new_empty(0)
     return grads[0], grads[1].to(key.dtype), grads[2].to(value.dtype), grad_gate

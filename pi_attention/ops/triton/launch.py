@@ -162,10 +162,10 @@ class Saved:
 def launch_row_terms(
     saved: Saved, grad_out: Tensor, grad_lse: Tensor, grad_skip_lse: Tensor, gate: Tensor | None, mass: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Terms [4, B, H, T] (w, c of the local band, w, c of the skip band) and the gradient of the gate logits."""
+    """Terms w, c of the one band, or of the local and the skip band, [2 or 4, B, H, T]; gradient of the gate logits."""
     batch, heads, length, dim = saved.out.shape
-    terms = torch.empty(4, batch, heads, length, dtype=torch.float32, device=saved.out.device)
     both = saved.skip_out is not None
+    terms = torch.empty(4 if both else 2, batch, heads, length, dtype=torch.float32, device=saved.out.device)
     grad_gate = torch.empty_like(saved.lse) if gate is not None else None
     rows, tile = batch * heads * length, 256 if INTERPRETED else 64
     row_terms_kernel[(cdiv(rows, tile),)](
@@ -195,43 +195,58 @@ def launch_row_terms(
     return terms, grad_gate
 
 
-def launch_backward(
-    launch: Launch, grad_out: Tensor, lse: Tensor, terms: Tensor, grads: tuple[Tensor, Tensor, Tensor], add: bool
+def launch_backward_query(
+    launch: Launch, grad_out: Tensor, lse: Tensor, terms: Tensor, grad_query: Tensor, add: bool
 ) -> None:
-    """Write the gradients of query, key and value of one band, or add them to what is there."""
+    """Write the gradient of the queries of one band, or add it to what is there."""
     batch, heads, length, _ = launch.query.shape
-    groups, key_length = launch.key.shape[1:3]
-    tensors = (*launch.tensors(), grad_out, lse, terms[0], terms[1])
-    strides = (*launch.strides(), *grad_out.stride())
-    scales = (launch.scale, launch.scale * LOG2E)
     tiles = launch.tiles("backward query")
     count = launch.query_tiles(tiles.queries)
     band_backward_query_kernel[(count * batch * heads,)](
-        *tensors,
-        grads[0],
-        *strides,
+        *launch.tensors(),
+        grad_out,
+        lse,
+        terms[0],
+        terms[1],
+        grad_query,
+        *launch.strides(),
+        *grad_out.stride(),
         count,
         heads,
         length,
-        key_length,
+        launch.key.shape[2],
         *launch.lags(),
-        *scales,
+        launch.scale,
+        launch.scale * LOG2E,
         ADD=add,
         **launch.flags(tiles),
     )
+
+
+def launch_backward_key(
+    launch: Launch, grad_out: Tensor, lse: Tensor, terms: Tensor, grads: tuple[Tensor, Tensor], add: bool
+) -> None:
+    """Write the gradients of the keys and values of one band, or add them to what is there."""
+    batch, groups, key_length, _ = launch.key.shape
     tiles = launch.tiles("backward key")
     count = launch.key_tiles(tiles.keys)
     for first, members in _members(launch):
         band_backward_key_kernel[(count * batch * groups,)](
-            *tensors,
-            *grads[1:],
-            *strides,
+            *launch.tensors(),
+            grad_out,
+            lse,
+            terms[0],
+            terms[1],
+            *grads,
+            *launch.strides(),
+            *grad_out.stride(),
             count,
             groups,
-            length,
+            launch.query.shape[2],
             key_length,
             *launch.lags(),
-            *scales,
+            launch.scale,
+            launch.scale * LOG2E,
             first,
             members,
             ADD=add or first > 0,

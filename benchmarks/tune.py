@@ -1,0 +1,108 @@
+"""Measure tile sizes for each kernel, from which `pi_attention/ops/triton/tuning.py` is filled by hand.
+
+    python -m benchmarks.tune [--dim 128] [--workers 14]
+
+Workers first compile every candidate into Triton's disk cache; then one process times them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+from triton.testing import do_bench
+
+from pi_attention import PiPattern
+from pi_attention.ops.triton import tuning
+from pi_attention.ops.triton.launch import (
+    Launch,
+    Saved,
+    launch_backward_key,
+    launch_backward_query,
+    launch_forward,
+    launch_row_terms,
+)
+from pi_attention.ops.triton.tuning import Tiles
+
+PATTERN = PiPattern(256, 256, 16)
+KERNELS = ["forward", "backward query", "backward key"]
+
+
+def candidates(skip: bool, kernel: str) -> Iterator[Tiles]:
+    sizes = (16, 32, 64, 128) if skip else (32, 64, 128)
+    stages = (1, 2, 3) if kernel == "forward" or skip else (1, 2)
+    for queries, keys, warps, stage in itertools.product(sizes, sizes, (4, 8), stages):
+        area = queries * keys
+        if (1024 if skip else 2048) <= area <= (4096 if skip else 16384) and area // warps >= 256:
+            yield Tiles(queries, keys, warps, stage)
+
+
+class Bench:
+    """The kernels of one band on one problem."""
+
+    def __init__(self, skip: bool, length: int, dim: int) -> None:
+        torch.manual_seed(0)
+        q, k, v, self.grad = (torch.randn(1, 16, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+        gate = torch.randn(1, 16, length, device="cuda", dtype=torch.bfloat16)
+        self.launch = Launch(q, k, v, None, PATTERN, skip, dim**-0.5)
+        skip_out, skip_lse = launch_forward(Launch(q, k, v, None, PATTERN, True, dim**-0.5))
+        self.fuse = None if skip else (skip_out, skip_lse)
+        self.gate = None if skip else gate
+        out, lse = launch_forward(self.launch, self.fuse, self.gate)
+        self.lse = lse
+        saved = Saved(out, lse, skip_out, skip_lse)
+        self.terms, _ = launch_row_terms(saved, self.grad, torch.zeros_like(lse), torch.zeros_like(lse), gate, False)
+        self.grads = tuple(torch.empty_like(x) for x in (q, k, v))
+
+    def run(self, kernel: str) -> None:
+        if kernel == "forward":
+            launch_forward(self.launch, self.fuse, self.gate)
+            return
+        add, terms = not self.launch.skip, self.terms[2:] if self.launch.skip else self.terms[:2]
+        if kernel == "backward query":
+            launch_backward_query(self.launch, self.grad, self.lse, terms, self.grads[0], add)
+        else:
+            launch_backward_key(self.launch, self.grad, self.lse, terms, self.grads[1:], add)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--shard", type=int, default=None)
+    options = parser.parse_args()
+    todo = [(skip, kernel, tiles) for skip in (False, True) for kernel in KERNELS for tiles in candidates(skip, kernel)]
+    if options.shard is not None:
+        todo = todo[options.shard :: options.workers]
+    else:
+        command = [sys.executable, "-m", "benchmarks.tune", f"--dim={options.dim}", f"--workers={options.workers}"]
+        shards = [subprocess.Popen([*command, f"--shard={i}", "--length=2048"]) for i in range(options.workers)]
+        for shard in shards:
+            shard.wait()
+    benches = {skip: Bench(skip, options.length, options.dim) for skip in (False, True)}
+    times: dict[tuple[bool, str], list[tuple[float, Tiles]]] = {}
+    for skip, kernel, tiles in todo:
+        (tuning.SKIP if skip else tuning.LOCAL)[kernel][max(64, options.dim)] = tiles
+        try:
+            if options.shard is not None:
+                benches[skip].run(kernel)
+                continue
+            run = benches[skip].run
+            time = do_bench(lambda: run(kernel), warmup=5, rep=20, return_mode="median")  # noqa: B023
+            times.setdefault((skip, kernel), []).append((1e3 * float(time), tiles))
+        except Exception as error:  # out of shared memory, mostly
+            if options.shard is None:
+                print(skip, kernel, tiles, type(error).__name__)
+    for (skip, kernel), found in times.items():
+        print("skip" if skip else "local", kernel)
+        for time, tiles in sorted(found)[:6]:
+            print(f"    {time:8.1f} us  {tiles}")
+
+
+if __name__ == "__main__":
+    main()
