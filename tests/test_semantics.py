@@ -264,6 +264,14 @@ def test_scale_is_applied(impl):
     assert_close(case.run(impl, (query, key, value, gate), scale=0.3), scaled, impl=impl)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.4])
+def test_scale_may_be_zero_or_negative(scale, impl):
+    case = Case(PiPattern(4, 5, 3))
+    query, key, value, gate = case.tensors(grad=False)
+    want = case.run("reference", (query * scale, key, value, gate), scale=1.0)
+    assert_close(case.run(impl, (query, key, value, gate), scale=scale), want, impl=impl)
+
+
 def test_output_dtype_follows_the_query_and_log_sum_exps_stay_exact(impl):
     case = Case(PiPattern(4, 5, 3))
     query, key, value, gate = case.tensors(torch.bfloat16, grad=False)

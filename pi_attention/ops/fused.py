@@ -192,6 +192,8 @@ def fused_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
+    if scale <= 0:  # the kernels' running maximum takes a positive one
+        query, scale = query * scale, 1.0
     code = encode(pattern)
     if not pattern.sinks:
         if pattern.skips == 0:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from pi_attention.ops.triton.band import (
+    ABSENT,
     LOG2E,
     RUN_TIME,
     band_of_head,
@@ -87,6 +88,7 @@ def _side_of_query(
     if not RING:
         begin = tl.maximum(begin, -(offset // period))
         last_key = tl.minimum(last_key, (S - 1 - offset) // period)
+    TAGS: tl.constexpr = SEGMENTS or SINKS
     for start in tl.range(begin, last_key + 1, BN):
         key_row = start + tl.arange(0, BN)
         position = offset + key_row * period
@@ -95,8 +97,11 @@ def _side_of_query(
         present = key_row <= last_key
         k = load_rows(K, sk_t, sk_d, position, present, D, BD)
         v = load_rows(V, sv_t, sv_d, position, present, D, BD)
-        key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, SINKS)
-        seen = visible(row[:, None], key_row[None, :], query_tag[:, None], key_tag[None, :], first, last)
+        key_row = tl.where(present, key_row, ABSENT)
+        key_tag = key_row
+        if TAGS:
+            key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, SINKS)
+        seen = visible(row[:, None], key_row[None, :], query_tag[:, None], key_tag[None, :], first, last, TAGS)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
         p = _weights(score, lse[:, None], seen, scale_log2)
         d_weight = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
@@ -159,8 +164,9 @@ def _side_of_key(
     k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
     row0, row_end, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    TAGS: tl.constexpr = SEGMENTS or SINKS
     begin = row0 + first
     last_query = row_end + last - 1
     if not RING:
@@ -178,8 +184,10 @@ def _side_of_key(
         lse = tl.load(Lse + token, mask=present, other=0.0)
         weight = tl.load(Weight + token, mask=present, other=0.0)
         shift = tl.load(Shift + token, mask=present, other=0.0)
-        query_tag = load_query_tags(Starts, position, present, SEGMENTS)
-        seen = visible(row[None, :], key_row[:, None], query_tag[None, :], key_tag[:, None], first, last)
+        query_tag = row
+        if TAGS:
+            query_tag = load_query_tags(Starts, position, present, SEGMENTS)
+        seen = visible(row[None, :], key_row[:, None], query_tag[None, :], key_tag[:, None], first, last, TAGS)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BD] @ [BD, BM] -> [BN, BM]
         p = _weights(score, lse[None, :], seen, scale_log2)
         weighted = (p * weight[None, :]).to(d_out.dtype)
@@ -230,13 +238,13 @@ def band_backward_key_kernel(
             dk, dv = _side_of_key(
                 k, v, dk, dv, q_of_head, d_of_head, Starts, Lse + of_head, Weight + of_head, Shift + of_head,
                 sq_t, sq_d, sd_t, sd_d, row0, row_end, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
-                D, BD, BM, RING, SEGMENTS, PRECISION,
+                D, BD, BM, RING, SEGMENTS, SINKS, PRECISION,
             )  # fmt: skip
             if MIRROR:
                 dk, dv = _side_of_key(
                     k, v, dk, dv, q_of_head, d_of_head, Starts, Lse + of_head, Weight + of_head, Shift + of_head,
                     sq_t, sq_d, sd_t, sd_d, row0, row_end, key_row, key_tag, offset, period, T, S,
-                    mirror_first, mirror_last, scale_log2, D, BD, BM, RING, SEGMENTS, PRECISION,
+                    mirror_first, mirror_last, scale_log2, D, BD, BM, RING, SEGMENTS, SINKS, PRECISION,
                 )  # fmt: skip
         of_group = row_of_heads.to(tl.int64) * S * D
         store_rows(GradK + of_group, D, position, present, dk * scale, D, BD, ADD)

@@ -12,6 +12,9 @@ import triton.language as tl
 RUN_TIME = ["tiles", "T", "S", "period", "first", "last", "mirror_first", "mirror_last", "sinks"]
 """Arguments that vary from call to call: no value of theirs is compiled in."""
 
+ABSENT = tl.constexpr(1 << 30)
+"""Key row of an absent key: no lag from it is in a band."""
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -72,18 +75,21 @@ def load_query_tags(Starts, position, present, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def visible(query_row, key_row, query_tag, key_tag, first, last):
-    """Which pairs of a tile are in the band and in one segment; the arguments broadcast to the tile's shape."""
-    lag = query_row - key_row
-    return (lag >= first) & (lag < last) & (query_tag == key_tag)
+def visible(query_row, key_row, query_tag, key_tag, first, last, TAGS: tl.constexpr):
+    """Which pairs of a tile are in the band, first ≤ lag < last, and with TAGS in one segment; arguments broadcast."""
+    beyond_first = (query_row - first) - key_row
+    seen = beyond_first.to(tl.uint32, bitcast=True) < (last - first).to(tl.uint32, bitcast=True)
+    if TAGS:
+        seen = seen & (query_tag == key_tag)
+    return seen
 
 
 @triton.jit
-def online_softmax(score, m, l):
-    """Running maximum m and sum l, in base 2, with one more tile of scores: its weights, the past's factor, m, l."""
-    m_new = tl.maximum(m, tl.max(score, 1))
+def online_softmax(score, scale_log2, m, l):
+    """Running maximum m (scaled) and sum l, in base 2, with one more tile of scores: its weights, the past's factor."""
+    m_new = tl.maximum(m, tl.max(score, 1) * scale_log2)
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    weight = tl.math.exp2(score - shift[:, None])
+    weight = tl.math.exp2(score * scale_log2 - shift[:, None])
     past = tl.math.exp2(m - shift)
     return weight, past, m_new, l * past + tl.sum(weight, 1)
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from pi_attention.ops.triton.band import (
+    ABSENT,
     LN2,
     RUN_TIME,
     band_of_head,
@@ -18,65 +19,37 @@ from pi_attention.ops.triton.band import (
 
 
 @triton.jit
-def _visit(
+def _side(
     q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
-    begin, end, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+    row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the key rows from `begin` to before `end`, by tiles of BN; rows beyond `last_key` are absent."""
-    for start in tl.range(begin, end, BN):
+    """Attend to all key rows at lags [first, last) of the tile's rows row0 … row_end, by tiles of BN."""
+    TAGS: tl.constexpr = SEGMENTS or SINKS
+    begin = row0 - last + 1
+    last_key = row_end - first
+    if not RING:
+        begin = tl.maximum(begin, -(offset // period))
+        last_key = tl.minimum(last_key, (S - 1 - offset) // period)
+    for start in tl.range(begin, last_key + 1, BN):
         key_row = start + tl.arange(0, BN)
         position = offset + key_row * period
         if RING:
             position = (position % S + S) % S
         present = key_row <= last_key
         k = load_rows(K, sk_t, sk_d, position, present, D, BD)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [BM, BD] @ [BD, BN] -> [BM, BN]
-        if MASK:
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
+        key_row = tl.where(present, key_row, ABSENT)
+        key_tag = key_row
+        if TAGS:
             key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, SINKS)
-            seen = visible(row[:, None], key_row[None, :], query_tag[:, None], key_tag[None, :], first, last)
-            score = tl.where(seen, score, float("-inf"))
-        weight, past, m, l = online_softmax(score, m, l)
+        seen = visible(row[:, None], key_row[None, :], query_tag[:, None], key_tag[None, :], first, last, TAGS)
+        score = tl.where(seen, score, float("-inf"))
+        weight, past, m, l = online_softmax(score, scale_log2, m, l)
         v = load_rows(V, sv_t, sv_d, position, present, D, BD)
         acc = acc * past[:, None]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
-    return acc, m, l
-
-
-@triton.jit
-def _side(
-    q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
-    row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr,
-    SEGMENTS: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend to all key rows at lags [first, last) of the tile's rows row0 … row_end."""
-    begin = row0 - last + 1
-    last_key = row_end - first
-    if not RING:
-        begin = tl.maximum(begin, -(offset // period))
-        last_key = tl.minimum(last_key, (S - 1 - offset) // period)
-    if SPLIT:  # tiles that every row sees whole need no mask
-        whole_begin = begin + tl.cdiv(tl.maximum(row0 + BM - last - begin, 0), BN) * BN
-        whole_end = whole_begin + tl.maximum(tl.minimum(row0 - first, last_key) + 1 - whole_begin, 0) // BN * BN
-        left_end = tl.minimum(whole_begin, last_key + 1)
-        acc, m, l = _visit(
-            q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
-            begin, left_end, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
-            D, BD, BN, RING, SEGMENTS, SINKS, True, PRECISION,
-        )  # fmt: skip
-        acc, m, l = _visit(
-            q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
-            whole_begin, whole_end, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
-            D, BD, BN, RING, SEGMENTS, SINKS, False, PRECISION,
-        )  # fmt: skip
-        begin = whole_end
-    acc, m, l = _visit(
-        q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
-        begin, last_key + 1, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
-        D, BD, BN, RING, SEGMENTS, SINKS, True, PRECISION,
-    )  # fmt: skip
     return acc, m, l
 
 
@@ -87,7 +60,7 @@ def band_forward_kernel(
     tiles, H, T, S, period, first, last, mirror_first, mirror_last, sinks, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
-    MIRROR: tl.constexpr, SPLIT: tl.constexpr, FUSE: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
+    MIRROR: tl.constexpr, FUSE: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM query rows of one residue: Out [B, H, T, D] and Lse [B, H, T].
@@ -120,13 +93,13 @@ def band_forward_kernel(
         acc, m, l = _side(
             q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
             row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
-            D, BD, BM, BN, RING, SEGMENTS, SINKS, SPLIT, PRECISION,
+            D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
         )  # fmt: skip
         if MIRROR:
             acc, m, l = _side(
                 q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
                 row0, row_end, row, query_tag, offset, period, S, mirror_first, mirror_last, sinks, scale_log2,
-                D, BD, BM, BN, RING, SEGMENTS, SINKS, SPLIT, PRECISION,
+                D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
             )  # fmt: skip
         empty = l == 0.0
         out = acc / tl.where(empty, 1.0, l)[:, None]

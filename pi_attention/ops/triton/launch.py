@@ -124,7 +124,6 @@ def launch_forward(
     count = launch.query_tiles(tiles.queries)
     flags = launch.flags(tiles)
     skip_out, skip_lse = (out, lse) if fuse is None else fuse
-    split = not (launch.pattern.ring or flags["SEGMENTS"] or launch.skip)
     band_forward_kernel[(count * batch * heads,)](
         *launch.tensors(),
         lse if gate is None else gate,
@@ -140,7 +139,6 @@ def launch_forward(
         launch.key.shape[2],
         *launch.lags(),
         launch.scale * LOG2E,
-        SPLIT=split,
         FUSE=fuse is not None,
         MASS=mass,
         GATED=gate is not None,
