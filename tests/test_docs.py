@@ -18,9 +18,16 @@ def test_readme_examples_run():
 
 
 def test_links_lead_somewhere():
-    for page in ROOT.glob("*.md"):
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert target.startswith("https://") or (ROOT / target).exists(), f"{page.name}: {target}"
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_tables_are_those_of_the_result_files():
+    from benchmarks.report import filled, pages
+
+    for page, text in pages().items():
+        assert filled(text) == text, f"{page.name}: run python -m benchmarks.report"
 
 
 def test_docstring_examples():
