@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from pi_attention.cli.runs import model_folder
 from pi_attention.pattern import PiPattern
 
 
@@ -63,10 +64,7 @@ class Inspect:
             return {pattern: []}, self.context, self.heads, self.kv_heads or self.heads, self.head_dim
         from pi_attention.models import PiConfig
 
-        folder = self.run / "model" if (self.run / "model").is_dir() else self.run
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"run={str(self.run)!r} holds no model.")
-        config = PiConfig.from_pretrained(folder)
+        config = PiConfig.from_pretrained(model_folder(self.run))
         layers: dict[PiPattern, list[int]] = {}
         for number, pattern in enumerate(config.patterns()):
             layers.setdefault(pattern, []).append(number)
