@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 from benchmarks.timing import machine, write
 from pi_attention import PiPattern, pi_attention
@@ -25,11 +25,19 @@ from pi_attention.accounting import attention_flops
 HEADS = 16
 PATTERNS = [PiPattern(256, 256, 16), PiPattern(256, 256, 1), PiPattern(1024, 1024, 32), PiPattern(64, 64, 8)]
 MAIN = PATTERNS[0]
+SHORT = 8192
+"""Up to here the host matters, and rows are measured in a CUDA graph, too."""
 
 
 def median(run: Callable[[], Any]) -> float:
     """Microseconds."""
     return 1e3 * float(do_bench(run, warmup=25, rep=100, return_mode="median"))
+
+
+def replayed(run: Callable[[], Any]) -> float:
+    """Microseconds in a replayed CUDA graph: without the host's part, as torch.compile(mode="reduce-overhead") runs."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return 1e3 * float(do_bench_cudagraph(run, rep=20, return_mode="median"))
 
 
 def ceilings() -> tuple[float, float]:
@@ -68,7 +76,12 @@ def time_both(attend: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor)
     before = torch.cuda.memory_allocated()
     step()
     peak = torch.cuda.max_memory_allocated() - before
-    return {"forward us": forward, "forward+backward us": median(step), "peak MiB": peak / 2**20}
+    result = {"forward us": forward, "forward+backward us": median(step), "peak MiB": peak / 2**20}
+    if inputs[0].shape[2] <= SHORT:
+        with torch.no_grad():
+            result["forward in graph us"] = replayed(lambda: attend(*inputs))
+        result["forward+backward in graph us"] = replayed(step)
+    return result
 
 
 def floors(pattern: PiPattern, length: int, dim: int, bandwidth: float, rate: float) -> dict[str, float]:
@@ -138,12 +151,48 @@ def row(pattern: PiPattern, length: int, dim: int, limits: tuple[float, float], 
     return result
 
 
+def variants(length: int, limits: tuple[float, float]) -> list[dict[str, Any]]:
+    """The main row again: bidirectional, grouped queries, packed, a period a head; each with its own floor."""
+    w, period, m = MAIN.window, MAIN.period_of(0), MAIN.skips
+    near = tuple(period - 8 + head for head in range(HEADS))
+    found = []
+    for name, pattern, groups, documents in (
+        ("causal", MAIN, HEADS, 1),
+        ("bidirectional", PiPattern(w, period, m, causal=False), HEADS, 1),
+        ("GQA 4:1", MAIN, HEADS // 4, 1),
+        ("packed, 8 documents", MAIN, HEADS, 8),
+        ("a period a head", PiPattern(w, near, m), HEADS, 1),
+    ):
+        inputs, grad = problem(length, 128, groups)
+        segments = (torch.arange(length, device="cuda") // (length // documents)).int()[None]
+        ids = segments if documents > 1 else None
+
+        def attend(*x: Tensor, pattern: PiPattern = pattern, ids: Tensor | None = ids, impl: Any = "triton") -> Tensor:
+            return pi_attention(*x[:3], pattern, gate=x[3], segment_ids=ids, impl=impl)
+
+        check(name, attend(*inputs), attend(*inputs, impl="blocked"))
+        size = 2 * length * 128
+        some, all_heads = 2 * groups * size, 2 * HEADS * size
+        bytes_forward, bytes_both = some + all_heads, 3 * some + 3 * all_heads
+        flops = attention_flops(pattern, length // documents, heads=HEADS, head_dim=128) * documents
+        result: dict[str, Any] = {"name": name, "S": length, "pi": time_both(attend, inputs, grad)}
+        result["floor forward us"] = 1e6 * max(bytes_forward / limits[0], flops / limits[1])
+        result["floor forward+backward us"] = 1e6 * max(bytes_both / limits[0], 3.5 * flops / limits[1])
+        for kind in ("forward", "forward+backward"):
+            result[f"{kind} over floor"] = result["pi"][f"{kind} us"] / result[f"floor {kind} us"]
+        print(result, flush=True)
+        found.append(result)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 32768, 131072])
     parser.add_argument("--dims", type=int, nargs="+", default=[128])
     parser.add_argument("--patterns", type=int, default=1, help="how many of the patterns")
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--variants", action="store_true", help="bidirectional, GQA, packed, per-head rows at 32768")
+    parser.add_argument("--longest", type=int, nargs="*", default=[], help="lengths for the main pattern alone")
     options = parser.parse_args()
     device = torch.cuda.get_device_name()
     limits = ceilings()
@@ -154,8 +203,10 @@ def main() -> None:
         for dim in options.dims
         for length in options.lengths
     ]
+    rows += [row(MAIN, length, 128, limits, False) for length in options.longest]
+    more = variants(32768, limits) if options.variants else []
     head = {"gpu": device, "copy bytes/s": limits[0], "matrix flop/s": limits[1], "H": HEADS, "dtype": "bfloat16"}
-    print(write(f"gpu-{device.replace(' ', '-').lower()}", head | {"rows": rows}))
+    print(write(f"gpu-{device.replace(' ', '-').lower()}", head | {"rows": rows, "variants": more}))
 
 
 if __name__ == "__main__":

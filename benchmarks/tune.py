@@ -34,17 +34,15 @@ KERNELS = ["forward", "backward query", "backward key"]
 
 def candidates(skip: bool, kernel: str) -> Iterator[Tiles]:
     if skip:
-        sizes = (
-            [(16, 64), (32, 64), (32, 32)] if kernel == "backward key" else [(64, 16), (64, 32), (32, 32), (128, 16)]
-        )
-        stages = (1, 2, 3, 4)
+        sizes = [(32, 16), (64, 16), (64, 32), (128, 16)]
+        stages = (1, 2, 3, 4) if kernel == "forward" else (1, 2, 3)
     elif kernel == "backward key":
-        sizes, stages = [(32, 64), (64, 64), (32, 128), (64, 128), (16, 64)], (1, 2, 3)
+        sizes, stages = [(64, 32), (64, 64), (128, 32), (128, 64), (64, 16)], (1, 2, 3)
     else:
         sizes, stages = [(64, 32), (64, 64), (128, 32), (128, 64), (128, 128)], (2, 3)
-    for (queries, keys), warps, stage in itertools.product(sizes, (4, 8), stages):
-        if queries * keys // warps >= 128:
-            yield Tiles(queries, keys, warps, stage)
+    for (rows, step), warps, stage in itertools.product(sizes, (4, 8), stages):
+        if rows * step // warps >= 128:
+            yield Tiles(rows, step, warps, stage)
 
 
 class Bench:
@@ -62,7 +60,7 @@ class Bench:
         self.lse = lse
         saved = Saved(out, lse, skip_out, skip_lse)
         self.terms, _ = launch_row_terms(saved, self.grad, torch.zeros_like(lse), torch.zeros_like(lse), gate, False)
-        self.grads = tuple(torch.empty_like(x) for x in (q, k, v))
+        self.grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
 
     def run(self, kernel: str) -> None:
         if kernel == "forward":
@@ -81,19 +79,27 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--shard", type=int, default=None)
+    parser.add_argument("--only", default="", help='one kernel, such as "skip backward"')
     options = parser.parse_args()
-    todo = [(skip, kernel, tiles) for skip in (False, True) for kernel in KERNELS for tiles in candidates(skip, kernel)]
+    todo = [
+        (skip, kernel, tiles)
+        for skip in (False, True)
+        for kernel in KERNELS
+        for tiles in candidates(skip, kernel)
+        if options.only in ("", f"{'skip' if skip else 'local'} {kernel}")
+    ]
     if options.shard is not None:
         todo = todo[options.shard :: options.workers]
     else:
         command = [sys.executable, "-m", "benchmarks.tune", f"--dim={options.dim}", f"--workers={options.workers}"]
+        command += [f"--only={options.only}"]
         shards = [subprocess.Popen([*command, f"--shard={i}", "--length=2048"]) for i in range(options.workers)]
         for shard in shards:
             shard.wait()
     benches = {skip: Bench(skip, options.length, options.dim) for skip in (False, True)}
     times: dict[tuple[bool, str], list[tuple[float, Tiles]]] = {}
     for skip, kernel, tiles in todo:
-        (tuning.SKIP if skip else tuning.LOCAL)[kernel][max(64, options.dim)] = tiles
+        (tuning.SKIP if skip else tuning.LOCAL)[kernel] = {options.dim: tiles}
         try:
             if options.shard is not None:
                 benches[skip].run(kernel)

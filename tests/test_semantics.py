@@ -1,11 +1,12 @@
 """What π-Attention is, asked of every implementation."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from problems import CASES, Case, assert_close, attend, cases, need_triton, outputs_and_gradients
 
 from pi_attention import PiPattern, segments_from_mask
@@ -46,11 +47,35 @@ def test_equals_the_reference_on_many_patterns_and_shapes(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=200 if torch.cuda.is_available() else 30, deadline=None)
-@given(case=cases(dims=(16, 24, 40)))
-def test_kernels_equal_the_reference_on_many_patterns_and_shapes(case):
+@pytest.mark.parametrize("shard", range(8))  # workers compile side by side
+@settings(max_examples=30 if torch.cuda.is_available() else 5, deadline=None)
+@given(case=cases(dims=(16, 24)))
+def test_kernels_equal_the_reference_on_many_patterns_and_shapes(shard, case):
     need_triton()
     assert_equal_results(outputs_and_gradients(case, "triton"), outputs_and_gradients(case, "reference"), "triton")
+
+
+def assert_decodes(case):
+    """The kernels without gradients, which for few queries are those of decoding."""
+    need_triton()
+    inputs = case.tensors(grad=False)
+    out, aux = case.run("triton", inputs, return_aux=True)
+    want, want_aux = case.run("reference", inputs, return_aux=True)
+    for got, expected in zip((out, *aux), (want, *want_aux), strict=True):
+        assert_close(got, expected, "triton")
+
+
+@pytest.mark.parametrize("queries", [1, 5, 16])
+@pytest.mark.parametrize("case", [c for c in CASES if c.pattern.causal], ids=str)
+def test_decoding_equals_the_reference(case, queries, poisoned_memory):
+    assert_decodes(replace(case, T=min(queries, case.S)))
+
+
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None)
+@given(case=cases(dims=(8, 24)), queries=st.integers(1, 16))
+def test_decoding_equals_the_reference_on_many_patterns_and_shapes(case, queries):
+    assert_decodes(replace(case, T=min(queries, case.S)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -72,7 +97,7 @@ def test_error_is_within_the_budget_of_eager_low_precision(case, dtype, fast):
 
 def _results_of(case, inputs):
     """As `outputs_and_gradients` by the fp64 reference, for inputs that were drawn in another precision."""
-    patched = dataclasses.replace(case)
+    patched = replace(case)
     object.__setattr__(patched, "tensors", lambda *_, **__: inputs)
     return outputs_and_gradients(patched, "reference")
 
@@ -115,7 +140,7 @@ def test_a_window_over_everything_is_dense(impl):
 def test_auto_takes_dense_attention_where_the_window_covers_everything(length, causal, packed):
     segments = tuple((0,) * (length // 2) + (1,) * (length - length // 2) for _ in range(2)) if packed else None
     case = Case(PiPattern(63, 7, 5, causal=causal), T=length, S=63, segments=None)
-    case = dataclasses.replace(case, segments=((-1,) * 5 + (0,) * 30 + (1,) * 28,) * 2 if segments else None)
+    case = replace(case, segments=((-1,) * 5 + (0,) * 30 + (1,) * 28,) * 2 if segments else None)
     inputs = case.tensors(grad=False)
     assert_close(case.run("auto", inputs), case.run("reference", inputs))
 
@@ -209,7 +234,7 @@ def test_a_batch_row_does_not_depend_on_its_neighbours(impl):
     case = Case(PiPattern(4, (5, 6, 7, 9), 3), B=3)
     inputs = case.tensors(torch.float32, grad=False)
     whole = case.run(impl, inputs)
-    alone = dataclasses.replace(case, B=1).run(impl, tuple(x[1:2] for x in inputs))
+    alone = replace(case, B=1).run(impl, tuple(x[1:2] for x in inputs))
     assert_close(alone, whole[1:2], rtol=1e-6, atol=1e-6, impl=impl)
 
 

@@ -29,7 +29,7 @@ def _decode(code: tuple[int, ...]) -> PiPattern:
     return PiPattern(window, period, None if skips < 0 else skips, bool(causal), bool(ring), sinks)
 
 
-def decode(code: list[int]) -> PiPattern:
+def decode_pattern(code: list[int]) -> PiPattern:
     """Inverse of `encode`."""
     return _decode(tuple(code))
 
@@ -39,7 +39,7 @@ def band(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: list[int], skip: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """One band of the encoded pattern: see `bands.band_forward`."""
-    return band_forward(query, key, value, starts, decode(pattern), skip, scale)
+    return band_forward(query, key, value, starts, decode_pattern(pattern), skip, scale)
 
 
 @band.register_fake
@@ -64,7 +64,7 @@ def band_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one band: see `bands.band_backward`."""
-    return eager_band_backward(grad_out, grad_lse, query, key, value, out, starts, decode(pattern), skip, scale)
+    return eager_band_backward(grad_out, grad_lse, query, key, value, out, starts, decode_pattern(pattern), skip, scale)
 
 
 @band_backward.register_fake
@@ -107,7 +107,7 @@ def _differentiate_band_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """Double backward: run the plain PyTorch backward again under autograd, and differentiate that."""
     *tensors, starts = ctx.saved_tensors
     inputs = [x.detach().requires_grad_() for x in tensors]
-    rest: tuple[Any, ...] = (starts, decode(ctx.pattern), ctx.skip, ctx.scale)
+    rest: tuple[Any, ...] = (starts, decode_pattern(ctx.pattern), ctx.skip, ctx.scale)
     with torch.enable_grad():
         outputs = eager_band_backward(*inputs, *rest)
     return *torch.autograd.grad(outputs, inputs, grads, allow_unused=True), None, None, None, None

@@ -17,12 +17,13 @@ from pi_attention.ops.triton.band import (
     load_key_tags,
     load_query_tags,
     load_rows,
+    load_tile,
     store_rows,
     visible,
 )
 
 
-@triton.jit(do_not_specialize=["T", "rows"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def row_terms_kernel(
     GradOut, Out, SkipOut, Lse, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate,
     sd_b, sd_h, sd_t, sd_d, sg_b, sg_h, sg_t, H, T, rows,
@@ -78,10 +79,10 @@ def _weights(score, lse, seen, scale_log2):
 
 @triton.jit
 def _side_of_query(
-    q, d_out, dq, lse, weight, shift, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+    q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
     row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     begin = row0 - last + 1
     last_key = row_end - first
@@ -95,8 +96,8 @@ def _side_of_query(
         if RING:
             position = (position % S + S) % S
         present = key_row <= last_key
-        k = load_rows(K, sk_t, sk_d, position, present, D, BD)
-        v = load_rows(V, sv_t, sv_d, position, present, D, BD)
+        k = load_tile(K, sk_t, sk_d, batch, group, offset + start, position, present, D, BD, BN, DESCRIBED)
+        v = load_tile(V, sv_t, sv_d, batch, group, offset + start, position, present, D, BD, BN, DESCRIBED)
         key_row = tl.where(present, key_row, ABSENT)
         key_tag = key_row
         if TAGS:
@@ -110,6 +111,45 @@ def _side_of_query(
     return dq
 
 
+@triton.jit
+def _side_of_key(
+    k, v, dk, dv, Q, GradOut, batch, head, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
+    row0, row_end, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
+    SINKS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    TAGS: tl.constexpr = SEGMENTS or SINKS
+    begin = row0 + first
+    last_query = row_end + last - 1
+    if not RING:
+        begin = tl.maximum(begin, 0)
+        last_query = tl.minimum(last_query, (S - 1 - offset + period) // period - 1)
+    for start in tl.range(begin, last_query + 1, BN):
+        row = start + tl.arange(0, BN)
+        position = offset + row * period
+        if RING:
+            position = (position % S + S) % S
+        token = position - (S - T)
+        present = (row <= last_query) & (token >= 0)
+        q = load_tile(Q, sq_t, sq_d, batch, head, start, token, present, D, BD, BN, DESCRIBED)
+        d_out = load_tile(GradOut, sd_t, sd_d, batch, head, start, token, present, D, BD, BN, DESCRIBED)
+        lse = tl.load(Lse + token, mask=present, other=0.0)
+        weight = tl.load(Weight + token, mask=present, other=0.0)
+        shift = tl.load(Shift + token, mask=present, other=0.0)
+        query_tag = row
+        if TAGS:
+            query_tag = load_query_tags(Starts, position, present, SEGMENTS)
+        seen = visible(row[None, :], key_row[:, None], query_tag[None, :], key_tag[:, None], first, last, TAGS)
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
+        p = _weights(score, lse[None, :], seen, scale_log2)
+        weighted = (p * weight[None, :]).to(d_out.dtype)
+        dv = tl.dot(weighted, d_out, dv, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+        d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
+        d_score = p * (weight[None, :] * d_weight - shift[None, :])
+        dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+    return dk, dv
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def band_backward_query_kernel(
     Q, K, V, Starts, Bands, GradOut, Lse, Weight, Shift, GradQ,
@@ -117,11 +157,15 @@ def band_backward_query_kernel(
     tiles, H, T, S, period, first, last, mirror_first, mirror_last, sinks, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
-    MIRROR: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    MIRROR: tl.constexpr, ADD: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GradQ [B, H, T, D] of one tile of BM query rows of one residue; added to what is there with ADD."""
+    """GradQ [B, H, T, D] of one tile of BM query rows of one residue; added to what is there with ADD.
+
+    DESCRIBED: K and V are tensor descriptors.
+    """
     tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    batch, head = (row_of_heads // H).to(tl.int64), row_of_heads % H
+    batch, head = row_of_heads // H, row_of_heads % H
+    group = head // GROUP
     period, first, last, mirror_first, mirror_last = band_of_head(
         Bands, head, period, first, last, mirror_first, mirror_last, PER_HEAD
     )
@@ -133,12 +177,16 @@ def band_backward_query_kernel(
         token = residue + row * period
         present = token < T
         offset = S - T + residue
-        Starts += batch * S
-        K += batch * sk_b + (head // GROUP) * sk_h
-        V += batch * sv_b + (head // GROUP) * sv_h
+        wide = batch.to(tl.int64)
+        Starts += wide * S
+        Q += wide * sq_b + head.to(tl.int64) * sq_h
+        GradOut += wide * sd_b + head.to(tl.int64) * sd_h
+        if not DESCRIBED:
+            K += wide * sk_b + group.to(tl.int64) * sk_h
+            V += wide * sv_b + group.to(tl.int64) * sv_h
         of_head = row_of_heads.to(tl.int64) * T
-        q = load_rows(Q + batch * sq_b + head * sq_h, sq_t, sq_d, token, present, D, BD)
-        d_out = load_rows(GradOut + batch * sd_b + head * sd_h, sd_t, sd_d, token, present, D, BD)
+        q = load_rows(Q, sq_t, sq_d, token, present, D, BD)
+        d_out = load_rows(GradOut, sd_t, sd_d, token, present, D, BD)
         lse = tl.load(Lse + of_head + token, mask=present, other=0.0)
         weight = tl.load(Weight + of_head + token, mask=present, other=0.0)
         shift = tl.load(Shift + of_head + token, mask=present, other=0.0)
@@ -146,105 +194,73 @@ def band_backward_query_kernel(
         row_end = tl.minimum(row0 + BM, rows) - 1
         dq = tl.zeros([BM, BD], tl.float32)
         dq = _side_of_query(
-            q, d_out, dq, lse, weight, shift, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+            q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
             row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
-            D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
+            D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
         )  # fmt: skip
         if MIRROR:
             dq = _side_of_query(
-                q, d_out, dq, lse, weight, shift, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+                q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
                 row0, row_end, row, query_tag, offset, period, S, mirror_first, mirror_last, sinks, scale_log2,
-                D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
+                D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
             )  # fmt: skip
         store_rows(GradQ + of_head * D, D, token, present, dq * scale, D, BD, ADD)
-
-
-@triton.jit
-def _side_of_key(
-    k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
-    row0, row_end, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    TAGS: tl.constexpr = SEGMENTS or SINKS
-    begin = row0 + first
-    last_query = row_end + last - 1
-    if not RING:
-        begin = tl.maximum(begin, 0)
-        last_query = tl.minimum(last_query, (S - 1 - offset + period) // period - 1)
-    for start in tl.range(begin, last_query + 1, BM):
-        row = start + tl.arange(0, BM)
-        position = offset + row * period
-        if RING:
-            position = (position % S + S) % S
-        token = position - (S - T)
-        present = (row <= last_query) & (token >= 0)
-        q = load_rows(Q, sq_t, sq_d, token, present, D, BD)
-        d_out = load_rows(GradOut, sd_t, sd_d, token, present, D, BD)
-        lse = tl.load(Lse + token, mask=present, other=0.0)
-        weight = tl.load(Weight + token, mask=present, other=0.0)
-        shift = tl.load(Shift + token, mask=present, other=0.0)
-        query_tag = row
-        if TAGS:
-            query_tag = load_query_tags(Starts, position, present, SEGMENTS)
-        seen = visible(row[None, :], key_row[:, None], query_tag[None, :], key_tag[:, None], first, last, TAGS)
-        score = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BD] @ [BD, BM] -> [BN, BM]
-        p = _weights(score, lse[None, :], seen, scale_log2)
-        weighted = (p * weight[None, :]).to(d_out.dtype)
-        dv = tl.dot(weighted, d_out, dv, input_precision=PRECISION)  # [BN, BM] @ [BM, BD] -> [BN, BD]
-        d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BN, BD] @ [BD, BM] -> [BN, BM]
-        d_score = p * (weight[None, :] * d_weight - shift[None, :])
-        dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision=PRECISION)  # [BN, BM] @ [BM, BD] -> [BN, BD]
-    return dk, dv
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def band_backward_key_kernel(
     Q, K, V, Starts, Bands, GradOut, Lse, Weight, Shift, GradK, GradV,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
-    tiles, G, T, S, period, first, last, mirror_first, mirror_last, sinks, scale, scale_log2, first_member, members,
+    tiles, H, T, S, period, first, last, mirror_first, mirror_last, sinks, first_member, members, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
-    MIRROR: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    MIRROR: tl.constexpr, ADD: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GradK and GradV [B, G, S, D] of one tile of BN key rows of one residue, from some query heads of the group.
+    """GradK and GradV [B, G, S, D] of one tile of BM key rows of one residue, from some query heads of the group.
 
-    All `members` heads from `first_member` on have one period.
+    All `members` heads from `first_member` on have one period. DESCRIBED: Q and GradOut are tensor descriptors.
     """
+    groups = H // GROUP
     tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    batch, group = (row_of_heads // G).to(tl.int64), row_of_heads % G
+    batch, group = row_of_heads // groups, row_of_heads % groups
     head = group * GROUP + first_member
     period, first, last, mirror_first, mirror_last = band_of_head(
         Bands, head, period, first, last, mirror_first, mirror_last, PER_HEAD
     )
     residue = tile % period
     offset = S - T + residue
-    row0 = tile // period * BN - offset // period
-    row_end = tl.minimum(row0 + BN - 1, (S - 1 - offset + period) // period - 1)
+    row0 = tile // period * BM - offset // period
+    row_end = tl.minimum(row0 + BM - 1, (S - 1 - offset + period) // period - 1)
     if row0 <= row_end:
-        key_row = row0 + tl.arange(0, BN)
+        key_row = row0 + tl.arange(0, BM)
         position = offset + key_row * period
         present = key_row <= row_end
-        Starts += batch * S
-        k = load_rows(K + batch * sk_b + group * sk_h, sk_t, sk_d, position, present, D, BD)
-        v = load_rows(V + batch * sv_b + group * sv_h, sv_t, sv_d, position, present, D, BD)
+        wide = batch.to(tl.int64)
+        Starts += wide * S
+        k = load_rows(K + wide * sk_b + group.to(tl.int64) * sk_h, sk_t, sk_d, position, present, D, BD)
+        v = load_rows(V + wide * sv_b + group.to(tl.int64) * sv_h, sv_t, sv_d, position, present, D, BD)
         key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, SINKS)
-        dk = tl.zeros([BN, BD], tl.float32)
-        dv = tl.zeros([BN, BD], tl.float32)
-        for member in tl.range(0, members):
-            of_head = (batch * G * GROUP + head + member) * T
-            q_of_head = Q + batch * sq_b + (head + member) * sq_h
-            d_of_head = GradOut + batch * sd_b + (head + member) * sd_h
+        dk = tl.zeros([BM, BD], tl.float32)
+        dv = tl.zeros([BM, BD], tl.float32)
+        for number in tl.range(0, members):
+            member = head + number
+            of_head = (wide * H + member) * T
+            q_of_head, d_of_head = Q, GradOut
+            if not DESCRIBED:
+                q_of_head += wide * sq_b + member.to(tl.int64) * sq_h
+                d_of_head += wide * sd_b + member.to(tl.int64) * sd_h
             dk, dv = _side_of_key(
-                k, v, dk, dv, q_of_head, d_of_head, Starts, Lse + of_head, Weight + of_head, Shift + of_head,
-                sq_t, sq_d, sd_t, sd_d, row0, row_end, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
-                D, BD, BM, RING, SEGMENTS, SINKS, PRECISION,
+                k, v, dk, dv, q_of_head, d_of_head, batch, member, Starts,
+                Lse + of_head, Weight + of_head, Shift + of_head, sq_t, sq_d, sd_t, sd_d,
+                row0, row_end, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
+                D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
             )  # fmt: skip
             if MIRROR:
                 dk, dv = _side_of_key(
-                    k, v, dk, dv, q_of_head, d_of_head, Starts, Lse + of_head, Weight + of_head, Shift + of_head,
-                    sq_t, sq_d, sd_t, sd_d, row0, row_end, key_row, key_tag, offset, period, T, S,
-                    mirror_first, mirror_last, scale_log2, D, BD, BM, RING, SEGMENTS, SINKS, PRECISION,
+                    k, v, dk, dv, q_of_head, d_of_head, batch, member, Starts,
+                    Lse + of_head, Weight + of_head, Shift + of_head, sq_t, sq_d, sd_t, sd_d,
+                    row0, row_end, key_row, key_tag, offset, period, T, S, mirror_first, mirror_last, scale_log2,
+                    D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
                 )  # fmt: skip
         of_group = row_of_heads.to(tl.int64) * S * D
         store_rows(GradK + of_group, D, position, present, dk * scale, D, BD, ADD)

@@ -9,7 +9,8 @@ Letters: BM query rows of a tile · BN key rows · BD head dim, padded to a powe
 import triton
 import triton.language as tl
 
-RUN_TIME = ["tiles", "T", "S", "period", "first", "last", "mirror_first", "mirror_last", "sinks"]
+RUN_TIME = ["tiles", "H", "T", "S", "period", "first", "last", "mirror_first", "mirror_last", "sinks"]
+RUN_TIME += ["first_member", "members", "window", "splits", "rows", "sg_b", "sg_h", "sg_t"]
 """Arguments that vary from call to call: no value of theirs is compiled in."""
 
 ABSENT = tl.constexpr(1 << 30)
@@ -39,6 +40,19 @@ def load_rows(X, stride_t, stride_d, token, present, D: tl.constexpr, BD: tl.con
     if D != BD:
         mask = mask & (dim < D)[None, :]
     return tl.load(X + token.to(tl.int64)[:, None] * stride_t + dim[None, :] * stride_d, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_tile(
+    X, stride_t, stride_d, batch, head, token0, token, present,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """The same for a tile of a band; where X is a tensor descriptor, the rows are neighbours from token0 on."""
+    if DESCRIBED:
+        rows = X.load([batch, head, token0, 0]).reshape(ROWS, BD)
+    else:
+        rows = load_rows(X, stride_t, stride_d, token, present, D, BD)
+    return rows
 
 
 @triton.jit

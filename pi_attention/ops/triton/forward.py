@@ -12,6 +12,7 @@ from pi_attention.ops.triton.band import (
     load_key_tags,
     load_query_tags,
     load_rows,
+    load_tile,
     online_softmax,
     store_rows,
     visible,
@@ -20,10 +21,10 @@ from pi_attention.ops.triton.band import (
 
 @triton.jit
 def _side(
-    q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+    q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
     row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to all key rows at lags [first, last) of the tile's rows row0 … row_end, by tiles of BN."""
     TAGS: tl.constexpr = SEGMENTS or SINKS
@@ -38,7 +39,7 @@ def _side(
         if RING:
             position = (position % S + S) % S
         present = key_row <= last_key
-        k = load_rows(K, sk_t, sk_d, position, present, D, BD)
+        k = load_tile(K, sk_t, sk_d, batch, group, offset + start, position, present, D, BD, BN, DESCRIBED)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
         key_row = tl.where(present, key_row, ABSENT)
         key_tag = key_row
@@ -47,7 +48,7 @@ def _side(
         seen = visible(row[:, None], key_row[None, :], query_tag[:, None], key_tag[None, :], first, last, TAGS)
         score = tl.where(seen, score, float("-inf"))
         weight, past, m, l = online_softmax(score, scale_log2, m, l)
-        v = load_rows(V, sv_t, sv_d, position, present, D, BD)
+        v = load_tile(V, sv_t, sv_d, batch, group, offset + start, position, present, D, BD, BN, DESCRIBED)
         acc = acc * past[:, None]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
     return acc, m, l
@@ -61,14 +62,16 @@ def band_forward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
     MIRROR: tl.constexpr, FUSE: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM query rows of one residue: Out [B, H, T, D] and Lse [B, H, T].
 
+    DESCRIBED: K and V are tensor descriptors.
     With FUSE, Out is g·(this band) + (1 − g)·SkipOut, g from the gate logits and the two log-sum-exps.
     """
     tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    batch, head = (row_of_heads // H).to(tl.int64), row_of_heads % H
+    batch, head = row_of_heads // H, row_of_heads % H
+    group = head // GROUP
     period, first, last, mirror_first, mirror_last = band_of_head(
         Bands, head, period, first, last, mirror_first, mirror_last, PER_HEAD
     )
@@ -80,10 +83,11 @@ def band_forward_kernel(
         token = residue + row * period
         present = token < T
         offset = S - T + residue
-        Starts += batch * S
-        Q += batch * sq_b + head * sq_h
-        K += batch * sk_b + (head // GROUP) * sk_h
-        V += batch * sv_b + (head // GROUP) * sv_h
+        Starts += batch.to(tl.int64) * S
+        Q += batch.to(tl.int64) * sq_b + head.to(tl.int64) * sq_h
+        if not DESCRIBED:
+            K += batch.to(tl.int64) * sk_b + group.to(tl.int64) * sk_h
+            V += batch.to(tl.int64) * sv_b + group.to(tl.int64) * sv_h
         q = load_rows(Q, sq_t, sq_d, token, present, D, BD)
         query_tag = load_query_tags(Starts, S - T + token, present, SEGMENTS)
         m = tl.full([BM], float("-inf"), tl.float32)
@@ -91,15 +95,15 @@ def band_forward_kernel(
         acc = tl.zeros([BM, BD], tl.float32)
         row_end = tl.minimum(row0 + BM, rows) - 1
         acc, m, l = _side(
-            q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+            q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
             row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
-            D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
+            D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
         )  # fmt: skip
         if MIRROR:
             acc, m, l = _side(
-                q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d,
+                q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
                 row0, row_end, row, query_tag, offset, period, S, mirror_first, mirror_last, sinks, scale_log2,
-                D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
+                D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
             )  # fmt: skip
         empty = l == 0.0
         out = acc / tl.where(empty, 1.0, l)[:, None]
@@ -110,7 +114,7 @@ def band_forward_kernel(
             lse_skip = tl.load(SkipLse + of_head + token, mask=present, other=float("-inf"))
             logit = tl.zeros([BM], tl.float32)
             if GATED:
-                gates = Gate + batch * sg_b + head * sg_h + token.to(tl.int64) * sg_t
+                gates = Gate + batch.to(tl.int64) * sg_b + head.to(tl.int64) * sg_h + token.to(tl.int64) * sg_t
                 logit += tl.load(gates, mask=present, other=0.0).to(tl.float32)
             g = gate_weight(lse, lse_skip, logit, MASS)[:, None]
             out = g * out + (1.0 - g) * load_rows(SkipOut + of_head * D, D, 1, token, present, D, BD).to(tl.float32)

@@ -1,27 +1,38 @@
-"""Launch the kernels: allocate, describe the bands, choose tiles. No arithmetic on the host, no synchronisation."""
+"""Describe the kernels' work: allocate, lay out bands, choose tiles. No arithmetic on the host, no synchronisation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton import cdiv
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pi_attention.ops.triton.backward import band_backward_key_kernel, band_backward_query_kernel, row_terms_kernel
+from pi_attention.ops.triton.decode import decode_kernel, join_kernel
 from pi_attention.ops.triton.forward import band_forward_kernel
+from pi_attention.ops.triton.launcher import Constants, Launcher
 from pi_attention.ops.triton.tuning import Tiles, choose_tiles
 from pi_attention.pattern import PiPattern
 
 LOG2E = 1.4426950408889634
 INTERPRETED = triton.knobs.runtime.interpret
 
+forward = Launcher(band_forward_kernel)
+backward_query = Launcher(band_backward_query_kernel)
+backward_key = Launcher(band_backward_key_kernel)
+row_terms = Launcher(row_terms_kernel)
+decode = Launcher(decode_kernel)
+join = Launcher(join_kernel)
 
-def _row_lags(pattern: PiPattern, skip: bool, head: int, length: int) -> tuple[int, int, int, int, int]:
+
+@lru_cache(maxsize=4096)
+def row_lags(pattern: PiPattern, skip: bool, head: int, length: int) -> tuple[int, int, int, int, int]:
     """Period, and the row lags [first, last) of the band and of its mirror image, of one head."""
     band = pattern.skip_band(head) if skip else pattern.local_band
     sides = [(side.first, side.last or 0) for side in pattern.signed_bands(band, length)]
@@ -30,12 +41,97 @@ def _row_lags(pattern: PiPattern, skip: bool, head: int, length: int) -> tuple[i
 
 
 @lru_cache(maxsize=64)
-def _band_table(pattern: PiPattern, length: int, device: torch.device) -> Tensor:
-    rows = [_row_lags(pattern, True, head, length) for head in range(len(pattern.periods))]
+def band_table(pattern: PiPattern, length: int, device: torch.device) -> Tensor:
+    """`row_lags` of the skip band of every head, [H, 5]."""
+    rows = [row_lags(pattern, True, head, length) for head in range(len(pattern.periods))]
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=256)
+def has_periods(pattern: PiPattern) -> bool:
+    """Whether heads differ in their period."""
+    return len(set(pattern.periods)) > 1
+
+
+class Shape(NamedTuple):
+    """What a launch depends on beside the pattern and the tensors' addresses."""
+
+    heads: int
+    groups: int
+    queries: int
+    keys: int
+    dim: int
+    dtype: torch.dtype
+    segments: bool
+    precision: str
+
+
+class Plan(NamedTuple):
+    """How a kernel serves one band of one shape."""
+
+    programs: int
+    """For each row of the batch."""
+    sizes: tuple[int, ...]
+    """tiles, H, T, S, period, first, last, mirror_first, mirror_last, sinks."""
+    tiles: Tiles
+    constants: Constants
+
+
+@lru_cache(maxsize=4096)
+def make_plan(
+    kernel: str, pattern: PiPattern, skip: bool, shape: Shape, described: bool, flags: tuple[tuple[str, bool], ...]
+) -> Plan:
+    """The plan of "forward", "backward query" or "backward key"."""
+    periods = pattern.periods if skip else (1,)
+    length = shape.keys if kernel == "backward key" else shape.queries
+    rows, wide = cdiv(length, min(periods)), shape.dtype.itemsize > 2
+    tiles = choose_tiles(kernel, skip, shape.dim, rows, wide=wide, interpreted=INTERPRETED)
+    # Queries leave out the residues that have none.
+    residues = [min(period, length) if kernel != "backward key" else period for period in periods]
+    count = max(r * cdiv(cdiv(length, period), tiles.rows) for r, period in zip(residues, periods, strict=True))
+    lags = row_lags(pattern, skip, 0, shape.keys)
+    constants = Constants(
+        {"num_warps": tiles.warps, "num_stages": tiles.stages},
+        GROUP=shape.heads // shape.groups,
+        D=shape.dim,
+        BD=max(16, triton.next_power_of_2(shape.dim)),
+        BM=tiles.rows,
+        BN=tiles.step,
+        RING=pattern.ring,
+        SEGMENTS=shape.segments,
+        SINKS=skip and pattern.sinks > 0,
+        PER_HEAD=skip and has_periods(pattern),
+        MIRROR=skip and not pattern.causal,
+        **dict(flags),
+        DESCRIBED=described,
+        PRECISION=shape.precision,
+    )
+    programs = count * (shape.groups if kernel == "backward key" else shape.heads)
+    return Plan(programs, (count, shape.heads, shape.queries, shape.keys, *lags, pattern.sinks), tiles, constants)
+
+
+@lru_cache(maxsize=16)
+def _has_descriptors(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether the tensor memory accelerator (Hopper and later) can load tiles of these tensors [B, H, T, D]."""
+    return all(
+        x.dtype.itemsize == 2
+        and x.stride(3) == 1
+        and not x.data_ptr() & 15
+        and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:3])
+        for x in tensors
+    ) and _has_descriptors(tensors[0].device)
+
+
+def describe(x: Tensor, rows: int, constants: Constants) -> TensorDescriptor:
+    """A descriptor of x [B, H, T, D] from which tiles of `rows` rows are loaded."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, constants.values["BD"]])
+
+
+@dataclass(frozen=True, eq=False)
 class Launch:
     """One band of one call: what all of its kernels are given."""
 
@@ -48,101 +144,57 @@ class Launch:
     scale: float
 
     @property
-    def per_head(self) -> bool:
-        return self.skip and len(set(self.pattern.periods)) > 1
-
-    @property
     def group(self) -> int:
         return self.query.shape[1] // self.key.shape[1]
 
     @property
-    def periods(self) -> tuple[int, ...]:
-        return self.pattern.periods if self.skip else (1,)
+    def shape(self) -> Shape:
+        (_, heads, queries, dim), (_, groups, keys, _) = self.query.shape, self.key.shape
+        segments, dtype = self.starts is not None, self.query.dtype
+        return Shape(heads, groups, queries, keys, dim, dtype, segments, precision(self.query))
 
-    def tiles(self, kernel: str) -> Tiles:
-        length = self.key.shape[2] if kernel == "backward key" else self.query.shape[2]
-        return choose_tiles(
-            kernel,
-            self.skip,
-            triton.next_power_of_2(self.query.shape[3]),
-            cdiv(length, min(self.periods)),
-            wide=self.query.dtype == torch.float32,
-            interpreted=INTERPRETED,
-        )
+    def plan(self, kernel: str, described: bool = False, **flags: bool) -> Plan:
+        return make_plan(kernel, self.pattern, self.skip, self.shape, described, tuple(flags.items()))
 
-    def tensors(self) -> tuple[Any, ...]:
-        """Q, K, V, Starts, Bands; what is not there is any pointer, and not read."""
+    def may_describe(self, *tensors: Tensor) -> bool:
+        """Whether tiles of these tensors are loaded by descriptor: in the local band, whose rows are neighbours."""
+        return not self.skip and not self.pattern.ring and describable(*tensors)
+
+    def others(self) -> tuple[Tensor, Tensor]:
+        """Starts and Bands; what is not there is any pointer, and not read."""
         bands = self.query
-        if self.per_head:
-            bands = _band_table(self.pattern, self.key.shape[2], self.query.device)
-        starts = self.query if self.starts is None else self.starts
-        return self.query, self.key, self.value, starts, bands
+        if self.skip and has_periods(self.pattern):
+            bands = band_table(self.pattern, self.key.shape[2], self.query.device)
+        return self.query if self.starts is None else self.starts, bands
 
     def strides(self) -> tuple[int, ...]:
         return self.query.stride() + self.key.stride() + self.value.stride()
 
-    def lags(self) -> tuple[int, ...]:
-        """period, first, last, mirror_first, mirror_last, sinks."""
-        return *_row_lags(self.pattern, self.skip, 0, self.key.shape[2]), self.pattern.sinks
 
-    def flags(self, tiles: Tiles) -> dict[str, Any]:
-        dim = self.query.shape[3]
-        exact = self.query.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-        return {
-            "GROUP": self.group,
-            "D": dim,
-            "BD": max(16, triton.next_power_of_2(dim)),
-            "BM": tiles.queries,
-            "BN": tiles.keys,
-            "RING": self.pattern.ring,
-            "SEGMENTS": self.starts is not None,
-            "SINKS": self.skip and self.pattern.sinks > 0,
-            "PER_HEAD": self.per_head,
-            "MIRROR": not self.pattern.causal and self.skip,
-            "PRECISION": "ieee" if exact else "tf32",
-            "num_warps": tiles.warps,
-            "num_stages": tiles.stages,
-        }
-
-    def query_tiles(self, rows: int) -> int:
-        length = self.query.shape[2]
-        return max(min(period, length) * cdiv(cdiv(length, period), rows) for period in self.periods)
-
-    def key_tiles(self, rows: int) -> int:
-        length = self.key.shape[2]
-        return max(period * cdiv(cdiv(length, period), rows) for period in self.periods)
+def precision(x: Tensor) -> str:
+    """How products of x are computed: fp32 exactly, unless torch allows tf32."""
+    return "ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
 
 
 def launch_forward(
     launch: Launch, fuse: tuple[Tensor, Tensor] | None = None, gate: Tensor | None = None, mass: bool = False
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, T, D] and log-sum-exp [B, H, T] of a band; with `fuse`, out is fused with that skip output and lse."""
-    batch, heads, length, _ = launch.query.shape
-    out = torch.empty_like(launch.query, memory_format=torch.contiguous_format)
-    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=out.device)
-    tiles = launch.tiles("forward")
-    count = launch.query_tiles(tiles.queries)
-    flags = launch.flags(tiles)
-    skip_out, skip_lse = (out, lse) if fuse is None else fuse
-    band_forward_kernel[(count * batch * heads,)](
-        *launch.tensors(),
-        lse if gate is None else gate,
-        skip_out,
-        skip_lse,
-        out,
-        lse,
-        *launch.strides(),
-        *((0, 0, 0) if gate is None else gate.stride()),
-        count,
-        heads,
-        length,
-        launch.key.shape[2],
-        *launch.lags(),
-        launch.scale * LOG2E,
-        FUSE=fuse is not None,
-        MASS=mass,
-        GATED=gate is not None,
-        **flags,
+    query, key, value = launch.query, launch.key, launch.value
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    described = launch.may_describe(key, value)
+    plan = launch.plan("forward", described, FUSE=fuse is not None, MASS=mass, GATED=gate is not None)
+    keys: tuple[Any, ...] = (key, value)
+    if described:
+        keys = tuple(describe(x, plan.tiles.step, plan.constants) for x in keys)
+    gates = lse if gate is None else gate
+    forward(
+        plan.programs * query.shape[0],
+        (query, *keys, *launch.others(), gates, *(fuse or (out, lse)), out, lse),
+        launch.strides(),
+        (*gates.stride(), *plan.sizes, launch.scale * LOG2E),
+        plan.constants,
     )
     return out, lse
 
@@ -157,38 +209,34 @@ class Saved:
     skip_lse: Tensor | None
 
 
+@lru_cache(maxsize=256)
+def _row_constants(dim: int, both: bool, mass: bool, gated: bool) -> Constants:
+    width, rows = max(16, triton.next_power_of_2(dim)), 256 if INTERPRETED else 64
+    return Constants({"num_warps": 4}, D=dim, BD=width, BM=rows, BOTH=both, MASS=mass, GATED=gated)
+
+
 def launch_row_terms(
     saved: Saved, grad_out: Tensor, grad_lse: Tensor, grad_skip_lse: Tensor, gate: Tensor | None, mass: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Terms w, c of the one band, or of the local and the skip band, [2 or 4, B, H, T]; gradient of the gate logits."""
     batch, heads, length, dim = saved.out.shape
+    skip_out, skip_lse = saved.skip_out, saved.skip_lse
+    if skip_out is None or skip_lse is None:
+        skip_out, skip_lse, grad_skip_lse = saved.out, saved.lse, grad_lse
     both = saved.skip_out is not None
     terms = torch.empty(4 if both else 2, batch, heads, length, dtype=torch.float32, device=saved.out.device)
     grad_gate = torch.empty_like(saved.lse) if gate is not None else None
-    rows, tile = batch * heads * length, 256 if INTERPRETED else 64
-    row_terms_kernel[(cdiv(rows, tile),)](
-        grad_out,
-        saved.out,
-        saved.skip_out if both else saved.out,
-        saved.lse,
-        saved.skip_lse if both else saved.lse,
-        grad_lse.contiguous(),
-        grad_skip_lse.contiguous() if both else saved.lse,
-        saved.lse if gate is None else gate,
-        terms,
-        terms if grad_gate is None else grad_gate,
-        *grad_out.stride(),
-        *((0, 0, 0) if gate is None else gate.stride()),
-        heads,
-        length,
-        rows,
-        D=dim,
-        BD=max(16, triton.next_power_of_2(dim)),
-        BM=tile,
-        BOTH=both,
-        MASS=mass,
-        GATED=gate is not None,
-        num_warps=4,
+    gates = saved.lse if gate is None else gate
+    constants = _row_constants(dim, both, mass, gate is not None)
+    row_terms(
+        cdiv(batch * heads * length, constants.values["BM"]),
+        (
+            *(grad_out, saved.out, skip_out, saved.lse, skip_lse, grad_lse.contiguous(), grad_skip_lse.contiguous()),
+            *(gates, terms, terms if grad_gate is None else grad_gate),
+        ),
+        grad_out.stride(),
+        (*gates.stride(), heads, length, batch * heads * length),
+        constants,
     )
     return terms, grad_gate
 
@@ -197,27 +245,17 @@ def launch_backward_query(
     launch: Launch, grad_out: Tensor, lse: Tensor, terms: Tensor, grad_query: Tensor, add: bool
 ) -> None:
     """Write the gradient of the queries of one band, or add it to what is there."""
-    batch, heads, length, _ = launch.query.shape
-    tiles = launch.tiles("backward query")
-    count = launch.query_tiles(tiles.queries)
-    band_backward_query_kernel[(count * batch * heads,)](
-        *launch.tensors(),
-        grad_out,
-        lse,
-        terms[0],
-        terms[1],
-        grad_query,
-        *launch.strides(),
-        *grad_out.stride(),
-        count,
-        heads,
-        length,
-        launch.key.shape[2],
-        *launch.lags(),
-        launch.scale,
-        launch.scale * LOG2E,
-        ADD=add,
-        **launch.flags(tiles),
+    described = launch.may_describe(launch.key, launch.value)
+    plan = launch.plan("backward query", described, ADD=add)
+    keys: tuple[Any, ...] = (launch.key, launch.value)
+    if described:
+        keys = tuple(describe(x, plan.tiles.step, plan.constants) for x in keys)
+    backward_query(
+        plan.programs * launch.query.shape[0],
+        (launch.query, *keys, *launch.others(), grad_out, lse, terms[0], terms[1], grad_query),
+        launch.strides() + grad_out.stride(),
+        (*plan.sizes, launch.scale, launch.scale * LOG2E),
+        plan.constants,
     )
 
 
@@ -225,37 +263,90 @@ def launch_backward_key(
     launch: Launch, grad_out: Tensor, lse: Tensor, terms: Tensor, grads: tuple[Tensor, Tensor], add: bool
 ) -> None:
     """Write the gradients of the keys and values of one band, or add them to what is there."""
-    batch, groups, key_length, _ = launch.key.shape
-    tiles = launch.tiles("backward key")
-    count = launch.key_tiles(tiles.keys)
+    described = launch.may_describe(launch.query, grad_out)
     for first, members in _members(launch):
-        band_backward_key_kernel[(count * batch * groups,)](
-            *launch.tensors(),
-            grad_out,
-            lse,
-            terms[0],
-            terms[1],
-            *grads,
-            *launch.strides(),
-            *grad_out.stride(),
-            count,
-            groups,
-            launch.query.shape[2],
-            key_length,
-            *launch.lags(),
-            launch.scale,
-            launch.scale * LOG2E,
-            first,
-            members,
-            ADD=add or first > 0,
-            **launch.flags(tiles),
+        plan = launch.plan("backward key", described, ADD=add or first > 0)
+        query: Any = launch.query
+        rows: Any = grad_out
+        if described:
+            query, rows = (describe(x, plan.tiles.step, plan.constants) for x in (query, grad_out))
+        backward_key(
+            plan.programs * launch.query.shape[0],
+            (query, launch.key, launch.value, *launch.others(), rows, lse, terms[0], terms[1], *grads),
+            launch.strides() + grad_out.stride(),
+            (*plan.sizes, first, members, launch.scale, launch.scale * LOG2E),
+            plan.constants,
         )
 
 
 def _members(launch: Launch) -> Iterator[tuple[int, int]]:
     """Heads of a group that one launch serves: all, or one after another where their periods differ."""
-    if not launch.per_head:
-        yield 0, launch.group
-    else:
+    if launch.skip and has_periods(launch.pattern):
         for member in range(launch.group):
             yield member, 1
+    else:
+        yield 0, launch.group
+
+
+@lru_cache(maxsize=256)
+def _decode_constants(group: int, dim: int, queries: int, segments: bool, per_head: bool, precision: str) -> Constants:
+    rows = (1 if per_head else group) * queries
+    return Constants(
+        {"num_warps": 4, "num_stages": 2},
+        GROUP=group,
+        D=dim,
+        BD=max(16, triton.next_power_of_2(dim)),
+        BM=max(16, triton.next_power_of_2(rows)),
+        BN=32,
+        SEGMENTS=segments,
+        PER_HEAD=per_head,
+        PRECISION=precision,
+    )
+
+
+@lru_cache(maxsize=256)
+def _join_constants(dim: int, splits: int, mass: bool, gated: bool) -> Constants:
+    width, parts = max(16, triton.next_power_of_2(dim)), triton.next_power_of_2(splits)
+    return Constants({"num_warps": 4}, D=dim, BD=width, BS=parts, MASS=mass, GATED=gated)
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def launch_decode(launch: Launch, gate: Tensor | None, mass: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, H, T, D] of both bands with sinks, log-sum-exps [B, H, T] of the local and of the skip band.
+
+    Two programs a multiprocessor, each with at least 32 keys of the window; a second kernel joins their parts.
+    """
+    query, pattern = launch.query, launch.pattern
+    batch, heads, length, dim = query.shape
+    keys = launch.key.shape[2]
+    per_head = has_periods(pattern)
+    programs = batch * (heads if per_head else heads // launch.group)
+    splits = min(cdiv(2 * _multiprocessors(query.device), programs), cdiv(pattern.window + length - 1, 32), 64)
+    parts = torch.empty(2, splits, batch, heads, length, dim, dtype=torch.float32, device=query.device)
+    part_lse = torch.empty(2, splits, batch, heads, length, dtype=torch.float32, device=query.device)
+    segments = launch.starts is not None
+    decode(
+        programs * splits,
+        (query, launch.key, launch.value, *launch.others(), parts, part_lse),
+        launch.strides(),
+        (
+            *(splits, heads, length, keys, *row_lags(pattern, True, 0, keys), pattern.sinks),
+            *(pattern.window, launch.scale * LOG2E),
+        ),
+        _decode_constants(launch.group, dim, length, segments, per_head, precision(query)),
+    )
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse, lse_skip = (torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
+    gates = lse if gate is None else gate
+    join(
+        batch * heads * length,
+        (parts, part_lse, gates, out, lse, lse_skip),
+        (),
+        (*gates.stride(), batch * heads * length, heads, length, splits),
+        _join_constants(dim, splits, mass, gate is not None),
+    )
+    return out, lse, lse_skip

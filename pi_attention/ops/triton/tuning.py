@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 INTERPRETER_ROWS = 32
 
 
 class Tiles(NamedTuple):
-    """Query rows BM, key rows BN, warps and pipeline stages of a program."""
+    """Rows BM of a program, rows BN of the other side at a time, warps and pipeline stages."""
 
-    queries: int
-    keys: int
+    rows: int
+    step: int
     warps: int
     stages: int
 
@@ -19,14 +20,14 @@ class Tiles(NamedTuple):
 LOCAL = {
     "forward": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 32, 8, 2)},
     "backward query": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 32, 8, 1)},
-    "backward key": {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 64, 4, 1), 256: Tiles(32, 32, 8, 1)},
+    "backward key": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 32, 8, 1)},
 }
 """For the run of neighbouring tokens, which is bound by arithmetic; measured at D = 128 (`benchmarks/tune.py`)."""
 
 SKIP = {
     "forward": {64: Tiles(64, 16, 4, 4), 128: Tiles(64, 16, 4, 4), 256: Tiles(32, 16, 4, 2)},
     "backward query": {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 16, 4, 1)},
-    "backward key": {64: Tiles(16, 64, 4, 3), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 32, 4, 1)},
+    "backward key": {64: Tiles(64, 16, 4, 3), 128: Tiles(64, 16, 4, 3), 256: Tiles(32, 16, 4, 1)},
 }
 """For the rows of a residue, few keys a query, which is bound by memory; measured at D = 128."""
 
@@ -37,7 +38,7 @@ def choose_tiles(kernel: str, skip: bool, head_dim: int, rows: int, *, wide: boo
     Args:
         kernel: "forward", "backward query" or "backward key".
         skip: the skip band, else the local band.
-        head_dim: D, padded to a power of two.
+        head_dim: D.
         rows: of a sequence in residue order; a tile need not be larger.
         wide: elements of 4 bytes, which take twice the shared memory.
         interpreted: small tiles, for tests on a CPU.
@@ -45,8 +46,12 @@ def choose_tiles(kernel: str, skip: bool, head_dim: int, rows: int, *, wide: boo
     if interpreted:
         return Tiles(INTERPRETER_ROWS, INTERPRETER_ROWS, 4, 1)
     table = (SKIP if skip else LOCAL)[kernel]
-    tiles = table[min(size for size in table if size >= max(64, head_dim))]
+    return _fit(table[min(size for size in table if size >= head_dim)], rows, wide)
+
+
+@lru_cache(maxsize=1024)
+def _fit(tiles: Tiles, rows: int, wide: bool) -> Tiles:
     if wide:
-        tiles = Tiles(max(16, tiles.queries // 2), max(16, tiles.keys // 2), tiles.warps, 1)
+        tiles = Tiles(max(16, tiles.rows // 2), max(16, tiles.step // 2), tiles.warps, 1)
     fit = max(16, 1 << (rows - 1).bit_length())
-    return tiles._replace(queries=min(tiles.queries, fit), keys=min(tiles.keys, fit))
+    return tiles._replace(rows=min(tiles.rows, fit), step=min(tiles.step, fit))

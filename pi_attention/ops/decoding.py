@@ -1,0 +1,64 @@
+"""The decoding kernels as a registered PyTorch operator: a few new queries, no gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pi_attention.ops.library import decode_pattern
+from pi_attention.pattern import PiPattern
+
+MAX_QUERIES = 16
+MAX_ROWS = 64
+"""Query rows of a program: the heads of a group times the queries."""
+
+
+def is_decoding(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, pattern: PiPattern) -> bool:
+    """Whether the decoding kernels serve this call: few causal queries, and nothing to differentiate."""
+    if not pattern.causal or query.shape[2] > MAX_QUERIES:
+        return False
+    if query.shape[1] // key.shape[1] * query.shape[2] > MAX_ROWS:
+        return False
+    differentiable = query.requires_grad or key.requires_grad or value.requires_grad
+    differentiable = differentiable or (gate is not None and gate.requires_grad)
+    return not (differentiable and torch.is_grad_enabled())
+
+
+torch.library.define(
+    "pi_attention::decode",
+    "(Tensor query, Tensor key, Tensor value, Tensor? gate, Tensor? starts, int[] pattern, bool mass, float scale) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+decode = torch.ops.pi_attention.decode.default
+
+
+@torch.library.impl("pi_attention::decode", ("cpu", "cuda"))
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    starts: Tensor | None,
+    pattern: list[int],
+    mass: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, H, T, D] of the fused bands; log-sum-exps [B, H, T] of the local band with sinks, of the skip band."""
+    from pi_attention.ops.triton.launch import Launch, launch_decode
+
+    return launch_decode(Launch(query, key, value, starts, decode_pattern(pattern), True, scale), gate, mass)
+
+
+@torch.library.register_fake("pi_attention::decode")
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    starts: Tensor | None,
+    pattern: list[int],
+    mass: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return query.new_empty(query.shape), lse, torch.empty_like(lse)

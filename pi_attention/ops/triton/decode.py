@@ -1,0 +1,171 @@
+"""Decoding kernels: a few new queries against many keys, split over programs by key, and the joining of the parts.
+
+The keys that T queries can see are three lists, each cut into equal parts, one a program: the window of all queries
+(w + T − 1 keys), and for each query its m skips and its sinks. Query rows are the heads of a group times T.
+"""
+
+import triton
+import triton.language as tl
+
+from pi_attention.ops.triton.band import (
+    LN2,
+    RUN_TIME,
+    band_of_head,
+    gate_weight,
+    load_key_tags,
+    load_query_tags,
+    load_rows,
+    online_softmax,
+    store_rows,
+)
+
+
+@triton.jit
+def _attend(
+    q, acc, m, l, K, V, sk_t, sk_d, sv_t, sv_d, position, present, seen, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    k = load_rows(K, sk_t, sk_d, position, present, D, BD)
+    v = load_rows(V, sv_t, sv_d, position, present, D, BD)
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
+    score = tl.where(seen, score, float("-inf"))
+    weight, past, m, l = online_softmax(score, scale_log2, m, l)
+    acc = acc * past[:, None]
+    acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+    return acc, m, l
+
+
+@triton.jit
+def _part(length, split, splits):
+    """The keys [first, end) of a list that a program takes."""
+    size = tl.cdiv(length, splits)
+    return split * size, tl.minimum((split + 1) * size, length)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def decode_kernel(
+    Q, K, V, Starts, Bands, PartOut, PartLse,
+    sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d,
+    splits, H, T, S, period, first, last, mirror_first, mirror_last, sinks, window, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys, for the query heads of one group: PartOut [2, splits, B, H, T, D] and PartLse without D.
+
+    The first index is the band: local with sinks, or skip. Where heads differ in their period a program takes one head.
+    """
+    MEMBERS: tl.constexpr = 1 if PER_HEAD else GROUP
+    units = H // MEMBERS
+    split, unit = tl.program_id(0) % splits, tl.program_id(0) // splits
+    batch, head0 = (unit // units).to(tl.int64), unit % units * MEMBERS
+    batches = tl.num_programs(0) // (splits * units)
+    period, first, last, mirror_first, mirror_last = band_of_head(
+        Bands, head0, period, first, last, mirror_first, mirror_last, PER_HEAD
+    )
+    Starts += batch * S
+    K += batch * sk_b + (head0 // GROUP) * sk_h
+    V += batch * sv_b + (head0 // GROUP) * sv_h
+
+    line = tl.arange(0, BM)  # of the tile of queries: head by head, T queries each
+    head, query = head0 + line // T, line % T
+    asked = line < MEMBERS * T
+    at = S - T + query
+    pointer = Q + batch * sq_b + head.to(tl.int64) * sq_h + query.to(tl.int64) * sq_t
+    dim = tl.arange(0, BD)
+    q = tl.load(pointer[:, None] + dim[None, :] * sq_d, mask=asked[:, None] & (dim < D)[None, :], other=0.0)
+    query_tag = load_query_tags(Starts, at, asked, SEGMENTS)
+
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    lowest = S - T - window + 1
+    begin, end = _part(window + T - 1, split, splits)
+    begin = tl.maximum(begin, -lowest)
+    for start in tl.range(begin, end, BN):
+        number = start + tl.arange(0, BN)
+        position = lowest + number
+        key_tag = load_key_tags(Starts, position, number < end, 0, SEGMENTS, False)
+        lag = at[:, None] - position[None, :]
+        seen = (lag >= 0) & (lag < window) & (query_tag[:, None] == key_tag[None, :])
+        acc, m, l = _attend(
+            q, acc, m, l, K, V, sk_t, sk_d, sv_t, sv_d, position, number < end, seen, scale_log2, D, BD, PRECISION
+        )
+    begin, end = _part(T * sinks, split, splits)
+    for start in tl.range(begin, end, BN):
+        number = start + tl.arange(0, BN)
+        owner = number // sinks
+        origin = tl.zeros([BN], tl.int32)
+        if SEGMENTS:
+            origin = tl.load(Starts + S - T + owner, mask=number < end, other=-1)
+        position = origin + number % sinks
+        present = (number < end) & (origin >= 0) & (position <= S - T + owner - window)  # beyond its query's window
+        seen = present[None, :] & (owner[None, :] == query[:, None]) & asked[:, None]
+        acc, m, l = _attend(
+            q, acc, m, l, K, V, sk_t, sk_d, sv_t, sv_d, position, present, seen, scale_log2, D, BD, PRECISION
+        )
+    part = ((split * batches + batch) * H + head0) * T
+    _store_part(PartOut, PartLse, part, line, asked, acc, m, l, D, BD)
+
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    skips = last - first
+    begin, end = _part(T * skips, split, splits)
+    for start in tl.range(begin, end, BN):
+        number = start + tl.arange(0, BN)
+        owner = number // skips
+        position = S - T + owner - (first + number % skips) * period
+        present = (number < end) & (position >= 0)
+        key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, True)
+        seen = (query_tag[:, None] == key_tag[None, :]) & (owner[None, :] == query[:, None])
+        acc, m, l = _attend(
+            q, acc, m, l, K, V, sk_t, sk_d, sv_t, sv_d, position, present, seen, scale_log2, D, BD, PRECISION
+        )
+    part += splits * batches * H * T
+    _store_part(PartOut, PartLse, part, line, asked, acc, m, l, D, BD)
+
+
+@triton.jit
+def _store_part(PartOut, PartLse, part, line, asked, acc, m, l, D: tl.constexpr, BD: tl.constexpr):
+    empty = l == 0.0
+    out = acc / tl.where(empty, 1.0, l)[:, None]
+    lse = tl.where(empty, float("-inf"), (m + tl.math.log2(tl.where(empty, 1.0, l))) * LN2)
+    part = part.to(tl.int64)
+    tl.store(PartLse + part + line, lse, mask=asked)
+    store_rows(PartOut + part * D, D, line, asked, out, D, BD, False)
+
+
+@triton.jit
+def _join(PartOut, PartLse, part, step, splits, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
+    """One softmax over all parts of a row: its output [BD] and log-sum-exp."""
+    split = tl.arange(0, BS)
+    present = split < splits
+    lse = tl.load(PartLse + part + split * step, mask=present, other=float("-inf"))
+    largest = tl.max(lse, 0)
+    weight = tl.math.exp2((lse - tl.where(largest == float("-inf"), 0.0, largest)) / LN2)
+    total = tl.sum(weight, 0)
+    safe = tl.where(total == 0.0, 1.0, total)
+    out = load_rows(PartOut + part * D, step * D, 1, split, present, D, BD)
+    out = tl.sum(out * weight[:, None], 0) / safe
+    return out, tl.where(total == 0.0, float("-inf"), largest + tl.math.log2(safe) * LN2)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def join_kernel(
+    PartOut, PartLse, Gate, Out, Lse, SkipLse, sg_b, sg_h, sg_t, rows, H, T, splits,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of one query row of one head, and fuse the bands: Out [B, H, T, D], Lse and SkipLse [B, H, T]."""
+    row = tl.program_id(0).to(tl.int64)
+    out, lse = _join(PartOut, PartLse, row, rows, splits, D, BD, BS)
+    skip_out, lse_skip = _join(PartOut, PartLse, row + splits * rows, rows, splits, D, BD, BS)
+    logit = 0.0
+    if GATED:
+        gates = Gate + row // T // H * sg_b + row // T % H * sg_h + row % T * sg_t
+        logit = tl.load(gates).to(tl.float32)
+    g = gate_weight(lse, lse_skip, logit, MASS)
+    out = g * out + (1.0 - g) * skip_out
+    tl.store(Lse + row, lse)
+    tl.store(SkipLse + row, lse_skip)
+    dim = tl.arange(0, BD)
+    tl.store(Out + row * D + dim, out.to(Out.dtype.element_ty), mask=dim < D)
