@@ -25,6 +25,7 @@ from pi_attention.ops.triton.launch import (
     launch_backward_query,
     launch_forward,
     launch_row_terms,
+    make_plan,
 )
 from pi_attention.ops.triton.tuning import Tiles
 
@@ -37,9 +38,9 @@ def candidates(skip: bool, kernel: str) -> Iterator[Tiles]:
         sizes = [(32, 16), (64, 16), (64, 32), (128, 16)]
         stages = (1, 2, 3, 4) if kernel == "forward" else (1, 2, 3)
     elif kernel == "backward key":
-        sizes, stages = [(64, 32), (64, 64), (128, 32), (128, 64), (64, 16)], (1, 2, 3)
+        sizes, stages = [(64, 32), (64, 64), (128, 32), (128, 64)], (1, 2, 3)
     else:
-        sizes, stages = [(64, 32), (64, 64), (128, 32), (128, 64), (128, 128)], (2, 3)
+        sizes, stages = [(64, 32), (64, 64), (128, 32), (128, 64)], (2, 3, 4)
     for (rows, step), warps, stage in itertools.product(sizes, (4, 8), stages):
         if rows * step // warps >= 128:
             yield Tiles(rows, step, warps, stage)
@@ -100,6 +101,7 @@ def main() -> None:
     times: dict[tuple[bool, str], list[tuple[float, Tiles]]] = {}
     for skip, kernel, tiles in todo:
         (tuning.SKIP if skip else tuning.LOCAL)[kernel] = {options.dim: tiles}
+        make_plan.cache_clear()
         try:
             if options.shard is not None:
                 benches[skip].run(kernel)

@@ -113,10 +113,10 @@ def _side_of_query(
 
 @triton.jit
 def _side_of_key(
-    k, v, dk, dv, Q, GradOut, batch, head, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
+    k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
     row0, row_end, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     TAGS: tl.constexpr = SEGMENTS or SINKS
     begin = row0 + first
@@ -131,8 +131,8 @@ def _side_of_key(
             position = (position % S + S) % S
         token = position - (S - T)
         present = (row <= last_query) & (token >= 0)
-        q = load_tile(Q, sq_t, sq_d, batch, head, start, token, present, D, BD, BN, DESCRIBED)
-        d_out = load_tile(GradOut, sd_t, sd_d, batch, head, start, token, present, D, BD, BN, DESCRIBED)
+        q = load_rows(Q, sq_t, sq_d, token, present, D, BD)
+        d_out = load_rows(GradOut, sd_t, sd_d, token, present, D, BD)
         lse = tl.load(Lse + token, mask=present, other=0.0)
         weight = tl.load(Weight + token, mask=present, other=0.0)
         shift = tl.load(Shift + token, mask=present, other=0.0)
@@ -214,11 +214,11 @@ def band_backward_key_kernel(
     tiles, H, T, S, period, first, last, mirror_first, mirror_last, sinks, first_member, members, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
-    MIRROR: tl.constexpr, ADD: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    MIRROR: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """GradK and GradV [B, G, S, D] of one tile of BM key rows of one residue, from some query heads of the group.
 
-    All `members` heads from `first_member` on have one period. DESCRIBED: Q and GradOut are tensor descriptors.
+    All `members` heads from `first_member` on have one period.
     """
     groups = H // GROUP
     tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -245,22 +245,20 @@ def band_backward_key_kernel(
         for number in tl.range(0, members):
             member = head + number
             of_head = (wide * H + member) * T
-            q_of_head, d_of_head = Q, GradOut
-            if not DESCRIBED:
-                q_of_head += wide * sq_b + member.to(tl.int64) * sq_h
-                d_of_head += wide * sd_b + member.to(tl.int64) * sd_h
+            q_of_head = Q + wide * sq_b + member.to(tl.int64) * sq_h
+            d_of_head = GradOut + wide * sd_b + member.to(tl.int64) * sd_h
             dk, dv = _side_of_key(
-                k, v, dk, dv, q_of_head, d_of_head, batch, member, Starts,
+                k, v, dk, dv, q_of_head, d_of_head, Starts,
                 Lse + of_head, Weight + of_head, Shift + of_head, sq_t, sq_d, sd_t, sd_d,
                 row0, row_end, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
-                D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
+                D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
             )  # fmt: skip
             if MIRROR:
                 dk, dv = _side_of_key(
-                    k, v, dk, dv, q_of_head, d_of_head, batch, member, Starts,
+                    k, v, dk, dv, q_of_head, d_of_head, Starts,
                     Lse + of_head, Weight + of_head, Shift + of_head, sq_t, sq_d, sd_t, sd_d,
                     row0, row_end, key_row, key_tag, offset, period, T, S, mirror_first, mirror_last, scale_log2,
-                    D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
+                    D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
                 )  # fmt: skip
         of_group = row_of_heads.to(tl.int64) * S * D
         store_rows(GradK + of_group, D, position, present, dk * scale, D, BD, ADD)

@@ -78,9 +78,7 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def make_plan(
-    kernel: str, pattern: PiPattern, skip: bool, shape: Shape, described: bool, flags: tuple[tuple[str, bool], ...]
-) -> Plan:
+def make_plan(kernel: str, pattern: PiPattern, skip: bool, shape: Shape, flags: tuple[tuple[str, bool], ...]) -> Plan:
     """The plan of "forward", "backward query" or "backward key"."""
     periods = pattern.periods if skip else (1,)
     length = shape.keys if kernel == "backward key" else shape.queries
@@ -103,7 +101,6 @@ def make_plan(
         PER_HEAD=skip and has_periods(pattern),
         MIRROR=skip and not pattern.causal,
         **dict(flags),
-        DESCRIBED=described,
         PRECISION=shape.precision,
     )
     programs = count * (shape.groups if kernel == "backward key" else shape.heads)
@@ -124,11 +121,6 @@ def describable(*tensors: Tensor) -> bool:
         and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:3])
         for x in tensors
     ) and _has_descriptors(tensors[0].device)
-
-
-def describe(x: Tensor, rows: int, constants: Constants) -> TensorDescriptor:
-    """A descriptor of x [B, H, T, D] from which tiles of `rows` rows are loaded."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, constants.values["BD"]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,12 +145,22 @@ class Launch:
         segments, dtype = self.starts is not None, self.query.dtype
         return Shape(heads, groups, queries, keys, dim, dtype, segments, precision(self.query))
 
-    def plan(self, kernel: str, described: bool = False, **flags: bool) -> Plan:
-        return make_plan(kernel, self.pattern, self.skip, self.shape, described, tuple(flags.items()))
+    def plan(self, kernel: str, **flags: bool) -> Plan:
+        return make_plan(kernel, self.pattern, self.skip, self.shape, tuple(flags.items()))
 
-    def may_describe(self, *tensors: Tensor) -> bool:
-        """Whether tiles of these tensors are loaded by descriptor: in the local band, whose rows are neighbours."""
-        return not self.skip and not self.pattern.ring and describable(*tensors)
+    def keys(self, kernel: str, **flags: bool) -> tuple[Plan, tuple[Any, Any]]:
+        """The plan of a kernel that walks over keys, and what it loads keys and values from: descriptors if they pay.
+
+        They serve the local band, whose rows are neighbours. Below 2²¹ elements the kernels are short, and the host's
+        20 µs a descriptor cost more than they save.
+        """
+        large = self.query.numel() >= 1 << 21 or INTERPRETED
+        described = large and not self.skip and not self.pattern.ring and describable(self.key, self.value)
+        plan = make_plan(kernel, self.pattern, self.skip, self.shape, tuple({**flags, "DESCRIBED": described}.items()))
+        if not described:
+            return plan, (self.key, self.value)
+        block = [1, 1, plan.tiles.step, plan.constants.values["BD"]]
+        return plan, tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in (self.key, self.value))
 
     def others(self) -> tuple[Tensor, Tensor]:
         """Starts and Bands; what is not there is any pointer, and not read."""
@@ -180,14 +182,10 @@ def launch_forward(
     launch: Launch, fuse: tuple[Tensor, Tensor] | None = None, gate: Tensor | None = None, mass: bool = False
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, T, D] and log-sum-exp [B, H, T] of a band; with `fuse`, out is fused with that skip output and lse."""
-    query, key, value = launch.query, launch.key, launch.value
+    query = launch.query
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    described = launch.may_describe(key, value)
-    plan = launch.plan("forward", described, FUSE=fuse is not None, MASS=mass, GATED=gate is not None)
-    keys: tuple[Any, ...] = (key, value)
-    if described:
-        keys = tuple(describe(x, plan.tiles.step, plan.constants) for x in keys)
+    plan, keys = launch.keys("forward", FUSE=fuse is not None, MASS=mass, GATED=gate is not None)
     gates = lse if gate is None else gate
     forward(
         plan.programs * query.shape[0],
@@ -245,11 +243,7 @@ def launch_backward_query(
     launch: Launch, grad_out: Tensor, lse: Tensor, terms: Tensor, grad_query: Tensor, add: bool
 ) -> None:
     """Write the gradient of the queries of one band, or add it to what is there."""
-    described = launch.may_describe(launch.key, launch.value)
-    plan = launch.plan("backward query", described, ADD=add)
-    keys: tuple[Any, ...] = (launch.key, launch.value)
-    if described:
-        keys = tuple(describe(x, plan.tiles.step, plan.constants) for x in keys)
+    plan, keys = launch.keys("backward query", ADD=add)
     backward_query(
         plan.programs * launch.query.shape[0],
         (launch.query, *keys, *launch.others(), grad_out, lse, terms[0], terms[1], grad_query),
@@ -263,16 +257,11 @@ def launch_backward_key(
     launch: Launch, grad_out: Tensor, lse: Tensor, terms: Tensor, grads: tuple[Tensor, Tensor], add: bool
 ) -> None:
     """Write the gradients of the keys and values of one band, or add them to what is there."""
-    described = launch.may_describe(launch.query, grad_out)
     for first, members in _members(launch):
-        plan = launch.plan("backward key", described, ADD=add or first > 0)
-        query: Any = launch.query
-        rows: Any = grad_out
-        if described:
-            query, rows = (describe(x, plan.tiles.step, plan.constants) for x in (query, grad_out))
+        plan = launch.plan("backward key", ADD=add or first > 0)
         backward_key(
             plan.programs * launch.query.shape[0],
-            (query, launch.key, launch.value, *launch.others(), rows, lse, terms[0], terms[1], *grads),
+            (launch.query, launch.key, launch.value, *launch.others(), grad_out, lse, terms[0], terms[1], *grads),
             launch.strides() + grad_out.stride(),
             (*plan.sizes, first, members, launch.scale, launch.scale * LOG2E),
             plan.constants,
