@@ -8,6 +8,7 @@ A step is forward, backward and AdamW over 131,072 tokens in bf16, each block co
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from typing import Any
 
@@ -77,8 +78,11 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.cuda.get_device_name()
     print(device, machine(), flush=True)
-    rows = [row(variant, length) for length in options.lengths for variant in VARIANTS]
-    print(write(f"step-{device.replace(' ', '-').lower()}", {"gpu": device, "tokens": TOKENS, "rows": rows}))
+    rows = []
+    for length, variant in itertools.product(options.lengths, VARIANTS):
+        rows.append(row(variant, length))
+        path = write(f"step-{device.replace(' ', '-').lower()}", {"gpu": device, "tokens": TOKENS, "rows": rows})
+    print(path)
 
 
 if __name__ == "__main__":
