@@ -35,32 +35,93 @@ def cpu() -> str:
     return table(["S", "π-Attention", "causal SDPA", "faster"], rows)
 
 
+def _described(result: dict[str, Any]) -> str:
+    return f"{result['gpu']}, torch {result['machine']['torch']}, {result['machine']['date']}"
+
+
 def gpu() -> str:
-    """The kernels beside their floor and dense attention, one table a GPU."""
+    """The kernels beside their floor and dense attention, one table a GPU; in a CUDA graph where it was measured."""
     parts = []
     for file in sorted(RESULTS.glob("gpu-*.json")):
         result = json.loads(file.read_text())
         rows = []
         for row in result["rows"]:
-            cells = [row["pattern"], str(row["D"]), str(row["S"])]
+            cells = [row["pattern"], str(row["D"]), f"{row['S']:,}"]
             for kind in ("forward", "forward+backward"):
-                cells += [f"{row['pi'][f'{kind} us']:,.0f}", f"{row[f'{kind} over floor']:.1f}"]
+                measured = f"{kind} in graph us" if f"{kind} in graph us" in row["pi"] else f"{kind} us"
                 dense = row.get("sdpa causal")
-                cells.append(f"{dense[f'{kind} us'] / row['pi'][f'{kind} us']:.1f}×" if dense else "–")
-            rows.append(cells)
+                cells += [f"{row['pi'][measured]:,.0f}", f"{row['pi'][measured] / row[f'floor {kind} us']:.1f}"]
+                cells.append(f"{dense[measured] / row['pi'][measured]:.1f}×" if dense else "–")
+            rows.append([*cells, f"{row['pi']['forward+backward us']:,.0f}"])
         head = ["w, π, m", "D", "S"]
         for kind in ("forward", "forward + backward"):
             head += [f"{kind}, µs", "over floor", "faster than causal SDPA"]
         described = (
-            f"{result['gpu']}, torch {result['machine']['torch']}, {result['machine']['date']}; "
-            f"B=1, H={result['H']}, bf16; measured ceilings {result['copy bytes/s'] / 1e12:.2f} TB/s and "
-            f"{result['matrix flop/s'] / 1e12:.0f} TFLOP/s."
+            f"{_described(result)}; B=1, H={result['H']}, bf16; measured ceilings {result['copy bytes/s'] / 1e12:.2f} "
+            f"TB/s and {result['matrix flop/s'] / 1e12:.0f} TFLOP/s. Rows up to S = 8192 are replayed CUDA graphs; the "
+            "last column is forward + backward called from Python, which the host bounds there."
+        )
+        parts.append(described + "\n\n" + table([*head, "from Python, µs"], rows))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def decode() -> str:
+    """A decoded token beside dense attention."""
+    parts = []
+    for file in sorted(RESULTS.glob("decode-*.json")):
+        result = json.loads(file.read_text())
+        rows = []
+        for row in result["rows"]:
+            ours, dense = row["pi"], row.get("dense")
+            cells = [str(row["B"]), f"{row['context']:,}", f"{ours['graph us']:.1f}", f"{ours['eager us']:.0f}"]
+            cells.append(f"{ours['cache bytes'] / 2**20:,.0f} MiB")
+            if dense:
+                cells += [f"{dense['graph us']:,.1f}", f"{dense['cache bytes'] / 2**20:,.0f} MiB"]
+                cells += [f"{row['faster, in graph']:.1f}×", f"{row['faster, eager']:.1f}×"]
+            rows.append(cells + ["–"] * (9 - len(cells)))
+        head = ["B", "context", "π, µs", "from Python", "cache", "dense SDPA, µs", "cache", "faster", "from Python"]
+        described = (
+            f"{_described(result)}; H={result['H']}, D={result['D']}, bf16, {result['pattern']}; one layer's operator."
         )
         parts.append(described + "\n\n" + table(head, rows))
     return "\n\n".join(parts) or "Not measured yet."
 
 
-TABLES: dict[str, Callable[[], str]] = {"cpu": cpu, "gpu": gpu}
+def step() -> str:
+    """Training steps of a model, by variant."""
+    parts = []
+    for file in sorted(RESULTS.glob("step-*.json")):
+        result = json.loads(file.read_text())
+        found = {(row["S"], row["variant"]): row for row in result["rows"]}
+        rows = []
+        for length in sorted({length for length, _ in found}):
+            ours, local, dense = (found[length, variant] for variant in ("pi", "ring-local", "dense"))
+            rows.append(
+                [
+                    f"{length:,}",
+                    *(f"{row['step ms']:,.0f}" for row in (ours, local, dense)),
+                    f"{ours['step ms'] / local['step ms']:.2f}×",
+                    f"{dense['step ms'] / ours['step ms']:.2f}×",
+                    f"{ours['tokens/s']:,.0f}",
+                    f"{ours['peak GiB']:.0f}, {local['peak GiB']:.0f}, {dense['peak GiB']:.0f}",
+                ]
+            )
+        head = [
+            "S",
+            "π, ms",
+            "ring-local, ms",
+            "dense, ms",
+            "π over ring-local",
+            "dense over π",
+            "π tokens/s",
+            "peak GiB",
+        ]
+        described = f"{_described(result)}; {result['tokens']:,} tokens a step."
+        parts.append(described + "\n\n" + table(head, rows))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+TABLES: dict[str, Callable[[], str]] = {"cpu": cpu, "gpu": gpu, "decode": decode, "step": step}
 
 
 def filled(text: str) -> str:

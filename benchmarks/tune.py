@@ -19,14 +19,13 @@ from triton.testing import do_bench
 from pi_attention import PiPattern
 from pi_attention.ops.triton import tuning
 from pi_attention.ops.triton.launch import (
-    Launch,
     Saved,
     launch_backward_key,
     launch_backward_query,
     launch_forward,
     launch_row_terms,
-    make_plan,
 )
+from pi_attention.ops.triton.plan import Launch, make_plan
 from pi_attention.ops.triton.tuning import Tiles
 
 PATTERN = PiPattern(256, 256, 16)

@@ -25,6 +25,7 @@ ORDER = [
     "ops.triton.decode",
     "ops.triton.tuning",
     "ops.triton.launcher",
+    "ops.triton.plan",
     "ops.triton",
     "ops.decoding",
     "ops.fused",

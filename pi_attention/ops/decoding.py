@@ -44,7 +44,8 @@ def _decode(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, H, T, D] of the fused bands; log-sum-exps [B, H, T] of the local band with sinks, of the skip band."""
-    from pi_attention.ops.triton.launch import Launch, launch_decode
+    from pi_attention.ops.triton.launch import launch_decode
+    from pi_attention.ops.triton.plan import Launch
 
     return launch_decode(Launch(query, key, value, starts, decode_pattern(pattern), True, scale), gate, mass)
 

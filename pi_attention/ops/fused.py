@@ -66,7 +66,8 @@ def _fused(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and for both bands the skip band's output and log-sum-exp (else empty tensors)."""
-    from pi_attention.ops.triton.launch import Launch, launch_forward
+    from pi_attention.ops.triton.launch import launch_forward
+    from pi_attention.ops.triton.plan import Launch
 
     shape = decode_pattern(pattern)
     if bands != BOTH:
@@ -116,13 +117,8 @@ def _fused_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and gate logits (fp32; empty without a gate)."""
-    from pi_attention.ops.triton.launch import (
-        Launch,
-        Saved,
-        launch_backward_key,
-        launch_backward_query,
-        launch_row_terms,
-    )
+    from pi_attention.ops.triton.launch import Saved, launch_backward_key, launch_backward_query, launch_row_terms
+    from pi_attention.ops.triton.plan import Launch
 
     shape = decode_pattern(pattern)
     both = bands == BOTH

@@ -1,0 +1,64 @@
+"""The kernels fit consumer GPUs: every one compiles within 99 KiB of shared memory. Needs no GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from problems import need_triton
+
+LIMIT = 99 * 1024
+
+SCRIPT = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pi_attention import PiPattern
+from pi_attention.ops.triton import backward, forward
+from pi_attention.ops.triton.plan import Shape, make_plan
+
+KERNELS = {
+    "forward": (forward.band_forward_kernel, {"FUSE": True, "MASS": True, "GATED": True, "DESCRIBED": False}),
+    "backward query": (backward.band_backward_query_kernel, {"ADD": True, "DESCRIBED": False}),
+    "backward key": (backward.band_backward_key_kernel, {"ADD": True}),
+}
+FP32 = {"SkipLse", "Lse", "Weight", "Shift"}
+
+for dim, (dtype, element), skip in [(d, t, s) for d in DIMS for t in TYPES for s in (False, True)]:
+    shape = Shape(16, 4, 32768, 32768, dim, dtype, True, "ieee" if element == "fp32" else "tf32")
+    for name, (kernel, flags) in KERNELS.items():
+        plan = make_plan(name, PiPattern(256, 256, 16), skip, shape, tuple(flags.items()))
+        signature, constants, attributes = {}, dict(plan.constants.values), {}
+        for index, argument in enumerate(kernel.arg_names):
+            stride = argument[0] == "s" and argument[2:3] == "_"
+            if argument.endswith("_d"):
+                constants[argument] = 1
+            if argument in constants:
+                signature[argument] = "constexpr"
+            elif argument[0].isupper() and len(argument) > 1 or argument in "QKV":
+                kind = "i32" if argument in ("Starts", "Bands") else "fp32" if argument in FP32 else element
+                signature[argument] = "*" + kind
+                attributes[index,] = [["tt.divisibility", 16]]
+            else:
+                signature[argument] = "fp32" if argument.startswith("scale") else "i32"
+                if stride:
+                    attributes[index,] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 89, 32), options=plan.constants.options)
+        print(compiled.metadata.shared, dim, element, "skip" if skip else "local", name, plan.tiles)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [(64, 128), (256,)], ids=str)
+def test_kernels_compile_within_the_shared_memory_of_consumer_gpus(dims):
+    need_triton()
+    types = '((torch.bfloat16, "bf16"), (torch.float32, "fp32"))'
+    script = SCRIPT.replace("DIMS", str(dims)).replace("TYPES", types)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert len(lines) == 12 * len(dims)
+    for shared, what in lines:
+        assert int(shared) <= LIMIT, f"{what}: {shared} bytes"
