@@ -10,13 +10,20 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from pi_attention.cli.convert import Convert
 from pi_attention.cli.evaluate import Eval
 from pi_attention.cli.generate import Generate
 from pi_attention.cli.inspect import Inspect
 from pi_attention.cli.train import Train
 from pi_attention.training.config import load_yaml
 
-COMMANDS: dict[str, Any] = {"train": Train, "eval": Eval, "generate": Generate, "inspect": Inspect}
+COMMANDS: dict[str, Any] = {
+    "train": Train,
+    "eval": Eval,
+    "generate": Generate,
+    "inspect": Inspect,
+    "convert": Convert,
+}
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:

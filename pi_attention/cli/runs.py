@@ -23,10 +23,10 @@ def load_run(run: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a run's folder, or of a folder that `save_pretrained` wrote; see `model_folder`."""
     folder = model_folder(run)
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pi_attention.models import PiForCausalLM
+    import pi_attention.convert  # noqa: F401  registers our models
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = PiForCausalLM.from_pretrained(folder).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     return model, AutoTokenizer.from_pretrained(folder)

@@ -1,13 +1,35 @@
 """Hugging Face models built from the layers of `pi_attention.nn`. Importing this registers the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
 
 from pi_attention.models.caching import PiCache
 from pi_attention.models.configuration_pi import PiConfig
 from pi_attention.models.modeling_pi import PiForCausalLM, PiModel, PiPreTrainedModel
 
-AutoConfig.register("pi", PiConfig, exist_ok=True)
-AutoModel.register(PiConfig, PiModel, exist_ok=True)
-AutoModelForCausalLM.register(PiConfig, PiForCausalLM, exist_ok=True)
+transformers.AutoConfig.register("pi", PiConfig, exist_ok=True)
+transformers.AutoModel.register(PiConfig, PiModel, exist_ok=True)  # before the heads, which build on it
 
-__all__ = ["PiCache", "PiConfig", "PiForCausalLM", "PiModel", "PiPreTrainedModel"]
+from pi_attention.models.heads import (  # noqa: E402
+    PiForMaskedLM,
+    PiForQuestionAnswering,
+    PiForSequenceClassification,
+    PiForTokenClassification,
+)
+
+transformers.AutoModelForCausalLM.register(PiConfig, PiForCausalLM, exist_ok=True)
+transformers.AutoModelForMaskedLM.register(PiConfig, PiForMaskedLM, exist_ok=True)
+transformers.AutoModelForQuestionAnswering.register(PiConfig, PiForQuestionAnswering, exist_ok=True)
+transformers.AutoModelForSequenceClassification.register(PiConfig, PiForSequenceClassification, exist_ok=True)
+transformers.AutoModelForTokenClassification.register(PiConfig, PiForTokenClassification, exist_ok=True)
+
+__all__ = [
+    "PiCache",
+    "PiConfig",
+    "PiForCausalLM",
+    "PiForMaskedLM",
+    "PiForQuestionAnswering",
+    "PiForSequenceClassification",
+    "PiForTokenClassification",
+    "PiModel",
+    "PiPreTrainedModel",
+]

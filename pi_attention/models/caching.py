@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from pi_attention.cache import LayerCache
 from pi_attention.pattern import PiPattern
+from pi_attention.segments import segment_starts
 
 
 class PiCacheLayer(CacheLayerMixin):
@@ -21,6 +22,7 @@ class PiCacheLayer(CacheLayerMixin):
 
     def __init__(self, pattern: PiPattern) -> None:
         self.cache = LayerCache(pattern)
+        self.starts: Tensor | None = None  # where the segments of the next tokens begin, unless `update` is told
 
     @property
     def keys(self) -> Tensor | None:
@@ -40,7 +42,7 @@ class PiCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, starts: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        return self.cache.update(key_states, value_states, starts)
+        return self.cache.update(key_states, value_states, self.starts if starts is None else starts)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         kept = 0 if self.keys is None else self.keys.shape[2]
@@ -90,10 +92,35 @@ class PiCache(Cache):
     def __init__(self, patterns: list[PiPattern]) -> None:
         super().__init__(layers=[PiCacheLayer(pattern) for pattern in patterns])
 
+    def begin(self, segment_ids: Tensor | None) -> None:
+        """Before new tokens of a model that knows no segments: the ids [B, length + T], which place the sinks."""
+        for layer in self.layers:
+            layer.starts = None
+            if segment_ids is not None and layer.cache.pattern.sinks:
+                layer.starts = segment_starts(segment_ids)[:, layer.cache.length]
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated in all layers."""
         return sum(layer.cache.nbytes for layer in self.layers)
+
+
+class BoundedGeneration:
+    """Before GenerationMixin: `generate` makes a `PiCache` where transformers would make a dynamic one."""
+
+    def cache_patterns(self) -> list[PiPattern]:
+        """The pattern of every layer."""
+        raise NotImplementedError
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+            model_kwargs["past_key_values"] = PiCache(self.cache_patterns())
+            if getattr(generation_config, "is_assistant", False):
+                model_kwargs["past_key_values"].activate_past_recording()
 
 
 class LayerOfCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -25,11 +26,14 @@ class PiConfig(PretrainedConfig):
         window, period, skips, sinks: the pattern of the layers (see `PiPattern`); period may be a list, one per head.
         layer_patterns: what each layer attends to, repeated over the layers: "pi" (the pattern above), "local" (its
             window alone), "dense", or a dict of pattern fields to change, e.g. {"period": 64}.
+        causal: False sees both sides, for masked language modelling and encoders; there is no cache then.
         gate: learn a fusion gate; False is one softmax over both bands.
         fusion: "gate" or "mass" (see `pi_attention`).
         gate_features: the gate sees only so many features of the hidden state; None sees all.
         qk_norm: RMSNorm over each head's query and key.
         rope_theta: base of the rotary embedding.
+        rope_parameters: scaling of the rotary embedding as in Llama, such as {"rope_type": "yarn", "factor": 4.0,
+            "rope_theta": 10000.0}; plain when None.
         max_position_embeddings: longest context that the model was trained for.
         rms_norm_eps, initializer_range, tie_word_embeddings, use_cache: as in Llama.
     """
@@ -51,11 +55,13 @@ class PiConfig(PretrainedConfig):
         skips: int | None = 16,
         sinks: int = 0,
         layer_patterns: list[str | dict[str, Any]] | None = None,
+        causal: bool = True,
         gate: bool = True,
         fusion: Fusion = "gate",
         gate_features: int | None = None,
         qk_norm: bool = False,
         rope_theta: float = 10000.0,
+        rope_parameters: dict[str, Any] | None = None,
         max_position_embeddings: int = 2048,
         rms_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
@@ -78,15 +84,19 @@ class PiConfig(PretrainedConfig):
         self.skips = skips
         self.sinks = sinks
         self.layer_patterns = layer_patterns
+        self.causal = causal
         self.gate = gate
         self.fusion: Fusion = fusion
         self.gate_features = gate_features
         self.qk_norm = qk_norm
         self.rope_theta = rope_theta
+        self.rope_parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope_theta} | (
+            rope_parameters or {}
+        )
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
-        self.use_cache = use_cache
+        self.use_cache = use_cache and causal
         if fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {FUSIONS}, got {fusion!r}.")
         patterns = self.patterns()
@@ -97,6 +107,7 @@ class PiConfig(PretrainedConfig):
         self.layer_types = ["sliding_attention" if reach in bounded else "full_attention" for reach in reaches]
         for derived in ("sliding_window", "layer_types"):
             kwargs.pop(derived, None)
+        self.base_model_tp_plan = self._tensor_parallel_plan()  # 5.17 extends it in super().__init__ when tied
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             pad_token_id=pad_token_id,
@@ -105,6 +116,19 @@ class PiConfig(PretrainedConfig):
             **kwargs,
         )
 
+    def _tensor_parallel_plan(self) -> dict[str, str] | None:
+        """Heads are split over the ranks; None where each head has its own period."""
+        if any(len(pattern.periods) > 1 for pattern in self.patterns()):
+            return None
+        plan = {f"layers.*.self_attn.{x}_proj": "colwise" for x in "qkv"}
+        plan |= {f"layers.*.mlp.{x}_proj": "colwise" for x in ("gate", "up")}
+        plan |= {"layers.*.self_attn.o_proj": "rowwise", "layers.*.mlp.down_proj": "rowwise"}
+        if self.qk_norm:
+            plan |= {f"layers.*.self_attn.{x}_norm": "replicated_with_grad_allreduce" for x in "qk"}
+        if self.gate and any(pattern.skips != 0 for pattern in self.patterns()):
+            plan["layers.*.self_attn.gate.fc_out"] = "colwise"
+        return plan
+
     @property
     def pattern(self) -> PiPattern:
         """The pattern of the "pi" layers."""
@@ -112,6 +136,7 @@ class PiConfig(PretrainedConfig):
             self.window,
             tuple(self.period) if isinstance(self.period, list) else self.period,
             self.skips,
+            causal=self.causal,
             sinks=self.sinks,
         )
 
@@ -134,12 +159,13 @@ class PiConfig(PretrainedConfig):
                 "period": self.period,
                 "skips": self.skips,
                 "sinks": self.sinks,
+                "causal": self.causal,
             } | kind
             return PiPattern(**fields)
         if kind == "pi":
             return self.pattern
         if kind == "local":
-            return PiPattern(self.window, 1, 0, sinks=self.sinks)
+            return PiPattern(self.window, 1, 0, causal=self.causal, sinks=self.sinks)
         if kind == "dense":
-            return DENSE
+            return replace(DENSE, causal=self.causal)
         raise ValueError(f'layer_patterns holds {kind!r}: use "pi", "local", "dense", or a dict of pattern fields.')

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from pi_attention.models.caching import LayerOfCache, PiCache
+from pi_attention.models.attention_map import AttentionMap, PiSelfAttention
+from pi_attention.models.caching import BoundedGeneration, LayerOfCache, PiCache
 from pi_attention.models.configuration_pi import PiConfig
+from pi_attention.models.rotary import PiRotaryEmbedding
 from pi_attention.nn.attention import GateOptions, PiAttention
 from pi_attention.nn.gate import GateLogits
 from pi_attention.nn.layers import SwiGLU
-from pi_attention.nn.rope import rotary_angles
 from pi_attention.ops.api import Impl
 from pi_attention.pattern import PiPattern
 
@@ -34,7 +35,7 @@ class PiDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: PiConfig, pattern: PiPattern, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.self_attn = PiAttention(
+        self.self_attn = PiSelfAttention(
             config.hidden_size,
             config.num_attention_heads,
             pattern,
@@ -79,7 +80,7 @@ class PiPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
     _can_compile_fullgraph = True
-    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": PiDecoderLayer}
+    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": PiDecoderLayer, "attentions": AttentionMap}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -132,6 +133,7 @@ class PiModel(PiPreTrainedModel):
         patterns = config.patterns()
         self.layers = nn.ModuleList(PiDecoderLayer(config, pattern, i) for i, pattern in enumerate(patterns))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = PiRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -195,8 +197,7 @@ class PiModel(PiPreTrainedModel):
             segment_ids = segments_of_batch(attention_mask, position_ids, past, batch, tokens)
         if position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=inputs_embeds.device)[None]
-        angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
-        position_embeddings = (angles[0].to(inputs_embeds.dtype), angles[1].to(inputs_embeds.dtype))
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -212,28 +213,28 @@ class PiModel(PiPreTrainedModel):
         )
 
 
-class PiForCausalLM(PiPreTrainedModel, GenerationMixin):
+class PiForCausalLM(BoundedGeneration, PiPreTrainedModel, GenerationMixin):
     """PiModel with a language-modelling head."""
 
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: PiConfig) -> None:
+        if not all(pattern.causal for pattern in config.patterns()):
+            raise ValueError(
+                "PiForCausalLM needs causal patterns: a bidirectional one sees the tokens that it predicts. "
+                "Set causal=True, or use PiForMaskedLM."
+            )
         super().__init__(config)
         self.model = PiModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Let generate() use our bounded cache where it would make a dynamic one."""
-        given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
-            model_kwargs["past_key_values"] = PiCache(self.config.patterns())
-            if getattr(generation_config, "is_assistant", False):
-                model_kwargs["past_key_values"].activate_past_recording()
+    def cache_patterns(self) -> list[PiPattern]:
+        """The pattern of every layer, for the cache of `generate`."""
+        return self.config.patterns()
 
     @can_return_tuple
     def forward(
@@ -270,5 +271,9 @@ class PiForCausalLM(PiPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )

@@ -1,0 +1,89 @@
+"""`pi-attention convert`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+
+@dataclass
+class Convert:
+    """Give a pretrained Hugging Face decoder π-Attention, report what that costs in perplexity, fine-tune, save."""
+
+    model: str = ""
+    """Folder or hub name of the pretrained model."""
+    out: Path = Path("runs/converted")
+    """Folder for the converted model and its tokenizer."""
+    window: int = 512
+    """Keys of the ring-local band, the token itself included."""
+    period: int = 512
+    """Distance of the skips."""
+    skips: int = 16
+    """Skips a token; 0 is a sliding window alone."""
+    sinks: int = 4
+    """First tokens that stay visible; pretrained models need some."""
+    gate: bool = True
+    """Add a learned fusion gate to each converted layer."""
+    finetune_steps: int = 0
+    """Steps of fine-tuning; 0 saves the pretrained weights as they are."""
+    part: Literal["gates", "all"] = "all"
+    """What is fine-tuned: the gates alone, or all weights."""
+    learning_rate: float = 2e-5
+    """Peak learning rate of the fine-tune."""
+    data: str = "shakespeare"
+    """Text to fine-tune and evaluate on: see `pi-attention train`."""
+    context: int = 2048
+    """Tokens of a block."""
+    eval_blocks: int = 4
+    """Blocks on which perplexity is measured; 0 measures nothing."""
+    seed: int = 0
+    """Seed of the fine-tune."""
+
+    def execute(self, console: Console) -> int:
+        """Run the command; the exit code."""
+        if not self.model:
+            raise ValueError("model is empty: give the folder or the hub name of a pretrained model.")
+        if (self.out / "config.json").exists():
+            raise FileExistsError(f"out={str(self.out)!r} holds a model already: choose another folder, or delete it.")
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from pi_attention.convert import convert
+        from pi_attention.data.corpus import load_documents
+        from pi_attention.data.packing import PackedBlocks, hold_out
+        from pi_attention.pattern import PiPattern
+        from pi_attention.tasks.language_modelling import evaluate
+        from pi_attention.training.finetune import finetune
+
+        pattern = PiPattern(self.window, self.period, self.skips, sinks=self.sinks)
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        parts = hold_out(load_documents(self.data), 0.1, self.seed)
+        training, validation = (PackedBlocks(part, tokenizer, self.context) for part in parts)
+        model = AutoModelForCausalLM.from_pretrained(self.model)
+
+        def report(what: str) -> None:
+            if self.eval_blocks:
+                result = evaluate(converted, validation, limit=self.eval_blocks)
+                console.print(f"{what}: perplexity {result.perplexity:.2f} a token ({result.tokens:,} tokens)")
+
+        converted = convert(model, PiPattern(self.context, 1, 0), gate=False)  # every key of a block
+        report("dense")
+        converted = convert(model, pattern, gate=self.gate)
+        report(f"{pattern}, untrained")
+        if self.finetune_steps:
+            finetune(
+                converted,
+                training,
+                steps=self.finetune_steps,
+                part=self.part,
+                learning_rate=self.learning_rate,
+                out=self.out / "trainer",
+                seed=self.seed,
+            )
+            report(f"after {self.finetune_steps} steps of {self.part}")
+        converted.save_pretrained(self.out)
+        tokenizer.save_pretrained(self.out)
+        console.print(f"Saved in {self.out}. Next: pi-attention generate {self.out}")
+        return 0

@@ -1,0 +1,225 @@
+"""Give a pretrained Hugging Face decoder π-Attention: a pattern, a learned gate, a decoding cache of bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from pi_attention.models.caching import BoundedGeneration, PiCache
+from pi_attention.models.interface import NAME, SETTINGS, layer_pattern, register, settings_of
+from pi_attention.models.modeling_pi import segments_of_batch
+from pi_attention.nn.gate import FusionGate, GateLogits
+from pi_attention.pattern import PiPattern
+
+
+class PiConvertedConfig(PretrainedConfig):
+    """A decoder of transformers, and what its layers attend to.
+
+    Args:
+        text_config: of the decoder, with the pattern in its `pi_attention`.
+        gate: learn a fusion gate in each converted layer.
+    """
+
+    model_type = "pi_converted"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    text_config: Any
+
+    def __init__(
+        self, text_config: PretrainedConfig | dict[str, Any] | None = None, gate: bool = True, **kwargs: Any
+    ) -> None:
+        if text_config is None:
+            text_config = {"model_type": "llama", SETTINGS: settings_of(PiPattern(512, 512, 16))}
+        if isinstance(text_config, dict):
+            text_config = CONFIG_MAPPING[text_config["model_type"]](**text_config)
+        self.text_config = text_config
+        self.gate = gate
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+            kwargs.setdefault(name, getattr(text_config, name, None))
+        super().__init__(**kwargs)
+
+    def patterns(self) -> list[PiPattern]:
+        """The pattern of every layer."""
+        config = self.text_config
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+            kinds = ["sliding_attention"] * config.num_hidden_layers  # as in Mistral
+        windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        return [layer_pattern(config, layer, window) for layer, window in enumerate(windows)]
+
+
+class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin):
+    """A causal language model of transformers, `model`, whose layers attend by π-Attention with fusion="mass"."""
+
+    config_class = PiConvertedConfig
+    config: PiConvertedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = False
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+
+    def __init__(self, config: PiConvertedConfig, model: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        register()
+        if model is None:
+            model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=NAME)
+        self.model = model
+        config.text_config._attn_implementation = NAME  # super().__init__ chose one for both configs
+        self._no_split_modules = model._no_split_modules
+        _initialise_gates_of(model)
+        self._add_gates()
+        self.post_init()
+
+    def _add_gates(self) -> None:
+        """A `pi_gate` in each layer with skips; a hook hands its logits to the attention function."""
+        config, patterns = self.config.text_config, self.config.patterns()
+        for module in self.model.modules():
+            layer = getattr(module, "layer_idx", None)
+            if layer is None or not hasattr(module, "q_proj") or not patterns[layer].skips or not self.config.gate:
+                continue
+            gate = FusionGate(config.hidden_size, config.num_attention_heads)
+            module.pi_gate = gate.to(module.q_proj.weight.device, module.q_proj.weight.dtype)
+            module.register_forward_pre_hook(_pass_gate, with_kwargs=True)
+
+    def cache_patterns(self) -> list[PiPattern]:
+        """The pattern of every layer, for the cache of `generate`."""
+        return self.config.patterns()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.set_output_embeddings(new_embeddings)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        segment_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the forward of the converted model; the cache that it creates is a `PiCache`.
+
+        Args:
+            segment_ids: [B, cached + T] int32 (see `pi_attention`), instead of deriving them from mask and positions.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache, kwargs: as
+                those of the converted model.
+        """
+        like = input_ids if input_ids is not None else inputs_embeds
+        if like is None:
+            raise ValueError("pass either input_ids or inputs_embeds.")
+        use_cache = self.config.text_config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = PiCache(self.config.patterns())
+        if not isinstance(past_key_values, PiCache | None):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}: leave it out, or pass "
+                "PiCache(model.config.patterns()), which keeps what the patterns see."
+            )
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if segment_ids is None:
+            segment_ids = segments_of_batch(attention_mask, position_ids, past, like.shape[0], like.shape[1])
+        if past_key_values is not None:
+            past_key_values.begin(segment_ids)
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            pi_segments=(segment_ids, past_key_values),
+            **kwargs,
+        )
+
+
+def _initialise_gates_of(model: PreTrainedModel) -> None:
+    """The gates lie in models that initialise what a checkpoint lacks by rules of their own: teach them the gates'."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part._init_weights = partial(_initialise, part._init_weights)
+
+
+@torch.no_grad()
+def _initialise(others: Callable[[nn.Module], None], module: nn.Module) -> None:
+    if isinstance(module, GateLogits):
+        init.zeros_(module.weight)
+        init.constant_(module.bias, module.initial_bias)
+    else:
+        others(module)
+
+
+def _pass_gate(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    gate: Any = module.pi_gate
+    return args, kwargs | {"pi_gate": gate(hidden_states)}
+
+
+def convert(
+    model: PreTrainedModel, pattern: PiPattern, *, gate: bool = True, layers: list[int] | None = None
+) -> PiConvertedForCausalLM:
+    """Give a pretrained causal language model π-Attention; its weights are shared, not copied.
+
+    With the same weights the first forward is sparse softmax attention over the pattern: fusion="mass", whose learned
+    gate starts at a = 0. Layers that have a sliding window of their own keep it.
+
+    Args:
+        model: a decoder of transformers that uses its attention interface (Llama, Qwen, Mistral, Gemma, SmolLM …).
+        pattern: causal; of the converted layers.
+        gate: add a learned fusion gate to each converted layer, saved with the model.
+        layers: indices of the layers to convert; None converts all that attend to everything.
+
+    Returns:
+        A model for training, `generate`, `save_pretrained`; `AutoModelForCausalLM.from_pretrained` restores it once
+        `pi_attention.convert` is imported.
+
+    Raises:
+        ValueError: the pattern is bidirectional, or a layer does not exist.
+        NotImplementedError: the model does not use transformers' attention interface.
+
+    Example::
+
+        model = convert(AutoModelForCausalLM.from_pretrained(name), PiPattern(512, 512, 16, sinks=4))
+    """
+    if not pattern.causal:
+        raise ValueError("pattern must be causal for a decoder: causal=True.")
+    config = model.config
+    count = getattr(config, "num_hidden_layers", 0)
+    wrong = [layer for layer in layers or [] if not 0 <= layer < count]
+    if wrong:
+        raise ValueError(f"layers={layers} holds {wrong[0]}, but the model has layers 0 to {count - 1}.")
+    pattern.check_heads(config.num_attention_heads)
+    if not getattr(type(model), "_supports_attention_backend", False):
+        raise NotImplementedError(f"{type(model).__name__} does not use transformers' attention interface.")
+    register()
+    setattr(config, SETTINGS, settings_of(pattern, layers))
+    model.set_attn_implementation(NAME)
+    converted = PiConvertedForCausalLM(PiConvertedConfig(config, gate=gate), model)
+    converted.generation_config = model.generation_config
+    return converted.train(model.training)
+
+
+AutoConfig.register("pi_converted", PiConvertedConfig, exist_ok=True)
+AutoModelForCausalLM.register(PiConvertedConfig, PiConvertedForCausalLM, exist_ok=True)

@@ -1,0 +1,168 @@
+"""π-Attention as an attention implementation of transformers: `attn_implementation="pi"` for its decoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from pi_attention.models.caching import PiCache
+from pi_attention.models.configuration_pi import DENSE
+from pi_attention.models.modeling_pi import segments_of_batch
+from pi_attention.ops.api import pi_attention
+from pi_attention.pattern import PiPattern
+
+NAME = "pi"
+SETTINGS = "pi_attention"
+"""Attribute of a model's config: a dict of `PiPattern` fields, and "layers", the indices of the layers that get it."""
+
+_default: dict[str, Any] = {}
+
+
+def settings_of(pattern: PiPattern, layers: list[int] | None = None) -> dict[str, Any]:
+    """What `config.pi_attention` holds: JSON."""
+    period = list(pattern.period) if isinstance(pattern.period, tuple) else pattern.period
+    fields = {"window": pattern.window, "period": period, "skips": pattern.skips, "sinks": pattern.sinks}
+    return fields | {"layers": layers}
+
+
+def register(pattern: PiPattern | None = None) -> None:
+    """Let `attn_implementation="pi"` name π-Attention in transformers, for decoders that use its attention interface.
+
+    Each layer attends to the pattern by fusion="mass" without a gate: one softmax over both bands, so pretrained
+    weights keep their meaning. A model's own sliding-window layers stay what they are. See `convert` for a learned gate
+    and a cache of bounded memory.
+
+    Args:
+        pattern: of models whose config has no `pi_attention`; None leaves that an error.
+
+    Example::
+
+        register(PiPattern(window=512, period=512, skips=16, sinks=4))
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="pi")
+    """
+    _default.clear()
+    if pattern is not None:
+        if not pattern.causal:
+            raise ValueError("pattern must be causal for a decoder: causal=True.")
+        _default.update(settings_of(pattern))
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, padding_of_keys)  # without it transformers drops padding silently
+
+
+def layer_pattern(config: Any, layer: int, sliding_window: int | None = None) -> PiPattern:
+    """What a layer of a model attends to: its own sliding window, the pattern of its config, or every earlier token."""
+    if sliding_window is not None:
+        return PiPattern(sliding_window, 1, 0)
+    settings = dict(getattr(config, SETTINGS, None) or _default)
+    if not settings:
+        raise ValueError(
+            'attn_implementation="pi" needs a pattern: register(PiPattern(...)), or set config.pi_attention to a dict '
+            'such as {"window": 512, "period": 512, "skips": 16, "sinks": 4}.'
+        )
+    layers = settings.pop("layers", None)
+    if layers is not None and layer not in layers:
+        return DENSE
+    if isinstance(settings["period"], list):
+        settings["period"] = tuple(settings["period"])
+    return PiPattern(**settings)
+
+
+def padding_of_keys(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that `attention_forward` takes: which keys are no padding, [B, 1, 1, kv_length]; None when all are.
+
+    The name and order of the arguments are those of transformers' mask functions.
+    """
+    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
+        raise NotImplementedError(
+            'attn_implementation="pi" has the queries at the end of the keys, which a static cache has not: '
+            "leave cache_implementation out."
+        )
+    if attention_mask is None:
+        return None
+    present = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if not torch.compiler.is_compiling() and bool(present.all()):
+        return None
+    return present[:, None, None]
+
+
+class _Segments:
+    """Segment ids of a forward pass, found in its first layer and reused in the others."""
+
+    def __init__(self) -> None:
+        self.known: tuple[Any, ...] = ()
+        self.ids: Tensor | None = None
+
+    def of(self, mask: Tensor | None, positions: Tensor | None, batch: int, keys: int, queries: int) -> Tensor | None:
+        known = (mask, positions, batch, keys, queries)
+        if len(self.known) != len(known) or any(a is not b for a, b in zip(known, self.known, strict=True)):
+            padding = None if mask is None else mask[:, 0, 0]
+            self.ids = segments_of_batch(padding, positions, keys - queries, batch, queries)
+            self.known = known
+        return self.ids
+
+
+_segments = _Segments()
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    pi_gate: Tensor | None = None,
+    pi_segments: tuple[Tensor | None, PiCache | None] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: out [B, T, H, D] of query [B, H, T, D], key and value [B, G, S, D].
+
+    Args:
+        attention_mask: from `padding_of_keys`.
+        position_ids: [B or 1, T]; where they restart, a new packed document starts.
+        pi_gate: logits [B, H, T] of a fusion gate, added to λ − μ.
+        pi_segments: segment ids of all tokens so far, and the cache that the keys come from, if any.
+        module, scaling, dropout, sliding_window, kwargs: as transformers passes them.
+    """
+    refused = [name for name in ("softcap", "s_aux", "head_mask") if kwargs.get(name) is not None]
+    if refused or (dropout and module.training):
+        what = refused[0] if refused else f"attention dropout ({dropout})"
+        raise NotImplementedError(f'attn_implementation="pi" cannot compute {what}: use another implementation.')
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError('attn_implementation="pi" serves causal decoders, and this layer is bidirectional.')
+    if attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.shape[1:3] != (1, 1)):
+        raise NotImplementedError(
+            f'attn_implementation="pi" takes the padding mask [B, S] only, got one of {tuple(attention_mask.shape)}: '
+            "the pattern makes the rest."
+        )
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise NotImplementedError(f'attn_implementation="pi" needs layer_idx on {type(module).__name__}.')
+    pattern = layer_pattern(module.config, layer, sliding_window)
+    if pi_segments is not None:
+        ids, cache = pi_segments
+        if ids is not None and cache is not None:
+            ids = cache.layers[layer].cache.select(ids)
+    elif torch.compiler.is_compiling():
+        padding = None if attention_mask is None else attention_mask[:, 0, 0]
+        past = key.shape[2] - query.shape[2]
+        ids = segments_of_batch(padding, position_ids, past, query.shape[0], query.shape[2])
+    else:
+        ids = _segments.of(attention_mask, position_ids, query.shape[0], key.shape[2], query.shape[2])
+    out = pi_attention(query, key, value, pattern, gate=pi_gate, fusion="mass", segment_ids=ids, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None

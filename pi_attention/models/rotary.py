@@ -1,0 +1,45 @@
+"""Rotary embedding of the models, with the scalings (linear, dynamic, YaRN, …) that transformers knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from pi_attention.models.configuration_pi import PiConfig
+
+
+class PiRotaryEmbedding(nn.Module):
+    """cos and sin of positions, scaled as `config.rope_parameters` says; attributes as transformers expects them."""
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: PiConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        frequencies = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            frequencies = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = frequencies(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: PiConfig, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+        """Inverse frequencies [D / 2] and the factor of cos and sin."""
+        dim = config.head_dim
+        theta = float(config.rope_parameters["rope_theta"])
+        return theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B or 1, T, D] in the dtype of x, computed in fp32."""
+        angle = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        angle = torch.cat([angle, angle], dim=-1)
+        return (angle.cos() * self.attention_scaling).to(x.dtype), (angle.sin() * self.attention_scaling).to(x.dtype)

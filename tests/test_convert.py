@@ -1,0 +1,191 @@
+"""Pretrained decoders of transformers with π-Attention: exact, bounded, saved and restored."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from pi_attention import PiPattern
+from pi_attention.convert import PiConvertedForCausalLM, convert
+from pi_attention.masks import dense_mask
+from pi_attention.models import PiCache
+from pi_attention.models.interface import register
+
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
+HYBRID = {
+    "head_dim": 8,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, HYBRID),
+}
+PATTERN = PiPattern(4, 5, 3, sinks=2)
+
+
+def pretrained(family="llama"):
+    config, model, more = FAMILIES[family]
+    torch.manual_seed(0)
+    return model(config(**SIZES | more)).double().eval()
+
+
+def prompt(batch=2, length=40):
+    return torch.randint(3, 99, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=FAMILIES)
+def converted(request):
+    model = convert(pretrained(request.param), PATTERN)
+    for name, parameter in model.named_parameters():
+        if "pi_gate" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("pattern", [PATTERN, PiPattern(6, (3, 5, 7, 11), 4)], ids=str)
+def test_the_first_forward_is_masked_softmax_with_the_same_weights(family, pattern):
+    model, ids = pretrained(family), prompt()
+    mask = torch.where(dense_mask(pattern, 40, 40), 0.0, -torch.inf).double()
+    want = model(ids, attention_mask=mask.expand(2, -1, 40, 40)).logits
+    torch.testing.assert_close(convert(model, pattern)(ids).logits, want)
+
+
+def test_layers_with_a_window_of_their_own_keep_it():
+    model, ids = pretrained("gemma3"), prompt(length=8)  # no layer sees beyond the pattern's window and sinks yet
+    want = model(ids).logits
+    torch.testing.assert_close(convert(model, PiPattern(8, 5, 3))(ids).logits, want)
+    assert [p.window for p in convert(model, PATTERN).config.patterns()] == [6, 4, 6]
+
+
+@pytest.mark.parametrize("split", [(40,), (1,) * 40, (13, 1, 20, 6)], ids=["whole", "tokens", "chunks"])
+@pytest.mark.parametrize("padding", [0, 7])
+def test_cached_equals_uncached_and_padding_changes_nothing(converted, split, padding):
+    ids = prompt()
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    want = converted(ids[:1, padding:], use_cache=False).logits[0]
+    cache, first, logits = None, 0, []
+    for tokens in split:
+        new = slice(first, first + tokens)
+        seen = mask[:, : new.stop] if padding else None
+        given = positions[:, new] if padding else None
+        out = converted(ids[:, new], attention_mask=seen, position_ids=given, past_key_values=cache, use_cache=True)
+        cache, first = out.past_key_values, new.stop
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1)[0, padding:], want)
+    assert isinstance(cache, PiCache)
+    assert all(layer.keys.shape[2] <= 20 + max(split) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("mode", [{"do_sample": False}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_generation_with_the_bounded_cache_equals_without(converted, mode):
+    options = {"max_new_tokens": 24, "eos_token_id": None} | mode
+    got = converted.generate(prompt()[:1, :12], **options)
+    greedy = {"prompt_lookup_num_tokens": None}  # speculation needs a cache, and gives what greedy search gives
+    want = converted.generate(prompt()[:1, :12], **options | (greedy if len(mode) == 1 else {}), use_cache=False)
+    assert torch.equal(got, want)
+
+
+def test_saved_and_restored_by_the_auto_class(converted, tmp_path):
+    ids = prompt()
+    converted.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
+    assert type(loaded) is PiConvertedForCausalLM
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(loaded(ids).logits, converted(ids).logits, atol=1e-5, rtol=1e-5)  # fp32 rotary buffers
+    assert loaded.config.patterns() == converted.config.patterns()
+
+
+def test_packed_documents_do_not_leak(converted):
+    ids = prompt(batch=1)
+    positions = torch.cat([torch.arange(15), torch.arange(25)])[None]
+    for use_cache in (None, False):
+        got = converted(ids, position_ids=positions, use_cache=use_cache).logits
+        torch.testing.assert_close(got[:, 15:], converted(ids[:, 15:]).logits)
+
+
+def test_gates_learn_and_gradient_checkpointing_agrees():
+    model = convert(pretrained(), PATTERN).train()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(prompt(), labels=prompt()).loss.backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert any("pi_gate.fc_out" in name and grad.abs().sum() > 0 for name, grad in grads[0].items())
+    torch.testing.assert_close(*grads)
+
+
+def test_lora_on_projections_with_the_gate_trained(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = convert(pretrained(), PATTERN)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["pi_gate"])
+    )
+    adapted(input_ids=prompt(), labels=prompt()).loss.backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert any("lora_A" in name for name in trained) and any("pi_gate" in name for name in trained)
+    want = adapted(input_ids=prompt()).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(prompt()).logits, want)
+
+
+def test_a_name_in_transformers_without_gate_or_bounded_cache(tmp_path):
+    model, ids = pretrained(), prompt()
+    model.save_pretrained(tmp_path)
+    want = convert(pretrained(), PATTERN, gate=False)(ids).logits
+    register(PATTERN)
+    try:
+        named = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="pi", dtype=torch.float64)
+        torch.testing.assert_close(named(ids).logits, want, atol=1e-5, rtol=1e-5)
+        got = named.generate(ids[:1, :12], max_new_tokens=30, do_sample=False)
+        assert torch.equal(got, named.generate(ids[:1, :12], max_new_tokens=30, do_sample=False, use_cache=False))
+        with pytest.raises(NotImplementedError, match="static cache"):
+            named.generate(ids[:1], max_new_tokens=3, cache_implementation="static")
+        with pytest.raises(NotImplementedError, match="padding mask"):
+            named(ids, attention_mask=torch.ones(2, 1, 40, 40))
+    finally:
+        register()
+    with pytest.raises(ValueError, match="needs a pattern"):
+        named(ids)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="layers"):
+        convert(pretrained(), PATTERN, layers=[7])
+    with pytest.raises(ValueError, match="causal"):
+        convert(pretrained(), PiPattern(4, 5, 3, causal=False))
+    with pytest.raises(ValueError, match="PiCache"):
+        model = convert(pretrained(), PATTERN)
+        from transformers import DynamicCache
+
+        model(prompt(), past_key_values=DynamicCache())
