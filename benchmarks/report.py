@@ -121,7 +121,36 @@ def step() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
-TABLES: dict[str, Callable[[], str]] = {"cpu": cpu, "gpu": gpu, "decode": decode, "step": step}
+def conversion() -> str:
+    """Perplexity of converted pretrained models."""
+    parts = []
+    for file in sorted(RESULTS.glob("conversion-*.json")):
+        result = json.loads(file.read_text())
+        rows = [
+            [
+                f"{row['S']:,}",
+                row["variant"],
+                row["trained"] if row["trained"] == "nothing" else f"{row['trained']}, {row['steps']} steps",
+                f"{row['perplexity']:.2f}",
+                f"{row['over dense']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})",
+                str(row["chunks"]),
+            ]
+            for row in result["rows"]
+        ]
+        machine = result["machine"]
+        described = f"{result['model']}, {result['text']}; fp32, torch {machine['torch']}, {machine['date']}"
+        head = ["context", "attention", "trained", "perplexity", "over dense (95 %)", "chunks"]
+        parts.append(described + ".\n\n" + table(head, rows))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu": cpu,
+    "gpu": gpu,
+    "decode": decode,
+    "step": step,
+    "conversion": conversion,
+}
 
 
 def filled(text: str) -> str:

@@ -189,3 +189,35 @@ def test_wrong_arguments_are_named():
         from transformers import DynamicCache
 
         model(prompt(), past_key_values=DynamicCache())
+
+
+def test_command_converts_fine_tunes_saves_and_generates(tmp_path, monkeypatch, capsys):
+    from transformers import PreTrainedTokenizerFast
+
+    from pi_attention.cli.main import main
+    from pi_attention.data.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer("bytes")
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    config = LlamaConfig(**SIZES | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id})
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question. " * 60)
+    options = ["--window", "8", "--period", "8", "--skips", "4", "--context", "64", "--data", str(text)]
+    options += ["--finetune-steps", "3", "--part", "gates", "--eval-blocks", "2"]
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["pi-attention", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        return done.value.code
+
+    command = ["convert", "--model", tmp_path / "llama", "--out", tmp_path / "pi", *options]
+    assert run(*command) == 0
+    printed = capsys.readouterr().out
+    assert "dense: perplexity" in printed and "after 3 steps of gates: perplexity" in printed
+    assert run("generate", tmp_path / "pi", "--max-new-tokens", 5) == 0
+    assert run(*command) == 2  # the folder holds a model
+    assert "holds a model already" in " ".join(capsys.readouterr().err.split())
+    assert run("convert") == 2

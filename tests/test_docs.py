@@ -1,20 +1,23 @@
-"""The README's Python runs, as one session; the files that it points to exist."""
+"""The Python of the README and of docs/ runs, each page as one session; the files that they point to exist."""
 
 import doctest
 import re
 from pathlib import Path
+
+import pytest
 
 import pi_attention.pattern
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_readme_examples_run():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 5
+@pytest.mark.parametrize("page", ["README.md", "docs/huggingface.md"])
+def test_examples_run(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len(blocks) >= 2
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, page, "exec"), names)
 
 
 def test_links_lead_somewhere():

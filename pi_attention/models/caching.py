@@ -71,7 +71,7 @@ class PiCacheLayer(CacheLayerMixin):
         self.cache.record()
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.cache.crop(abs(tokens_to_remove))
+        self.cache.crop(abs(int(tokens_to_remove)))  # a tensor from transformers 5.17
 
     def offload(self) -> None:
         self.cache.to("cpu")
