@@ -148,7 +148,7 @@ class LayerCache:
             return known[:, :, :, :0]
         first_kept = self.length - (self._end - self._first)
         device = known.device
-        start = torch.zeros(1, dtype=torch.long, device=device) if starts is None else starts.long()
+        start = torch.zeros(1, dtype=torch.long, device=device) if starts is None else starts.to(device).long()
         start = torch.where(start < 0, self.length, start)[:, None]  # [B or 1, 1]
         before = (first_kept - start).clamp(0, sinks)  # sinks in slots now
         after = (first_kept + forgotten - start).clamp(0, sinks)  # and then

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pi_attention.models.caching import BoundedGeneration, PiCache
-from pi_attention.models.interface import NAME, SETTINGS, layer_pattern, register, settings_of
+from pi_attention.models.interface import NAME, SETTINGS, layer_pattern, register_names, settings_of
 from pi_attention.models.modeling_pi import segments_of_batch
 from pi_attention.nn.gate import FusionGate, GateLogits
 from pi_attention.pattern import PiPattern
@@ -68,9 +68,12 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
 
     def __init__(self, config: PiConvertedConfig, model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        register()
+        register_names()
         if model is None:
             model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=NAME)
+        else:
+            for module in model.modules():
+                module._is_hf_initialized = True  # its weights are pretrained, however they came in
         self.model = model
         config.text_config._attn_implementation = NAME  # super().__init__ chose one for both configs
         self._no_split_modules = model._no_split_modules
@@ -81,13 +84,18 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
     def _add_gates(self) -> None:
         """A `pi_gate` in each layer with skips; a hook hands its logits to the attention function."""
         config, patterns = self.config.text_config, self.config.patterns()
+        found: set[int] = set()
         for module in self.model.modules():
             layer = getattr(module, "layer_idx", None)
-            if layer is None or not hasattr(module, "q_proj") or not patterns[layer].skips or not self.config.gate:
+            if layer is None or not hasattr(module, "q_proj") or patterns[layer].skips == 0 or not self.config.gate:
                 continue
+            found.add(layer)
             gate = FusionGate(config.hidden_size, config.num_attention_heads)
             module.pi_gate = gate.to(module.q_proj.weight.device, module.q_proj.weight.dtype)
             module.register_forward_pre_hook(_pass_gate, with_kwargs=True)
+        missed = [layer for layer, pattern in enumerate(patterns) if pattern.skips != 0 and layer not in found]
+        if self.config.gate and missed:
+            raise NotImplementedError(f"no attention module with q_proj in layer {missed[0]}: convert with gate=False.")
 
     def cache_patterns(self) -> list[PiPattern]:
         """The pattern of every layer, for the cache of `generate`."""
@@ -183,7 +191,8 @@ def convert(
     """Give a pretrained causal language model π-Attention; its weights are shared, not copied.
 
     With the same weights the first forward is sparse softmax attention over the pattern: fusion="mass", whose learned
-    gate starts at a = 0. Layers that have a sliding window of their own keep it.
+    gate starts at a = 0. Layers that have a sliding window of their own keep it. The model and its config are changed in
+    place: use what is returned.
 
     Args:
         model: a decoder of transformers that uses its attention interface (Llama, Qwen, Mistral, Gemma, SmolLM …).
@@ -213,7 +222,9 @@ def convert(
     pattern.check_heads(config.num_attention_heads)
     if not getattr(type(model), "_supports_attention_backend", False):
         raise NotImplementedError(f"{type(model).__name__} does not use transformers' attention interface.")
-    register()
+    if any(hasattr(module, "pi_gate") for module in model.modules()):
+        raise ValueError("model has gates of an earlier conversion: load it again, then convert.")
+    register_names()
     setattr(config, SETTINGS, settings_of(pattern, layers))
     model.set_attn_implementation(NAME)
     converted = PiConvertedForCausalLM(PiConvertedConfig(config, gate=gate), model)

@@ -184,6 +184,8 @@ def test_wrong_arguments_are_named():
         convert(pretrained(), PATTERN, layers=[7])
     with pytest.raises(ValueError, match="causal"):
         convert(pretrained(), PiPattern(4, 5, 3, causal=False))
+    with pytest.raises(ValueError, match="earlier conversion"):
+        convert(convert(pretrained(), PATTERN).model, PATTERN)
     with pytest.raises(ValueError, match="PiCache"):
         model = convert(pretrained(), PATTERN)
         from transformers import DynamicCache
@@ -217,6 +219,11 @@ def test_command_converts_fine_tunes_saves_and_generates(tmp_path, monkeypatch, 
     assert run(*command) == 0
     printed = capsys.readouterr().out
     assert "dense: perplexity" in printed and "after 3 steps of gates: perplexity" in printed
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "pi")
+    gates = [p for name, p in saved.named_parameters() if "pi_gate.fc_out.weight" in name]
+    assert len(gates) == 3 and all(gate.abs().sum() > 0 for gate in gates)
+    llama = LlamaForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
+    assert all(torch.equal(saved.model.state_dict()[name], weight) for name, weight in llama.items())
     assert run("generate", tmp_path / "pi", "--max-new-tokens", 5) == 0
     assert run(*command) == 2  # the folder holds a model
     assert "holds a model already" in " ".join(capsys.readouterr().err.split())

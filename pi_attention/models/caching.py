@@ -94,10 +94,11 @@ class PiCache(Cache):
 
     def begin(self, segment_ids: Tensor | None) -> None:
         """Before new tokens of a model that knows no segments: the ids [B, length + T], which place the sinks."""
+        starts = None
+        if segment_ids is not None and any(layer.cache.pattern.sinks for layer in self.layers):
+            starts = segment_starts(segment_ids)[:, self.get_seq_length()]
         for layer in self.layers:
-            layer.starts = None
-            if segment_ids is not None and layer.cache.pattern.sinks:
-                layer.starts = segment_starts(segment_ids)[:, layer.cache.length]
+            layer.starts = starts if layer.cache.pattern.sinks else None
 
     @property
     def nbytes(self) -> int:

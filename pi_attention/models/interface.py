@@ -43,11 +43,16 @@ def register(pattern: PiPattern | None = None) -> None:
         register(PiPattern(window=512, period=512, skips=16, sinks=4))
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="pi")
     """
+    if pattern is not None and not pattern.causal:
+        raise ValueError("pattern must be causal for a decoder: causal=True.")
     _default.clear()
     if pattern is not None:
-        if not pattern.causal:
-            raise ValueError("pattern must be causal for a decoder: causal=True.")
         _default.update(settings_of(pattern))
+    register_names()
+
+
+def register_names() -> None:
+    """The part of `register` that needs no pattern."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, padding_of_keys)  # without it transformers drops padding silently
 
@@ -56,6 +61,9 @@ def layer_pattern(config: Any, layer: int, sliding_window: int | None = None) ->
     """What a layer of a model attends to: its own sliding window, the pattern of its config, or every earlier token."""
     if sliding_window is not None:
         return PiPattern(sliding_window, 1, 0)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[layer] != "full_attention":
+        raise NotImplementedError(f'attn_implementation="pi" cannot respect the layer type {kinds[layer]!r}.')
     settings = dict(getattr(config, SETTINGS, None) or _default)
     if not settings:
         raise ValueError(
@@ -95,25 +103,6 @@ def padding_of_keys(
     if not torch.compiler.is_compiling() and bool(present.all()):
         return None
     return present[:, None, None]
-
-
-class _Segments:
-    """Segment ids of a forward pass, found in its first layer and reused in the others."""
-
-    def __init__(self) -> None:
-        self.known: tuple[Any, ...] = ()
-        self.ids: Tensor | None = None
-
-    def of(self, mask: Tensor | None, positions: Tensor | None, batch: int, keys: int, queries: int) -> Tensor | None:
-        known = (mask, positions, batch, keys, queries)
-        if len(self.known) != len(known) or any(a is not b for a, b in zip(known, self.known, strict=True)):
-            padding = None if mask is None else mask[:, 0, 0]
-            self.ids = segments_of_batch(padding, positions, keys - queries, batch, queries)
-            self.known = known
-        return self.ids
-
-
-_segments = _Segments()
 
 
 def attention_forward(
@@ -158,11 +147,9 @@ def attention_forward(
         ids, cache = pi_segments
         if ids is not None and cache is not None:
             ids = cache.layers[layer].cache.select(ids)
-    elif torch.compiler.is_compiling():
+    else:
         padding = None if attention_mask is None else attention_mask[:, 0, 0]
         past = key.shape[2] - query.shape[2]
         ids = segments_of_batch(padding, position_ids, past, query.shape[0], query.shape[2])
-    else:
-        ids = _segments.of(attention_mask, position_ids, query.shape[0], key.shape[2], query.shape[2])
     out = pi_attention(query, key, value, pattern, gate=pi_gate, fusion="mass", segment_ids=ids, scale=scaling)
     return out.transpose(1, 2).contiguous(), None

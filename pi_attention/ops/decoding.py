@@ -15,13 +15,11 @@ MAX_ROWS = 64
 
 def is_decoding(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, pattern: PiPattern) -> bool:
     """Whether the decoding kernels serve this call: few causal queries, and nothing to differentiate."""
-    if not pattern.causal or query.shape[2] > MAX_QUERIES:
-        return False
-    if query.shape[1] // key.shape[1] * query.shape[2] > MAX_ROWS:
-        return False
     differentiable = query.requires_grad or key.requires_grad or value.requires_grad
     differentiable = differentiable or (gate is not None and gate.requires_grad)
-    return not (differentiable and torch.is_grad_enabled())
+    if not pattern.causal or (differentiable and torch.is_grad_enabled()):
+        return False
+    return query.shape[2] <= MAX_QUERIES and query.shape[1] // key.shape[1] * query.shape[2] <= MAX_ROWS
 
 
 torch.library.define(

@@ -30,11 +30,12 @@ def finetune(
     Raises:
         ValueError: part="gates" and the model has none.
     """
-    chosen = [name for name, _ in model.named_parameters() if part == "all" or "pi_gate" in name]
+    chosen = {name for name, _ in model.named_parameters() if part == "all" or "pi_gate" in name}
     if not chosen:
         raise ValueError('part="gates", but the model has no gate: convert with gate=True, or train part="all".')
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in set(chosen))
+        parameter.requires_grad_(name in chosen)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -51,5 +52,5 @@ def finetune(
         seed=seed,
     )
     Trainer(model=model, args=arguments, train_dataset=blocks).train()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(before[name])

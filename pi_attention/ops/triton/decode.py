@@ -63,8 +63,8 @@ def decode_kernel(
         Bands, head0, period, first, last, mirror_first, mirror_last, PER_HEAD
     )
     Starts += batch * S
-    K += batch * sk_b + (head0 // GROUP) * sk_h
-    V += batch * sv_b + (head0 // GROUP) * sv_h
+    K += batch * sk_b + (head0 // GROUP).to(tl.int64) * sk_h
+    V += batch * sv_b + (head0 // GROUP).to(tl.int64) * sv_h
 
     line = tl.arange(0, BM)  # of the tile of queries: head by head, T queries each
     head, query = head0 + line // T, line % T

@@ -161,9 +161,10 @@ def launch_decode(launch: Launch, gate: Tensor | None, mass: bool) -> tuple[Tens
     query, pattern = launch.query, launch.pattern
     batch, heads, length, dim = query.shape
     keys = launch.key.shape[2]
+    window = min(pattern.window, keys)
     per_head = has_periods(pattern)
     programs = batch * (heads if per_head else heads // launch.group)
-    splits = min(cdiv(2 * _multiprocessors(query.device), programs), cdiv(pattern.window + length - 1, 32), 64)
+    splits = min(cdiv(2 * _multiprocessors(query.device), programs), cdiv(window + length - 1, 32), 64)
     parts = torch.empty(2, splits, batch, heads, length, dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(2, splits, batch, heads, length, dtype=torch.float32, device=query.device)
     segments = launch.starts is not None
@@ -173,7 +174,7 @@ def launch_decode(launch: Launch, gate: Tensor | None, mass: bool) -> tuple[Tens
         launch.strides(),
         (
             *(splits, heads, length, keys, *row_lags(pattern, True, 0, keys), pattern.sinks),
-            *(pattern.window, launch.scale * LOG2E),
+            *(window, launch.scale * LOG2E),
         ),
         _decode_constants(launch.group, dim, length, segments, per_head, precision(query)),
     )

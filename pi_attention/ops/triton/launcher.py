@@ -34,7 +34,7 @@ class Launcher:
 
     Triton's own launch inspects every argument, about 100 µs for sixty of them. Here arguments come in four groups, in
     the kernel's order: tensors; strides, of which Triton compiles in the traits; numbers, of which it compiles in
-    nothing; constants. Rare cases (unaligned tensors, strides beyond 32 bits) take Triton's launch.
+    nothing but their width; constants. Rare cases (unaligned tensors, 64-bit integers) take Triton's launch.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -55,7 +55,8 @@ class Launcher:
             with torch.cuda.device(device):  # kernels are launched on the current device
                 return self(programs, tensors, strides, numbers, constants)
         traits = _traits(strides)
-        plain = traits is not None and all(x.data_ptr() % 16 == 0 for x in bases)
+        narrow = all(abs(number) <= INT32_MAX for number in numbers)
+        plain = traits is not None and narrow and all(x.data_ptr() % 16 == 0 for x in bases)
         key = (constants, traits, device, *[x.dtype for x in bases])
         compiled = self.compiled.get(key) if plain else None
         if compiled is not None:

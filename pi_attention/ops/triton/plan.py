@@ -163,4 +163,8 @@ class Launch:
 
 def precision(x: Tensor) -> str:
     """How products of x are computed: fp32 exactly, unless torch allows tf32."""
-    return "ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    setting = getattr(
+        torch.backends.cuda.matmul, "fp32_precision", None
+    )  # since torch 2.9, which mixes badly with the old
+    tf32 = setting == "tf32" if setting is not None else torch.backends.cuda.matmul.allow_tf32
+    return "ieee" if x.dtype == torch.float32 and not tf32 else "tf32"
