@@ -191,7 +191,7 @@ def convert(
     """Give a pretrained causal language model π-Attention; its weights are shared, not copied.
 
     With the same weights the first forward is sparse softmax attention over the pattern: fusion="mass", whose learned
-    gate starts at a = 0. Layers that have a sliding window of their own keep it. The model and its config are changed in
+    gate starts at a = 0. Layers that have a sliding window of their own keep it. Model and config are changed in
     place: use what is returned.
 
     Args:
