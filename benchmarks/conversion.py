@@ -123,14 +123,15 @@ def main() -> None:
             continue
         begin = options.tokens
         training = list(tokens[begin : begin + options.steps * length].split(length))
-        for which in ("gates", "all"):
-            model = model_of(options.model, patterns(length)["window + sinks + skips"], gate=True)
+        for name, which in (
+            ("window + sinks + skips", "gates"),
+            ("window + sinks + skips", "all"),
+            ("window + sinks", "all"),
+        ):
+            model = model_of(options.model, patterns(length)[name], gate=True)
             seconds = fine_tune(model, training, which)
-            found = losses(model, chunks)
-            add(
-                {"S": length, "variant": "window + sinks + skips", "trained": which, "steps": len(training)}
-                | {"seconds": seconds, **summary(found, dense)}
-            )
+            row = {"S": length, "variant": name, "trained": which, "steps": len(training), "seconds": seconds}
+            add(row | summary(losses(model, chunks), dense))
 
 
 if __name__ == "__main__":

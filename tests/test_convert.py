@@ -82,7 +82,7 @@ def test_layers_with_a_window_of_their_own_keep_it():
     model, ids = pretrained("gemma3"), prompt(length=8)  # no layer sees beyond the pattern's window and sinks yet
     want = model(ids).logits
     torch.testing.assert_close(convert(model, PiPattern(8, 5, 3))(ids).logits, want)
-    assert [p.window for p in convert(model, PATTERN).config.patterns()] == [6, 4, 6]
+    assert [p.window for p in convert(pretrained("gemma3"), PATTERN).config.patterns()] == [6, 4, 6]
 
 
 @pytest.mark.parametrize("split", [(40,), (1,) * 40, (13, 1, 20, 6)], ids=["whole", "tokens", "chunks"])
