@@ -3,10 +3,12 @@ import math
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from pi_attention import PiPattern
-from pi_attention.models import PiCache, PiConfig, PiForCausalLM
+from pi_attention.masks import dense_mask
+from pi_attention.models import PiCache, PiConfig, PiForCausalLM, PiForMaskedLM, PiModel
 from pi_attention.models.modeling_pi import segments_of_batch
 
 ROTARY_ROUNDING = {"rtol": 1e-4, "atol": 1e-4}  # rotary embedding is relative, but its angles are fp32
@@ -25,9 +27,13 @@ CONFIGS = {
 }
 
 
+def config_of(name="pi", **more):
+    return PiConfig(**SIZES | CONFIGS[name] | more)
+
+
 def make(name="pi", **more):
     torch.manual_seed(0)
-    model = PiForCausalLM(PiConfig(**SIZES | CONFIGS[name] | more)).eval()
+    model = PiForCausalLM(config_of(name, **more)).eval()
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.25)
@@ -260,3 +266,55 @@ def test_compiled_model_agrees():
     for length in (40, 50, 60):
         ids = prompt(2, length)
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM"])
+def test_heads_are_found_by_the_auto_classes_and_reload(head, tmp_path):
+    config = config_of(causal=head != "MaskedLM", pad_token_id=0)
+    model = getattr(transformers, f"AutoModelFor{head}").from_config(config).eval()
+    assert type(model).__name__ == f"PiFor{head}"
+    ids = prompt()
+    labels = {"SequenceClassification": torch.zeros(2, dtype=torch.long), "QuestionAnswering": None}
+    targets = labels.get(head, torch.ones(2, 60, dtype=torch.long))
+    out = model(ids, labels=targets) if targets is not None else model(ids)
+    assert targets is None or out.loss.isfinite()
+    model.save_pretrained(tmp_path)
+    loaded = getattr(transformers, f"AutoModelFor{head}").from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(ids)[0], model(ids)[0])
+
+
+def test_a_bidirectional_model_sees_both_sides_and_no_causal_head_takes_it():
+    model = PiModel(config_of(causal=False)).double().eval()
+    ids = prompt(1)
+    changed = ids.clone()
+    changed[0, 30] = (ids[0, 30] + 1) % 64
+    moved = (model(ids)[0] - model(changed)[0]).abs().amax(dim=-1)[0] > 0
+    assert moved[:30].any() and moved[31:].any()
+    with pytest.raises(ValueError, match="causal"):
+        PiForCausalLM(config_of(causal=False))
+    with pytest.raises(ValueError, match="bidirectional"):
+        PiForMaskedLM(config_of())
+
+
+def test_attention_maps_are_those_of_the_output():
+    config = config_of()
+    config._attn_implementation = "eager"
+    model = PiForCausalLM(config).double().eval()
+    out = model(prompt(), output_attentions=True)
+    assert len(out.attentions) == config.num_hidden_layers
+    for attention, pattern in zip(out.attentions, config.patterns(), strict=True):
+        torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
+        assert not attention[~dense_mask(pattern, 60, 60).expand_as(attention)].any()
+
+
+def test_scaled_rotary_embedding_stretches_positions():
+    plain, scaled = config_of(), config_of(rope_parameters={"rope_type": "linear", "factor": 2.0})
+    torch.manual_seed(0)
+    model = PiForCausalLM(plain).eval()
+    other = PiForCausalLM(scaled).eval()
+    other.load_state_dict(model.state_dict())
+    ids, one = prompt(1), torch.zeros(1, 60, dtype=torch.int32)
+    want = model(ids, segment_ids=one, use_cache=False).logits
+    even = torch.arange(0, 120, 2)[None]
+    got = other(ids, position_ids=even, segment_ids=one, use_cache=False).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
