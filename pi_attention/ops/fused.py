@@ -118,12 +118,12 @@ def _fused_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and gate logits (fp32; empty without a gate)."""
     from pi_attention.ops.triton.launch import Saved, launch_backward_key, launch_backward_query, launch_row_terms
-    from pi_attention.ops.triton.plan import Launch
+    from pi_attention.ops.triton.plan import Launch, has_periods
 
     shape = decode_pattern(pattern)
     both = bands == BOTH
     saved = Saved(out, lse, skip_out if both else None, skip_lse if both else None)
-    several = len(set(shape.periods)) > 1 and query.shape[1] != key.shape[1]  # launches that add to one gradient
+    several = has_periods(shape) and query.shape[1] != key.shape[1]  # launches that add to one gradient
     key_dtype = torch.float32 if several else key.dtype
     grads = (
         torch.empty(query.shape, dtype=query.dtype, device=query.device),

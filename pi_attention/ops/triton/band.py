@@ -109,6 +109,14 @@ def online_softmax(score, scale_log2, m, l):
 
 
 @triton.jit
+def end_of_softmax(acc, m, l):
+    """Output and natural log-sum-exp of an online softmax; 0 and −inf where nothing was visible."""
+    empty = l == 0.0
+    out = acc / tl.where(empty, 1.0, l)[:, None]
+    return out, tl.where(empty, float("-inf"), (m + tl.math.log2(tl.where(empty, 1.0, l))) * LN2)
+
+
+@triton.jit
 def gate_weight(lse_local, lse_skip, logit, MASS: tl.constexpr):
     """Weight g of the local band: sigmoid(a), or sigmoid(λ − μ + a); 1 where there is no skip key."""
     no_skip = lse_skip == float("-inf")

@@ -11,6 +11,7 @@ from pi_attention.ops.triton.band import (
     LN2,
     RUN_TIME,
     band_of_head,
+    end_of_softmax,
     gate_weight,
     load_key_tags,
     load_query_tags,
@@ -127,9 +128,7 @@ def decode_kernel(
 
 @triton.jit
 def _store_part(PartOut, PartLse, part, line, asked, acc, m, l, D: tl.constexpr, BD: tl.constexpr):
-    empty = l == 0.0
-    out = acc / tl.where(empty, 1.0, l)[:, None]
-    lse = tl.where(empty, float("-inf"), (m + tl.math.log2(tl.where(empty, 1.0, l))) * LN2)
+    out, lse = end_of_softmax(acc, m, l)
     part = part.to(tl.int64)
     tl.store(PartLse + part + line, lse, mask=asked)
     store_rows(PartOut + part * D, D, line, asked, out, D, BD, False)

@@ -5,9 +5,9 @@ import triton.language as tl
 
 from pi_attention.ops.triton.band import (
     ABSENT,
-    LN2,
     RUN_TIME,
     band_of_head,
+    end_of_softmax,
     gate_weight,
     load_key_tags,
     load_query_tags,
@@ -105,9 +105,7 @@ def band_forward_kernel(
                 row0, row_end, row, query_tag, offset, period, S, mirror_first, mirror_last, sinks, scale_log2,
                 D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
             )  # fmt: skip
-        empty = l == 0.0
-        out = acc / tl.where(empty, 1.0, l)[:, None]
-        lse = tl.where(empty, float("-inf"), (m + tl.math.log2(tl.where(empty, 1.0, l))) * LN2)
+        out, lse = end_of_softmax(acc, m, l)
         of_head = row_of_heads.to(tl.int64) * T
         tl.store(Lse + of_head + token, lse, mask=present)
         if FUSE:

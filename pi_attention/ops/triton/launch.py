@@ -15,7 +15,7 @@ from pi_attention.ops.triton.backward import band_backward_key_kernel, band_back
 from pi_attention.ops.triton.decode import decode_kernel, join_kernel
 from pi_attention.ops.triton.forward import band_forward_kernel
 from pi_attention.ops.triton.launcher import Constants, Launcher
-from pi_attention.ops.triton.plan import INTERPRETED, Launch, has_periods, precision, row_lags
+from pi_attention.ops.triton.plan import INTERPRETED, Launch, has_periods, padded, precision, row_lags
 
 LOG2E = 1.4426950408889634
 
@@ -58,8 +58,8 @@ class Saved:
 
 @lru_cache(maxsize=256)
 def _row_constants(dim: int, both: bool, mass: bool, gated: bool) -> Constants:
-    width, rows = max(16, triton.next_power_of_2(dim)), 256 if INTERPRETED else 64
-    return Constants({"num_warps": 4}, D=dim, BD=width, BM=rows, BOTH=both, MASS=mass, GATED=gated)
+    rows = 256 if INTERPRETED else 64
+    return Constants({"num_warps": 4}, D=dim, BD=padded(dim), BM=rows, BOTH=both, MASS=mass, GATED=gated)
 
 
 def launch_row_terms(
@@ -133,8 +133,8 @@ def _decode_constants(group: int, dim: int, queries: int, segments: bool, per_he
         {"num_warps": 4, "num_stages": 2},
         GROUP=group,
         D=dim,
-        BD=max(16, triton.next_power_of_2(dim)),
-        BM=max(16, triton.next_power_of_2(rows)),
+        BD=padded(dim),
+        BM=padded(rows),
         BN=32,
         SEGMENTS=segments,
         PER_HEAD=per_head,
@@ -144,8 +144,8 @@ def _decode_constants(group: int, dim: int, queries: int, segments: bool, per_he
 
 @lru_cache(maxsize=256)
 def _join_constants(dim: int, splits: int, mass: bool, gated: bool) -> Constants:
-    width, parts = max(16, triton.next_power_of_2(dim)), triton.next_power_of_2(splits)
-    return Constants({"num_warps": 4}, D=dim, BD=width, BS=parts, MASS=mass, GATED=gated)
+    parts = triton.next_power_of_2(splits)
+    return Constants({"num_warps": 4}, D=dim, BD=padded(dim), BS=parts, MASS=mass, GATED=gated)
 
 
 @lru_cache(maxsize=16)

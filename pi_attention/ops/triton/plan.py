@@ -41,6 +41,11 @@ def has_periods(pattern: PiPattern) -> bool:
     return len(set(pattern.periods)) > 1
 
 
+def padded(size: int) -> int:
+    """The size of a tile's dimension: a power of two of at least 16, as products want it."""
+    return max(16, triton.next_power_of_2(size))
+
+
 class Shape(NamedTuple):
     """What a launch depends on beside the pattern and the tensors' addresses."""
 
@@ -80,7 +85,7 @@ def make_plan(kernel: str, pattern: PiPattern, skip: bool, shape: Shape, flags: 
         {"num_warps": tiles.warps, "num_stages": tiles.stages},
         GROUP=shape.heads // shape.groups,
         D=shape.dim,
-        BD=max(16, triton.next_power_of_2(shape.dim)),
+        BD=padded(shape.dim),
         BM=tiles.rows,
         BN=tiles.step,
         RING=pattern.ring,
@@ -144,7 +149,7 @@ class Launch:
         """
         large = self.query.numel() >= 1 << 21 or INTERPRETED
         described = large and not self.skip and not self.pattern.ring and describable(self.key, self.value)
-        plan = make_plan(kernel, self.pattern, self.skip, self.shape, tuple({**flags, "DESCRIBED": described}.items()))
+        plan = self.plan(kernel, **flags, DESCRIBED=described)
         if not described:
             return plan, (self.key, self.value)
         block = [1, 1, plan.tiles.step, plan.constants.values["BD"]]
@@ -163,8 +168,7 @@ class Launch:
 
 def precision(x: Tensor) -> str:
     """How products of x are computed: fp32 exactly, unless torch allows tf32."""
-    setting = getattr(
-        torch.backends.cuda.matmul, "fp32_precision", None
-    )  # since torch 2.9, which mixes badly with the old
+    # Once fp32_precision is set, reading allow_tf32 raises.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     tf32 = setting == "tf32" if setting is not None else torch.backends.cuda.matmul.allow_tf32
     return "ieee" if x.dtype == torch.float32 and not tf32 else "tf32"
