@@ -84,13 +84,24 @@ def time_both(attend: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor)
     return result
 
 
-def floors(pattern: PiPattern, length: int, dim: int, bandwidth: float, rate: float) -> dict[str, float]:
-    tensor = HEADS * length * dim * 2
-    flops = attention_flops(pattern, length, heads=HEADS, head_dim=dim)
+def floors(
+    pattern: PiPattern, length: int, dim: int, limits: tuple[float, float], groups: int = HEADS, documents: int = 1
+) -> dict[str, float]:
+    bandwidth, rate = limits
+    tensors = 2 * (HEADS + groups) * length * dim * 2  # query and output, key and value
+    flops = attention_flops(pattern, length // documents, heads=HEADS, head_dim=dim) * documents
     return {
-        "floor forward us": 1e6 * max(4 * tensor / bandwidth, flops / rate),
-        "floor forward+backward us": 1e6 * max(12 * tensor / bandwidth, 3.5 * flops / rate),
+        "floor forward us": 1e6 * max(tensors / bandwidth, flops / rate),
+        "floor forward+backward us": 1e6 * max(3 * tensors / bandwidth, 3.5 * flops / rate),
     }
+
+
+def finished(result: dict[str, Any]) -> dict[str, Any]:
+    """The row with its ratios to the floors, printed."""
+    for kind in ("forward", "forward+backward"):
+        result[f"{kind} over floor"] = result["pi"][f"{kind} us"] / result[f"floor {kind} us"]
+    print(result, flush=True)
+    return result
 
 
 def ours(pattern: PiPattern) -> Callable[..., Tensor]:
@@ -134,7 +145,7 @@ def flex_pair(pattern: PiPattern, length: int) -> tuple[Callable[..., Tensor], C
 def row(pattern: PiPattern, length: int, dim: int, limits: tuple[float, float], peers: bool) -> dict[str, Any]:
     inputs, grad = problem(length, dim)
     result: dict[str, Any] = {"S": length, "D": dim, "pattern": f"{pattern.window},{pattern.period},{pattern.skips}"}
-    result |= floors(pattern, length, dim, *limits)
+    result |= floors(pattern, length, dim, limits)
     if length <= 32768:
         check("pi", ours(pattern)(*inputs), pi_attention(*inputs[:3], pattern, gate=inputs[3], impl="blocked"))
     result["pi"] = time_both(ours(pattern), inputs, grad)
@@ -145,10 +156,7 @@ def row(pattern: PiPattern, length: int, dim: int, limits: tuple[float, float], 
         check("flex pair", both(*inputs), ours(pattern)(*inputs))
         result["flex local"] = time_both(local, inputs, grad)
         result["flex pair"] = time_both(both, inputs, grad)
-    for kind in ("forward", "forward+backward"):
-        result[f"{kind} over floor"] = result["pi"][f"{kind} us"] / result[f"floor {kind} us"]
-    print(result, flush=True)
-    return result
+    return finished(result)
 
 
 def variants(length: int, limits: tuple[float, float]) -> list[dict[str, Any]]:
@@ -171,17 +179,8 @@ def variants(length: int, limits: tuple[float, float]) -> list[dict[str, Any]]:
             return pi_attention(*x[:3], pattern, gate=x[3], segment_ids=ids, impl=impl)
 
         check(name, attend(*inputs), attend(*inputs, impl="blocked"))
-        size = 2 * length * 128
-        some, all_heads = 2 * groups * size, 2 * HEADS * size
-        bytes_forward, bytes_both = some + all_heads, 3 * some + 3 * all_heads
-        flops = attention_flops(pattern, length // documents, heads=HEADS, head_dim=128) * documents
         result: dict[str, Any] = {"name": name, "S": length, "pi": time_both(attend, inputs, grad)}
-        result["floor forward us"] = 1e6 * max(bytes_forward / limits[0], flops / limits[1])
-        result["floor forward+backward us"] = 1e6 * max(bytes_both / limits[0], 3.5 * flops / limits[1])
-        for kind in ("forward", "forward+backward"):
-            result[f"{kind} over floor"] = result["pi"][f"{kind} us"] / result[f"floor {kind} us"]
-        print(result, flush=True)
-        found.append(result)
+        found.append(finished(result | floors(pattern, length, 128, limits, groups, documents)))
     return found
 
 

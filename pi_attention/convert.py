@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pi_attention.models.caching import BoundedGeneration, PiCache
 from pi_attention.models.interface import NAME, SETTINGS, layer_pattern, register_names, settings_of
-from pi_attention.models.modeling_pi import segments_of_batch
-from pi_attention.nn.gate import FusionGate, GateLogits
+from pi_attention.models.modeling_pi import initialise, segments_of_batch
+from pi_attention.nn.gate import FusionGate
 from pi_attention.pattern import PiPattern
 
 
@@ -97,10 +94,6 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
         if self.config.gate and missed:
             raise NotImplementedError(f"no attention module with q_proj in layer {missed[0]}: convert with gate=False.")
 
-    def cache_patterns(self) -> list[PiPattern]:
-        """The pattern of every layer, for the cache of `generate`."""
-        return self.config.patterns()
-
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
@@ -165,16 +158,7 @@ def _initialise_gates_of(model: PreTrainedModel) -> None:
     """The gates lie in models that initialise what a checkpoint lacks by rules of their own: teach them the gates'."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            part._init_weights = partial(_initialise, part._init_weights)
-
-
-@torch.no_grad()
-def _initialise(others: Callable[[nn.Module], None], module: nn.Module) -> None:
-    if isinstance(module, GateLogits):
-        init.zeros_(module.weight)
-        init.constant_(module.bias, module.initial_bias)
-    else:
-        others(module)
+            part._init_weights = partial(initialise, part._init_weights)
 
 
 def _pass_gate(

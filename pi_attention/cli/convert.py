@@ -63,9 +63,8 @@ class Convert:
         parts = hold_out(load_documents(self.data), 0.1, self.seed)
         training, validation = (PackedBlocks(part, tokenizer, self.context) for part in parts)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).to(
-            device
-        )  # masters of a fine-tune
+        # fp32, so that the small steps of a fine-tune are not rounded away
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).to(device)
 
         def report(what: str) -> None:
             if self.eval_blocks:

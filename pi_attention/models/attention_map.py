@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pi_attention.masks import dense_masks
 from pi_attention.nn.attention import PiAttention
-from pi_attention.ops.fusion import fuse, gate_values
-from pi_attention.ops.reference import band_reference
+from pi_attention.ops.reference import reference_attention
 from pi_attention.segments import segment_starts
 
 
@@ -31,12 +29,15 @@ class PiSelfAttention(PiAttention):
         if self.impl != "reference" or self.aux is not None:
             return super()._attend(query, key, value, hidden_states, segment_ids)
         gate = None if self.gate is None else self.gate(hidden_states)
-        starts = None if segment_ids is None else segment_starts(segment_ids)
-        group = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-        masks = dense_masks(self.pattern, query.shape[2], key.shape[2], starts=starts, device=query.device)
-        eye = torch.eye(key.shape[2], dtype=value.dtype, device=value.device).expand(*key.shape[:2], -1, -1)
-        scale = query.shape[-1] ** -0.5
-        (local, lse_local), (skip, lse_skip) = (band_reference(query, key, eye, mask, scale) for mask in masks)
-        weight = gate_values(lse_local, lse_skip, gate, "mass" if gate is None else self.fusion)
-        return self.map(fuse(local, skip, weight)) @ value
+        unit = torch.eye(key.shape[2], dtype=value.dtype, device=value.device).expand(*key.shape[:2], -1, -1)
+        attention_map, _, _ = reference_attention(
+            query,
+            key,
+            unit,
+            self.pattern,
+            gate=gate,
+            fusion="mass" if gate is None else self.fusion,
+            starts=None if segment_ids is None else segment_starts(segment_ids),
+            scale=query.shape[-1] ** -0.5,
+        )
+        return self.map(attention_map) @ value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)

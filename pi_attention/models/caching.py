@@ -109,9 +109,7 @@ class PiCache(Cache):
 class BoundedGeneration:
     """Before GenerationMixin: `generate` makes a `PiCache` where transformers would make a dynamic one."""
 
-    def cache_patterns(self) -> list[PiPattern]:
-        """The pattern of every layer."""
-        raise NotImplementedError
+    config: Any
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -119,7 +117,7 @@ class BoundedGeneration:
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
-            model_kwargs["past_key_values"] = PiCache(self.cache_patterns())
+            model_kwargs["past_key_values"] = PiCache(self.config.patterns())
             if getattr(generation_config, "is_assistant", False):
                 model_kwargs["past_key_values"].activate_past_recording()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +69,16 @@ class PiDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+@torch.no_grad()
+def initialise(others: Callable[[nn.Module], None], module: nn.Module) -> None:
+    """Initialise a module of a model: the gate's logits as they start, `others` the rest."""
+    if isinstance(module, GateLogits):
+        init.zeros_(module.weight)
+        init.constant_(module.bias, module.initial_bias)
+    else:
+        others(module)
+
+
 class PiPreTrainedModel(PreTrainedModel):
     """Weight initialisation and what transformers needs to know of the architecture."""
 
@@ -82,13 +93,8 @@ class PiPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": PiDecoderLayer, "attentions": AttentionMap}
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, GateLogits):
-            init.zeros_(module.weight)
-            init.constant_(module.bias, module.initial_bias)
-        else:
-            super()._init_weights(module)
+        initialise(super()._init_weights, module)
 
 
 def segments_of_batch(
@@ -231,10 +237,6 @@ class PiForCausalLM(BoundedGeneration, PiPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def cache_patterns(self) -> list[PiPattern]:
-        """The pattern of every layer, for the cache of `generate`."""
-        return self.config.patterns()
 
     @can_return_tuple
     def forward(

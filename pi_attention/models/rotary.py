@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from pi_attention.models.configuration_pi import PiConfig
+from pi_attention.nn.rope import angles_at, rotary_frequencies
 
 
 class PiRotaryEmbedding(nn.Module):
@@ -32,14 +33,11 @@ class PiRotaryEmbedding(nn.Module):
     @staticmethod
     def compute_default_rope_parameters(config: PiConfig, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
         """Inverse frequencies [D / 2] and the factor of cos and sin."""
-        dim = config.head_dim
-        theta = float(config.rope_parameters["rope_theta"])
-        return theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
+        return rotary_frequencies(config.head_dim, float(config.rope_parameters["rope_theta"])), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B or 1, T, D] in the dtype of x, computed in fp32."""
-        angle = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        angle = torch.cat([angle, angle], dim=-1)
-        return (angle.cos() * self.attention_scaling).to(x.dtype), (angle.sin() * self.attention_scaling).to(x.dtype)
+        cos, sin = angles_at(position_ids, self.inv_freq.to(device=x.device, dtype=torch.float32))
+        return (cos * self.attention_scaling).to(x.dtype), (sin * self.attention_scaling).to(x.dtype)

@@ -8,8 +8,17 @@ from torch import Tensor
 
 def rotary_angles(position: Tensor, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     """cos and sin, [..., dim] in fp32, for integer positions [...]."""
-    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=position.device) / dim)
-    angle = position[..., None].float() * frequency
+    return angles_at(position, rotary_frequencies(dim, theta, position.device))
+
+
+def rotary_frequencies(dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """Inverse frequencies [dim / 2] in fp32."""
+    return theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def angles_at(position: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, [..., dim] in fp32, for positions [...] and frequencies [dim / 2]."""
+    angle = position[..., None].float() * frequencies
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 
