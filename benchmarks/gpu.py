@@ -1,6 +1,6 @@
 """The fused kernels on a GPU against dense attention and FlexAttention: checked first, then timed.
 
-    python -m benchmarks.gpu [--lengths 2048 32768] [--peers]    # writes results/gpu-<device>.json
+    python -m benchmarks.gpu --patterns 4 --dims 128 64 --dense --peers --variants    # writes results/gpu-<device>.json
 
 The floor of a row is the larger of two times: the fewest bytes moved at the measured copy bandwidth, and the products
 of the visible pairs at the measured matrix rate.
@@ -9,15 +9,16 @@ of the visible pairs at the measured matrix rate.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention import SDPBackend
 from triton.testing import do_bench, do_bench_cudagraph
 
+from benchmarks.peers import Attend, cudnn, fla, flex, sdpa
 from benchmarks.timing import machine, write
 from pi_attention import PiPattern, pi_attention
 from pi_attention.accounting import attention_flops
@@ -108,55 +109,54 @@ def ours(pattern: PiPattern) -> Callable[..., Tensor]:
     return lambda q, k, v, a: pi_attention(q, k, v, pattern, gate=a, impl="triton")
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def flex_pair(pattern: PiPattern, length: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """FlexAttention for the local band alone, and for both bands (the skip band in residue order) with a torch gate."""
-    compiled = torch.compile(flex_attention, dynamic=False)
-    window, period, first = pattern.window, pattern.period_of(0), pattern.skip_band().first
-    rows, last = length // period, pattern.skip_band().last
-    local = create_block_mask(lambda b, h, q, k: (q - k >= 0) & (q - k < window), None, None, length, length)
-    skip = create_block_mask(lambda b, h, q, k: (q - k >= first) & (q - k < last), None, None, rows, rows)
-
-    def fold(x: Tensor) -> Tensor:
-        b, h, _, d = x.shape
-        return x.view(b, h, rows, period, d).permute(0, 3, 1, 2, 4).reshape(b * period, h, rows, d)
-
-    def unfold(x: Tensor) -> Tensor:
-        return x.view(1, period, HEADS, rows, -1).permute(0, 2, 3, 1, 4).reshape(1, HEADS, length, -1)
-
-    @torch.compile
-    def mix(near: Tensor, far: Tensor, a: Tensor) -> Tensor:
-        some = torch.arange(length, device=a.device) >= first * period
-        g = torch.where(some, torch.sigmoid(a.float()), 1.0)[..., None]
-        return (g * near + (1 - g) * torch.where(some[:, None], far, 0.0)).to(near.dtype)
-
-    def only_local(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
-        return compiled(q, k, v, block_mask=local)
-
-    def both(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
-        return mix(only_local(q, k, v, a), unfold(compiled(fold(q), fold(k), fold(v), block_mask=skip)), a)
-
-    return only_local, both
-
-
-def row(pattern: PiPattern, length: int, dim: int, limits: tuple[float, float], peers: bool) -> dict[str, Any]:
+def row(pattern: PiPattern, length: int, dim: int, limits: tuple[float, float], beside_dense: bool) -> dict[str, Any]:
     inputs, grad = problem(length, dim)
     result: dict[str, Any] = {"S": length, "D": dim, "pattern": f"{pattern.window},{pattern.period},{pattern.skips}"}
     result |= floors(pattern, length, dim, limits)
     if length <= 32768:
         check("pi", ours(pattern)(*inputs), pi_attention(*inputs[:3], pattern, gate=inputs[3], impl="blocked"))
     result["pi"] = time_both(ours(pattern), inputs, grad)
-    if peers:
-        result["sdpa causal"] = time_both(dense, inputs, grad)
-    if peers and pattern == MAIN and dim == 128 and length == 32768:
-        local, both = flex_pair(pattern, length)
-        check("flex pair", both(*inputs), ours(pattern)(*inputs))
-        result["flex local"] = time_both(local, inputs, grad)
-        result["flex pair"] = time_both(both, inputs, grad)
+    if beside_dense:
+        result["sdpa causal"] = time_both(sdpa(), inputs, grad)
     return finished(result)
+
+
+def with_peers(length: int, dim: int, limits: tuple[float, float]) -> dict[str, Any]:
+    """The main pattern's row with every peer that this machine has, or what it said instead."""
+    torch._dynamo.reset()  # its limit of recompilations is that of a whole process
+    result = row(MAIN, length, dim, limits, beside_dense=True)
+    inputs, grad = problem(length, dim)
+    local = PiPattern(MAIN.window, 1, 0)
+    union = PiPattern(MAIN.window, MAIN.period, MAIN.skips)
+    wanted = {
+        "flex local": ours(local),
+        "cudnn local": ours(local),
+        "fla window": ours(local),
+        "flex pair": ours(MAIN),
+        "cudnn pair": ours(MAIN),
+        "flex union": lambda q, k, v, a: pi_attention(q, k, v, union, fusion="mass", impl="triton"),
+    }
+    families: list[Callable[[], dict[str, Attend]]] = [
+        lambda: {"sdpa causal, flash": sdpa(SDPBackend.FLASH_ATTENTION)},
+        lambda: flex(MAIN, length),
+        lambda: cudnn(MAIN, length),
+        lambda: fla(MAIN),
+    ]
+    for family in families:
+        try:
+            attends = family()
+        except ImportError as error:
+            print("left out:", error, flush=True)
+            continue
+        for name, attend in attends.items():
+            try:
+                if name in wanted:
+                    check(name, attend(*inputs), wanted[name](*inputs))
+                result[name] = time_both(attend, inputs, grad)
+            except Exception as error:
+                result[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            print(name, result[name], flush=True)
+    return result
 
 
 def variants(length: int, limits: tuple[float, float]) -> list[dict[str, Any]]:
@@ -189,23 +189,31 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 32768, 131072])
     parser.add_argument("--dims", type=int, nargs="+", default=[128])
     parser.add_argument("--patterns", type=int, default=1, help="how many of the patterns")
-    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--dense", action="store_true", help="dense attention beside the main pattern at every length")
+    parser.add_argument("--peers", action="store_true", help="every peer beside the main pattern at 32768")
     parser.add_argument("--variants", action="store_true", help="bidirectional, GQA, packed, per-head rows at 32768")
     parser.add_argument("--longest", type=int, nargs="*", default=[], help="lengths for the main pattern alone")
     options = parser.parse_args()
     device = torch.cuda.get_device_name()
     limits = ceilings()
     print(device, f"{limits[0] / 1e12:.2f} TB/s, {limits[1] / 1e12:.0f} TFLOP/s", machine(), flush=True)
-    rows = [
-        row(pattern, length, dim, limits, options.peers)
-        for pattern in PATTERNS[: options.patterns]
-        for dim in options.dims
-        for length in options.lengths
-    ]
-    rows += [row(MAIN, length, 128, limits, False) for length in options.longest]
-    more = variants(32768, limits) if options.variants else []
     head = {"gpu": device, "copy bytes/s": limits[0], "matrix flop/s": limits[1], "H": HEADS, "dtype": "bfloat16"}
-    print(write(f"gpu-{device.replace(' ', '-').lower()}", head | {"rows": rows, "variants": more}))
+    found: dict[str, list[dict[str, Any]]] = {"rows": [], "variants": []}
+
+    def keep(kind: str, rows: list[dict[str, Any]]) -> None:
+        found[kind] += rows
+        write(f"gpu-{device.replace(' ', '-').lower()}", head | found)  # each row at once: a long run may be cut off
+
+    if options.peers:
+        for dim in options.dims:
+            keep("rows", [with_peers(32768, dim, limits)])
+    if options.variants:
+        keep("variants", variants(32768, limits))
+    for pattern, dim, length in itertools.product(PATTERNS[: options.patterns], options.dims, options.lengths):
+        if not (options.peers and pattern == MAIN and length == 32768):
+            keep("rows", [row(pattern, length, dim, limits, beside_dense=options.dense and pattern == MAIN)])
+    for length in options.longest:
+        keep("rows", [row(MAIN, length, 128, limits, False)])
 
 
 if __name__ == "__main__":

@@ -65,6 +65,48 @@ def gpu() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def peers() -> str:
+    """What users would otherwise take, at one size, as a multiple of ours."""
+    parts = []
+    for file in sorted(RESULTS.glob("gpu-*.json")):
+        result = json.loads(file.read_text())
+        rows = []
+        for row in (row for row in result["rows"] if "flex pair" in row):
+            for name, times in row.items():
+                if isinstance(times, dict):
+                    cells = [str(row["D"]), "π-Attention" if name == "pi" else name]
+                    for kind in ("forward", "forward+backward"):
+                        cells += [
+                            f"{times[f'{kind} us']:,.0f}",
+                            f"{times[f'{kind} us'] / row['pi'][f'{kind} us']:.2f}×",
+                        ]
+                    rows.append([*cells, f"{times['peak MiB']:,.0f}"])
+        if rows:
+            head = ["D", "kernel", "forward, µs", "of ours", "forward + backward, µs", "of ours", "peak MiB"]
+            parts.append(f"{_described(result)}; S = 32768, w, π, m = 256, 256, 16.\n\n" + table(head, rows))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def variants() -> str:
+    """Bidirectional, grouped, packed and per-head rows with their own floors."""
+    parts = []
+    for file in sorted(RESULTS.glob("gpu-*.json")):
+        result = json.loads(file.read_text())
+        rows = []
+        for row in result["variants"]:
+            cells = [row["name"]]
+            for kind in ("forward", "forward+backward"):
+                share = result["variants"][0][f"{kind} over floor"] / row[f"{kind} over floor"]
+                cells += [f"{row['pi'][f'{kind} us']:,.0f}", f"{row[f'{kind} over floor']:.1f}", f"{share:.0%}"]
+            rows.append(cells)
+        head = ["at S = 32768, D = 128"]
+        for kind in ("forward", "forward + backward"):
+            head += [f"{kind}, µs", "over its floor", "of the causal row's share"]
+        if rows:
+            parts.append(f"{_described(result)}.\n\n" + table(head, rows))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def decode() -> str:
     """A decoded token beside dense attention."""
     parts = []
@@ -147,6 +189,8 @@ def conversion() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "gpu": gpu,
+    "peers": peers,
+    "variants": variants,
     "decode": decode,
     "step": step,
     "conversion": conversion,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pi_attention.pattern import PiPattern
+from pi_attention.segments import segment_starts
 
 
 class LayerCache:
@@ -25,7 +26,7 @@ class LayerCache:
     Example::
 
         cache = LayerCache(pattern)
-        key, value = cache.update(new_key, new_value)  # [B, G, kept + T, D]
+        key, value, _ = cache.extend(new_key, new_value)  # [B, G, kept + T, D]
         out = pi_attention(query, key, value, pattern)  # query [B, H, T, D]
     """
 
@@ -96,6 +97,16 @@ class LayerCache:
         else:
             seen = self._buffer[:, :, :, self._first - slots : self._end]
         return seen[0], seen[1]
+
+    def extend(
+        self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`update`, told the segment ids [B, length + T]; keys, values, and the segment ids of the keys returned."""
+        starts = None
+        if segment_ids is not None and self.pattern.sinks:
+            starts = segment_starts(segment_ids)[:, self.length]
+        key, value = self.update(key, value, starts)
+        return key, value, None if segment_ids is None else self.select(segment_ids)
 
     def select(self, per_token: Tensor, empty: int = -1) -> Tensor:
         """The entries of `per_token` [B, length] for the keys last returned; `empty` for empty sink slots."""

@@ -12,7 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pi_attention.models.caching import BoundedGeneration, PiCache
 from pi_attention.models.interface import NAME, SETTINGS, layer_pattern, register_names, settings_of
-from pi_attention.models.modeling_pi import initialise, segments_of_batch
+from pi_attention.models.modeling_pi import initialise, segments_of_batch, static_segments
+from pi_attention.models.static_cache import PiStaticCache
 from pi_attention.nn.gate import FusionGate
 from pi_attention.pattern import PiPattern
 
@@ -131,15 +132,18 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
         use_cache = self.config.text_config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = PiCache(self.config.patterns())
-        if not isinstance(past_key_values, PiCache | None):
+        if not isinstance(past_key_values, PiCache | PiStaticCache | None):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}: leave it out, or pass "
                 "PiCache(model.config.patterns()), which keeps what the patterns see."
             )
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if segment_ids is None:
-            segment_ids = segments_of_batch(attention_mask, position_ids, past, like.shape[0], like.shape[1])
-        if past_key_values is not None:
+        if isinstance(past_key_values, PiStaticCache):
+            segment_ids = static_segments(past_key_values, attention_mask, position_ids, *like.shape[:2])
+            attention_mask = like.new_ones(len(like), 1, 1, 1)  # four dimensions: transformers makes no mask of its own
+        elif segment_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            segment_ids = segments_of_batch(attention_mask, position_ids, past, *like.shape[:2])
+        if isinstance(past_key_values, PiCache):
             past_key_values.begin(segment_ids)
         return self.model(
             input_ids=input_ids,

@@ -39,6 +39,7 @@ ORDER = [
     "nn.attention",
     "nn",
     "models.configuration_pi",
+    "models.static_cache",
     "models.caching",
     "models.rotary",
     "models.attention_map",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from pi_attention import PiPattern, pi_attention
 from pi_attention.nn import PiAttention
@@ -97,3 +98,24 @@ def test_layer_under_autocast_and_compile():
     assert relative_error(compiled(x), want) < 1e-4
     compiled(x).sum().backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(compiled, reentrant):
+    if compiled and reentrant:
+        pytest.skip("torch.compile takes the non-reentrant kind")
+    pattern, inputs = PiPattern(64, 64, 8), qkv(1, 4, 1000, 64)
+
+    def attend(*x):
+        return pi_attention(*x, pattern, impl="triton").float().square().sum()
+
+    def checkpointed(*x):
+        return checkpoint(attend, *x, use_reentrant=reentrant)
+
+    run = torch.compile(checkpointed) if compiled else checkpointed
+    want = torch.autograd.grad(attend(*inputs), inputs)
+    for x in inputs:
+        x.grad = None
+    run(*inputs).backward()
+    assert all(torch.equal(x.grad, g) for x, g in zip(inputs, want, strict=True))

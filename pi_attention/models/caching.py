@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from pi_attention.cache import LayerCache
+from pi_attention.models.static_cache import PiStaticCache, PiStaticLayer
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segment_starts
 
@@ -107,9 +108,25 @@ class PiCache(Cache):
 
 
 class BoundedGeneration:
-    """Before GenerationMixin: `generate` makes a `PiCache` where transformers would make a dynamic one."""
+    """Before GenerationMixin: `generate` makes our caches where transformers would make a dynamic or a static one."""
 
     config: Any
+
+    def _prepare_static_cache(
+        self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
+    ) -> PiStaticCache:
+        if "offloaded" in cache_implementation:
+            raise NotImplementedError(
+                f"cache_implementation={cache_implementation!r}: a cache is bounded, keep it on the device ('static')."
+            )
+        return PiStaticCache(self.config.patterns(), max_cache_len)
+
+    @staticmethod
+    def create_masks_for_generate(
+        inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | None:
+        """The padding mask of the new tokens [B, T]: a static cache knows that of the others."""
+        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -128,18 +145,15 @@ class LayerOfCache:
     def __init__(self, cache: Cache, layer_idx: int) -> None:
         self._cache, self._layer_idx = cache, layer_idx
         self.length: int = cache.get_seq_length(layer_idx)
-        self._returned = 0
 
-    def update(self, key: Tensor, value: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Append, and return all keys and values that the new queries may see."""
-        more = {} if starts is None else {"starts": starts}
-        key, value = self._cache.update(key, value, self._layer_idx, **more)
-        self._returned = key.shape[2]
-        return key, value
-
-    def select(self, per_token: Tensor) -> Tensor:
-        """The entries of a [B, length] tensor for the keys last returned."""
-        layer = self._cache.layers[self._layer_idx]
+    def extend(
+        self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append; all keys and values that the new queries may see, and the segment ids of these keys."""
+        layer = self._cache.layers[self._layer_idx] if self._layer_idx < len(self._cache.layers) else None
         if isinstance(layer, PiCacheLayer):
-            return layer.cache.select(per_token)
-        return per_token[:, per_token.shape[1] - self._returned :]
+            return layer.cache.extend(key, value, segment_ids)
+        if isinstance(layer, PiStaticLayer):
+            return layer.extend(key, value, segment_ids)
+        key, value = self._cache.update(key, value, self._layer_idx)
+        return key, value, None if segment_ids is None else segment_ids[:, segment_ids.shape[1] - key.shape[2] :]

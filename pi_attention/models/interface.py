@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from pi_attention.models.caching import PiCache
 from pi_attention.models.configuration_pi import DENSE
 from pi_attention.models.modeling_pi import segments_of_batch
+from pi_attention.models.static_cache import PiStaticCache
 from pi_attention.ops.api import pi_attention
 from pi_attention.pattern import PiPattern
 
@@ -116,7 +117,7 @@ def attention_forward(
     sliding_window: int | None = None,
     position_ids: Tensor | None = None,
     pi_gate: Tensor | None = None,
-    pi_segments: tuple[Tensor | None, PiCache | None] | None = None,
+    pi_segments: tuple[Tensor | None, PiCache | PiStaticCache | None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: out [B, T, H, D] of query [B, H, T, D], key and value [B, G, S, D].
@@ -145,7 +146,9 @@ def attention_forward(
     pattern = layer_pattern(module.config, layer, sliding_window)
     if pi_segments is not None:
         ids, cache = pi_segments
-        if ids is not None and cache is not None:
+        if isinstance(cache, PiStaticCache):
+            ids = cache.layers[layer].seen_ids
+        elif ids is not None and cache is not None:
             ids = cache.layers[layer].cache.select(ids)
     else:
         padding = None if attention_mask is None else attention_mask[:, 0, 0]

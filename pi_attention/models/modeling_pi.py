@@ -20,6 +20,7 @@ from pi_attention.models.attention_map import AttentionMap, PiSelfAttention
 from pi_attention.models.caching import BoundedGeneration, LayerOfCache, PiCache
 from pi_attention.models.configuration_pi import PiConfig
 from pi_attention.models.rotary import PiRotaryEmbedding
+from pi_attention.models.static_cache import PiStaticCache
 from pi_attention.nn.attention import GateOptions, PiAttention
 from pi_attention.nn.gate import GateLogits
 from pi_attention.nn.layers import SwiGLU
@@ -130,6 +131,16 @@ def segments_of_batch(
     return ids
 
 
+def static_segments(
+    cache: PiStaticCache, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, tokens: int
+) -> Tensor | None:
+    """Tell a static cache the segments of the new tokens, [B, T] or None, and return them."""
+    first = None
+    if not cache.layers[0].is_initialized:
+        first = segments_of_batch(attention_mask, position_ids, 0, batch, tokens)
+    return cache.begin(first, attention_mask, tokens)
+
+
 class PiModel(PiPreTrainedModel):
     """Embeddings, blocks and a final norm: token ids to hidden states."""
 
@@ -155,7 +166,7 @@ class PiModel(PiPreTrainedModel):
                 module.impl = IMPLEMENTATION_OF[name]
 
     def _check_cache(self, cache: Cache) -> None:
-        if self.config.sinks and not isinstance(cache, PiCache):
+        if self.config.sinks and not isinstance(cache, PiCache | PiStaticCache):
             raise ValueError(
                 f"a {type(cache).__name__} forgets the attention sinks (sinks={self.config.sinks}): "
                 "leave past_key_values out, or pass PiCache(config.patterns())."
@@ -199,10 +210,12 @@ class PiModel(PiPreTrainedModel):
             past = past_key_values.get_seq_length()
         self._choose_implementation()
 
-        if segment_ids is None:
+        if isinstance(past_key_values, PiStaticCache):
+            segment_ids = static_segments(past_key_values, attention_mask, position_ids, batch, tokens)
+        elif segment_ids is None:
             segment_ids = segments_of_batch(attention_mask, position_ids, past, batch, tokens)
         if position_ids is None:
-            position_ids = torch.arange(past, past + tokens, device=inputs_embeds.device)[None]
+            position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past)[None]
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds

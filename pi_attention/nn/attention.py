@@ -15,7 +15,6 @@ from pi_attention.nn.rope import apply_rotary, rotary_angles
 from pi_attention.ops.api import Fusion, Impl, PiAux, pi_attention
 from pi_attention.ops.checks import FUSIONS
 from pi_attention.pattern import PiPattern
-from pi_attention.segments import segment_starts
 
 
 class KeyValueCache(Protocol):
@@ -23,12 +22,10 @@ class KeyValueCache(Protocol):
 
     length: int
 
-    def update(self, key: Tensor, value: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Append, and return all keys and values that the new queries may see."""
-        ...
-
-    def select(self, per_token: Tensor) -> Tensor:
-        """The entries of a [B, length] tensor for the keys last returned."""
+    def extend(
+        self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append; all keys and values that the new queries may see, and the segment ids of these keys."""
         ...
 
 
@@ -134,11 +131,7 @@ class PiAttention(nn.Module):
             query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
         query, key = query.to(value.dtype), key.to(value.dtype)
         if cache is not None:
-            starts = None
-            if segment_ids is not None and self.pattern.sinks:
-                starts = segment_starts(segment_ids)[:, past]
-            key, value = cache.update(key, value, starts)
-            segment_ids = None if segment_ids is None else cache.select(segment_ids)
+            key, value, segment_ids = cache.extend(key, value, segment_ids)
         out = self._attend(query, key, value, hidden_states, segment_ids)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

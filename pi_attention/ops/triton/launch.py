@@ -127,15 +127,18 @@ def _members(launch: Launch) -> Iterator[tuple[int, int]]:
 
 
 @lru_cache(maxsize=256)
-def _decode_constants(group: int, dim: int, queries: int, segments: bool, per_head: bool, precision: str) -> Constants:
+def _decode_constants(
+    group: int, dim: int, queries: int, segments: bool, per_head: bool, precision: str, row_bytes: int
+) -> Constants:
     rows = (1 if per_head else group) * queries
+    wide = row_bytes >= 1024  # 64 such query rows alone fill two thirds of a consumer GPU's shared memory
     return Constants(
-        {"num_warps": 4, "num_stages": 2},
+        {"num_warps": 4, "num_stages": 1 if wide else 2},
         GROUP=group,
         D=dim,
         BD=padded(dim),
         BM=padded(rows),
-        BN=32,
+        BN=16 if wide else 32,
         SEGMENTS=segments,
         PER_HEAD=per_head,
         PRECISION=precision,
@@ -176,7 +179,9 @@ def launch_decode(launch: Launch, gate: Tensor | None, mass: bool) -> tuple[Tens
             *(splits, heads, length, keys, *row_lags(pattern, True, 0, keys), pattern.sinks),
             *(window, launch.scale * LOG2E),
         ),
-        _decode_constants(launch.group, dim, length, segments, per_head, precision(query)),
+        _decode_constants(
+            launch.group, dim, length, segments, per_head, precision(query), padded(dim) * query.element_size()
+        ),
     )
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse, lse_skip = (torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))

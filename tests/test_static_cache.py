@@ -1,0 +1,85 @@
+"""Decoding with tensors of fixed size: the same tokens as without a cache, compiled once."""
+
+import pytest
+import torch
+from test_convert import converted, pretrained  # noqa: F401
+from test_models import make, model, prompt  # noqa: F401
+from transformers.generation.configuration_utils import CompileConfig
+
+from pi_attention import PiPattern
+from pi_attention.convert import convert
+from pi_attention.models import PiStaticCache
+
+MODES = [{"do_sample": False}, {"num_beams": 3}]
+
+
+def compile_on_the_cpu():
+    config = CompileConfig(mode="default", fullgraph=True)
+    config._compile_all_devices = True
+    return config
+
+
+def both_ways(lm, ids, **options):
+    options = {"max_new_tokens": 50, "pad_token_id": 0, "eos_token_id": None} | options
+    static = lm.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    return static, lm.generate(ids, **options)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_static_generation_equals_bounded(model, mode):  # noqa: F811
+    assert torch.equal(*both_ways(model, prompt(2, 9), **mode))
+    assert torch.equal(*both_ways(model, prompt(2, 45), **mode))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_static_generation_of_converted_models(converted, mode):  # noqa: F811
+    assert torch.equal(*both_ways(converted, prompt(2, 30) + 1, **mode))
+
+
+@pytest.mark.parametrize("padding", [17, 28])
+def test_left_padded_rows_equal_separate_ones(model, padding):  # noqa: F811
+    ids, mask = prompt(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[1, :padding] = 0
+    together, _ = both_ways(model, ids, attention_mask=mask)
+    _, alone = both_ways(model, ids[1:, padding:])
+    assert torch.equal(together[1, padding:], alone[0])
+
+
+@pytest.mark.parametrize("split", [(60,), (13, 1, 1, 20, 5, 20), (1,) * 60], ids=["whole", "chunks", "tokens"])
+def test_any_split_equals_the_whole(model, split):  # noqa: F811
+    ids = prompt(2, 60)
+    cache = PiStaticCache(model.config.patterns(), 60)
+    logits = [model(part, past_key_values=cache).logits for part in ids.split(split, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_compiles_once_into_one_graph():
+    torch._dynamo.reset()
+    small = make("mixed")
+    options = {"cache_implementation": "static", "pad_token_id": 0, "compile_config": compile_on_the_cpu()}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = small.generate(prompt(2, 9), max_new_tokens=40, **options)
+    assert torch.equal(compiled, small.generate(prompt(2, 9) * 0 + compiled[:, :9], max_new_tokens=40, pad_token_id=0))
+
+
+def test_memory_is_bounded_and_addresses_stay():
+    small = make("pi")
+    cache = PiStaticCache(small.config.patterns(), 10_000)
+    small(prompt(1, 9), past_key_values=cache)
+    before = [layer.keys.data_ptr() for layer in cache.layers]
+    small(prompt(1, 1), past_key_values=cache)
+    assert before == [layer.keys.data_ptr() for layer in cache.layers]
+    assert all(layer.keys.shape[2] == 16 for layer in cache.layers)  # reach 15 and the token itself
+    cache.reset()
+    ids = prompt(1, 30)
+    torch.testing.assert_close(small(ids, past_key_values=cache).logits, small(ids).logits)
+
+
+def test_what_a_static_cache_cannot_do_is_refused():
+    with pytest.raises(NotImplementedError, match="keep it on the device"):
+        make("pi").generate(prompt(1, 9), cache_implementation="offloaded_static", max_new_tokens=3)
+    converted_model = convert(pretrained(), PiPattern(4, 5, 3))
+    from transformers import StaticCache
+
+    with pytest.raises(ValueError, match="StaticCache"):
+        converted_model(prompt(1, 9), past_key_values=StaticCache(pretrained().config, max_cache_len=50))
