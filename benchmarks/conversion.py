@@ -1,10 +1,9 @@
 """What a pretrained model loses when its dense attention becomes a pattern, and what a short fine-tune gives back.
 
-    python -m benchmarks.conversion MODEL_DIR --text FILE [--lengths 2048 8192] [--steps 24]
+    python -m benchmarks.conversion MODEL_DIR --text FILE [--train-text FILE] [--lengths 2048 8192] [--steps 24]
 
 Perplexity a token on chunks of a long text, without training, for patterns of one key budget; then after fine-tuning
-the gates alone, or all weights, at the shortest length on another part of the text. Writes
-results/conversion-<name>.json.
+the gates, adapters, or all weights at each length on another text. Writes results/conversion-<name>.json.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.timing import write
 from pi_attention import PiPattern
 from pi_attention.convert import convert
+from pi_attention.data.packing import PackedBlocks
+from pi_attention.training.finetune import LEARNING_RATES, Part, finetune
 
 BUDGET = 272
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SINKS = 4
 SKIPS = 16
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 5: 2.571, 7: 2.365, 11: 2.201, 15: 2.131, 23: 2.069, 31: 2.040}
@@ -45,7 +47,7 @@ def patterns(length: int) -> dict[str, PiPattern | None]:
 
 
 def model_of(folder: Path, pattern: PiPattern | None, gate: bool = False) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
     return model if pattern is None else convert(model, pattern, gate=gate)
 
 
@@ -55,8 +57,9 @@ def losses(model: Any, chunks: list[Tensor]) -> list[float]:
     model.eval()
     found = []
     for chunk in chunks:
-        logits = model(chunk[None], use_cache=False).logits[0, :-1]
-        found.append(float(F.cross_entropy(logits.float(), chunk[1:])))
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            logits = model(chunk[None].to(DEVICE), use_cache=False).logits[0, :-1]
+        found.append(float(F.cross_entropy(logits.float(), chunk[1:].to(DEVICE))))
     return found
 
 
@@ -74,63 +77,53 @@ def summary(found: list[float], dense: list[float]) -> dict[str, Any]:
     }
 
 
-def fine_tune(model: Any, chunks: list[Tensor], which: str) -> float:
-    """One pass over the chunks; the seconds it took."""
-    model.train()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(which == "all" or "pi_gate" in name)
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(wanted, lr=1e-5 if which == "all" else 3e-3, weight_decay=0.0)
-    begun = time.perf_counter()
-    for chunk in chunks:
-        model(chunk[None], labels=chunk[None], use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(wanted, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return time.perf_counter() - begun
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--tokens", type=int, default=32768, help="evaluated at each length")
+    parser.add_argument("--train-text", type=Path, help="text of the fine-tunes; the rest of --text when left out")
     parser.add_argument("--steps", type=int, default=24, help="of fine-tuning, one chunk each; 0 for none")
+    parser.add_argument("--parts", nargs="+", default=["gates", "lora", "all"], help="what the fine-tunes train")
+    parser.add_argument("--bos", action="store_true", help="each chunk begins with the tokenizer's BOS, as Gemma needs")
     options = parser.parse_args()
-    torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    tokens = tokenizer(options.text.read_text(), return_tensors="pt", add_special_tokens=False).input_ids[0]
+    text = options.text.read_text()
+    tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    training = options.train_text.read_text() if options.train_text else tokenizer.decode(tokens[options.tokens :])
     rows: list[dict[str, Any]] = []
-    head = {"model": options.model.name, "text": options.text.name, "budget": BUDGET, "rows": rows}
+    device = torch.cuda.get_device_name() + ", bf16 products" if DEVICE == "cuda" else "CPU, fp32"
+    head = {"model": options.model.name, "text": options.text.name, "device": device, "budget": BUDGET, "rows": rows}
 
     def add(row: dict[str, Any]) -> None:
         print(row, flush=True)
         rows.append(row)
         write(f"conversion-{options.model.name}", head)
 
-    first = min(options.lengths)
     for length in options.lengths:
         chunks = list(tokens[: options.tokens].split(length))
+        if options.bos:
+            chunks = [torch.cat([torch.tensor([tokenizer.bos_token_id]), chunk[:-1]]) for chunk in chunks]
         dense: list[float] = []
         for name, pattern in patterns(length).items():
-            begun = time.perf_counter()
             found = losses(model_of(options.model, pattern), chunks)
             dense = dense or found
             add({"S": length, "variant": name, "trained": "nothing", **summary(found, dense)})
-            print(f"{time.perf_counter() - begun:.0f} s", flush=True)
-        if length != first or not options.steps:
+        if not options.steps:
             continue
-        begin = options.tokens
-        training = list(tokens[begin : begin + options.steps * length].split(length))
-        for name, which in (
-            ("window + sinks + skips", "gates"),
-            ("window + sinks + skips", "all"),
-            ("window + sinks", "all"),
-        ):
-            model = model_of(options.model, patterns(length)[name], gate=True)
-            seconds = fine_tune(model, training, which)
-            row = {"S": length, "variant": name, "trained": which, "steps": len(training), "seconds": seconds}
+        blocks = PackedBlocks([training], tokenizer, length)
+        parts: list[tuple[str, Part]] = [("window + sinks + skips", part) for part in options.parts]
+        parts += [
+            (control, part) for part in options.parts if part != "gates" for control in ("window + sinks", "dense")
+        ]
+        for name, part in parts:
+            pattern = patterns(length)[name] or PiPattern(length, 1, 0)
+            model = model_of(options.model, pattern, gate=True)
+            with tempfile.TemporaryDirectory() as folder:
+                rate = LEARNING_RATES[part]
+                finetune(model, blocks, steps=options.steps, part=part, learning_rate=rate, out=Path(folder))
+            row = {"S": length, "variant": name, "trained": part, "steps": options.steps}
             add(row | summary(losses(model, chunks), dense))
 
 

@@ -107,6 +107,19 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.set_output_embeddings(new_embeddings)
 
+    def new_cache(self) -> PiCache:
+        """An empty decoding cache; beyond the pretrained model's context its sinks move along with the text.
+
+        So a text of any length can be streamed through it; a prompt that is longer than that context must come in
+        chunks (`generate(prefill_chunk_size=…)`).
+        """
+        cache = super().new_cache()
+        context = getattr(self.config.text_config, "max_position_embeddings", None)
+        frequencies = _rotary_frequencies(self.model, len(cache.layers))
+        if context is not None and frequencies is not None:
+            cache.keep_sinks_near(context, frequencies)
+        return cache
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -131,7 +144,7 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
             raise ValueError("pass either input_ids or inputs_embeds.")
         use_cache = self.config.text_config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
-            past_key_values = PiCache(self.config.patterns())
+            past_key_values = self.new_cache()
         if not isinstance(past_key_values, PiCache | PiStaticCache | None):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}: leave it out, or pass "
@@ -156,6 +169,18 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
             pi_segments=(segment_ids, past_key_values),
             **kwargs,
         )
+
+
+def _rotary_frequencies(model: PreTrainedModel, layers: int) -> list[Tensor] | None:
+    """Inverse frequencies of each layer's rotary embedding; None where they depend on the length, or there is none."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+                return None
+            kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * layers
+            names = [name if hasattr(module, name) else "inv_freq" for name in (f"{kind}_inv_freq" for kind in kinds)]
+            return [getattr(module, name).float() for name in names] if hasattr(module, names[0]) else None
+    return None
 
 
 def _initialise_gates_of(model: PreTrainedModel) -> None:

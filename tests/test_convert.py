@@ -228,3 +228,29 @@ def test_command_converts_fine_tunes_saves_and_generates(tmp_path, monkeypatch, 
     assert run(*command) == 2  # the folder holds a model
     assert "holds a model already" in " ".join(capsys.readouterr().err.split())
     assert run("convert") == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_beyond_the_pretrained_context_the_sinks_move_along(family, padding):
+    """The newest of a stream's logits are those of sinks that stand `context` tokens before it."""
+    config, model, more = FAMILIES[family]
+    torch.manual_seed(0)
+    context, length, reach = 30, 70, PATTERN.reach
+    more = more | {"max_position_embeddings": context, "num_hidden_layers": 1}
+    if family == "gemma3":
+        more["layer_types"] = ["full_attention"]
+    stream = convert(model(config(**SIZES | more)).double().eval(), PATTERN, gate=False)
+    ids, mask = prompt(1, length), torch.ones(1, length, dtype=torch.long)
+    mask[:, :padding] = 0
+    cache = None
+    for first, end in [(0, 20), (20, 27), *((t, t + 1) for t in range(27, length))]:
+        out = stream(ids[:, first:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+    assert cache.layers[0].cache.sink_slots == PATTERN.sinks
+    seen = torch.cat([ids[:, padding : padding + PATTERN.sinks], ids[:, -reach - 1 :]], dim=1)
+    near = torch.arange(length - context, length - context + PATTERN.sinks)
+    positions = torch.cat([near, torch.arange(length - reach - 1, length)])[None]
+    one_segment = torch.zeros_like(seen, dtype=torch.int32)
+    want = stream(seen, position_ids=positions, segment_ids=one_segment, use_cache=False)
+    torch.testing.assert_close(out.logits[:, -1], want.logits[:, -1], rtol=1e-4, atol=1e-4)

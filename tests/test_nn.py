@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pi_attention import PiPattern
+from pi_attention import PiPattern, pi_attention
 from pi_attention.cache import LayerCache
 from pi_attention.nn import FusionGate, PiAttention, SwiGLU, apply_rotary, record_aux, rotary_angles
 from pi_attention.nn.attention import GateOptions
@@ -123,3 +123,16 @@ def test_compiles_and_runs_under_autocast():
         out = attention(x)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), attention(x), rtol=0.1, atol=0.5)
+
+
+@pytest.mark.parametrize("pattern", [PiPattern(4, 4, 3), PiPattern(4, 4, 3, sinks=2), PiPattern(99, 1, 0)], ids=str)
+@pytest.mark.parametrize("impl", ["auto", "reference", "blocked"])
+def test_autocast_casts_as_sdpa_does_whatever_the_dtypes(pattern, impl):
+    query, key, value = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
+    want = pi_attention(*(x.bfloat16() for x in (query, key, value)), pattern, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = pi_attention(query, key, value.bfloat16(), pattern, impl=impl)
+        assert torch.nn.functional.scaled_dot_product_attention(query, key, value).dtype == out.dtype
+    assert out.dtype == torch.bfloat16 and torch.equal(out, want)
+    out.float().sum().backward()
+    assert query.grad.dtype == torch.float32

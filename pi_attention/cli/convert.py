@@ -29,10 +29,10 @@ class Convert:
     """Add a learned fusion gate to each converted layer."""
     finetune_steps: int = 0
     """Steps of fine-tuning; 0 saves the pretrained weights as they are."""
-    part: Literal["gates", "all"] = "all"
-    """What is fine-tuned: the gates alone, or all weights."""
+    part: Literal["gates", "lora", "all"] = "all"
+    """What is fine-tuned: the gates alone, the gates and low-rank adapters (merged at the end), or all weights."""
     learning_rate: float | None = None
-    """Peak learning rate of the fine-tune; 3e-3 for the gates and 2e-5 for all weights when None."""
+    """Peak learning rate of the fine-tune; 3e-3 for gates, 2e-4 for adapters, 2e-5 for all weights when None."""
     data: str = "shakespeare"
     """Text to fine-tune and evaluate on: see `pi-attention train`."""
     context: int = 2048
@@ -56,7 +56,7 @@ class Convert:
         from pi_attention.data.packing import PackedBlocks, hold_out
         from pi_attention.pattern import PiPattern
         from pi_attention.tasks.language_modelling import evaluate
-        from pi_attention.training.finetune import finetune
+        from pi_attention.training.finetune import LEARNING_RATES, finetune
 
         pattern = PiPattern(self.window, self.period, self.skips, sinks=self.sinks)
         tokenizer = AutoTokenizer.from_pretrained(self.model)
@@ -81,7 +81,7 @@ class Convert:
                 training,
                 steps=self.finetune_steps,
                 part=self.part,
-                learning_rate=self.learning_rate or (3e-3 if self.part == "gates" else 2e-5),
+                learning_rate=self.learning_rate or LEARNING_RATES[self.part],
                 out=self.out / "trainer",
                 seed=self.seed,
             )

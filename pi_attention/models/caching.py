@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from pi_attention.cache import LayerCache
 from pi_attention.models.static_cache import PiStaticCache, PiStaticLayer
+from pi_attention.nn.rope import moved_rotary
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segment_starts
 
@@ -24,6 +25,7 @@ class PiCacheLayer(CacheLayerMixin):
     def __init__(self, pattern: PiPattern) -> None:
         self.cache = LayerCache(pattern)
         self.starts: Tensor | None = None  # where the segments of the next tokens begin, unless `update` is told
+        self.near: tuple[int, Tensor] | None = None  # see PiCache.keep_sinks_near
 
     @property
     def keys(self) -> Tensor | None:
@@ -43,7 +45,15 @@ class PiCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, starts: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        return self.cache.update(key_states, value_states, self.starts if starts is None else starts)
+        starts = self.starts if starts is None else starts
+        key, value = self.cache.update(key_states, value_states, starts)
+        slots = self.cache.sink_slots
+        if self.near is None or not slots or self.cache.length <= self.near[0]:
+            return key, value
+        most, frequencies = self.near
+        start = torch.zeros(1, dtype=torch.long, device=key.device) if starts is None else starts
+        by = (self.cache.length - start - most).clamp(min=0)
+        return torch.cat([moved_rotary(key[:, :, :slots], by, frequencies), key[:, :, slots:]], dim=2), value
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         kept = 0 if self.keys is None else self.keys.shape[2]
@@ -101,6 +111,20 @@ class PiCache(Cache):
         for layer in self.layers:
             layer.starts = starts if layer.cache.pattern.sinks else None
 
+    def keep_sinks_near(self, most: int, frequencies: list[Tensor]) -> None:
+        """Let sinks move along, so that none is `most` tokens or more before the newest token.
+
+        A pretrained model knows no larger lag than its context; window and skips stay below it, sinks would not
+        (arXiv 2309.17453 gives sinks a position in the cache for the same reason).
+
+        Args:
+            most: tokens, the context of the pretrained model.
+            frequencies: of each layer's rotary embedding, [rotated features / 2].
+        """
+        for layer, of_layer in zip(self.layers, frequencies, strict=True):
+            if layer.cache.pattern.sinks:
+                layer.near = most, of_layer
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated in all layers."""
@@ -111,6 +135,10 @@ class BoundedGeneration:
     """Before GenerationMixin: `generate` makes our caches where transformers would make a dynamic or a static one."""
 
     config: Any
+
+    def new_cache(self) -> PiCache:
+        """An empty decoding cache of bounded memory for this model."""
+        return PiCache(self.config.patterns())
 
     def _prepare_static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
@@ -134,7 +162,7 @@ class BoundedGeneration:
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
-            model_kwargs["past_key_values"] = PiCache(self.config.patterns())
+            model_kwargs["past_key_values"] = self.new_cache()
             if getattr(generation_config, "is_assistant", False):
                 model_kwargs["past_key_values"].activate_past_recording()
 

@@ -28,3 +28,14 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+def moved_rotary(x: Tensor, by: Tensor, frequencies: Tensor) -> Tensor:
+    """Keys x [B, heads, T, D], rotated for their positions, as they were `by` [B or 1] positions later.
+
+    Only the first 2 · len(frequencies) features are rotated, as in models with a partial rotary embedding.
+    """
+    dim = 2 * len(frequencies)
+    cos, sin = angles_at(by[:, None], frequencies.to(x.device))
+    turned = apply_rotary(x[..., :dim], cos, sin)
+    return turned if dim == x.shape[-1] else torch.cat([turned, x[..., dim:]], dim=-1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
 from pi_attention.ops.blocked import blocked_attention
@@ -86,6 +87,8 @@ def pi_attention(
         out = g·ℓ + (1 − g)·s        g = sigmoid(a)            fusion="gate": the paper's dynamic fusion gate
                                      g = sigmoid(λ − μ + a)    fusion="mass": a = 0 is one softmax over both bands
 
+    Under torch.autocast the tensors are cast to its dtype first, as `scaled_dot_product_attention` does.
+
     A query without skip keys (early in its segment) gets ℓ; a padding query gets 0. All gradients are then 0, not NaN.
 
     Args:
@@ -109,6 +112,12 @@ def pi_attention(
         TypeError, ValueError: an argument is wrong; the message names it, its value and the remedy.
         NotImplementedError: the implementation that `impl` names cannot serve this call; the message says why.
     """
+    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        options: Any = {"gate": gate, "fusion": fusion, "segment_ids": segment_ids, "scale": scale, "impl": impl}
+        with torch.autocast(query.device.type, enabled=False):
+            cast = [_as_autocast(x) for x in (query, key, value)]
+            attend_cast: Any = pi_attention  # no overload takes a return_aux that is not known
+            return attend_cast(*cast, pattern, return_aux=return_aux, **options)
     check_arguments(query, key, value, pattern, gate, fusion, segment_ids)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}.")
@@ -123,6 +132,10 @@ def pi_attention(
     if not return_aux:
         return out
     return out, PiAux(lse_local, lse_skip, gate_values(lse_local, lse_skip, gate, fusion))
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _implementation(impl: Impl, query: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

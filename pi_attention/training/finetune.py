@@ -1,4 +1,4 @@
-"""A short fine-tune of a converted model: its gates alone, or all of its weights."""
+"""A short fine-tune of a converted model: its gates alone, with low-rank adapters (LoRA), or all of its weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,27 @@ from transformers import Trainer, TrainingArguments
 
 from pi_attention.data.packing import PackedBlocks
 
-Part = Literal["gates", "all"]
+Part = Literal["gates", "lora", "all"]
+
+LEARNING_RATES: dict[Part, float] = {"gates": 3e-3, "lora": 2e-4, "all": 2e-5}
+"""Peak learning rates that serve a short fine-tune."""
+
+
+def _adapted(model: Any) -> Any:
+    """The model with adapters of rank 16 on the attention projections (arXiv 2106.09685), and its gates trainable."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError('part="lora" needs PEFT: pip install peft, or train part="gates" or "all".') from error
+    gates = any("pi_gate" in name for name, _ in model.named_parameters())
+    settings = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        modules_to_save=["pi_gate"] if gates else None,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, settings)
 
 
 def finetune(
@@ -22,20 +42,23 @@ def finetune(
         model: from `pi_attention.convert.convert`.
         blocks: of the text.
         steps: optimizer steps.
-        part: "gates" trains the fusion gates and leaves the pretrained weights; "all" trains everything.
+        part: "gates" trains the fusion gates and leaves the pretrained weights; "lora" trains the gates and adapters
+            on the attention projections, which are merged into the weights at the end; "all" trains everything.
         learning_rate: peak; it decays to zero along a cosine.
         out: folder for the Trainer's files.
         seed: of the order of the blocks.
 
     Raises:
-        ValueError: part="gates" and the model has none.
+        ValueError: part="gates" and the model has none, or part="lora" without PEFT.
     """
-    chosen = {name for name, _ in model.named_parameters() if part == "all" or "pi_gate" in name}
-    if not chosen:
-        raise ValueError('part="gates", but the model has no gate: convert with gate=True, or train part="all".')
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
+    trained = _adapted(model) if part == "lora" else model
+    if part != "lora":
+        chosen = {name for name in before if part == "all" or "pi_gate" in name}
+        if not chosen:
+            raise ValueError('part="gates", but the model has no gate: convert with gate=True, or train part="all".')
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in chosen)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -51,6 +74,8 @@ def finetune(
         remove_unused_columns=False,
         seed=seed,
     )
-    Trainer(model=model, args=arguments, train_dataset=blocks).train()
+    Trainer(model=trained, args=arguments, train_dataset=blocks).train()
+    if part == "lora":
+        trained.merge_and_unload()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(before[name])
