@@ -180,10 +180,44 @@ def conversion() -> str:
             for row in result["rows"]
         ]
         machine = result["machine"]
-        described = f"{result['model']}, {result['text']}; fp32, torch {machine['torch']}, {machine['date']}"
+        device = result.get("device", "CPU, fp32")
+        described = f"{result['model']}, {result['text']}; {device}, torch {machine['torch']}, {machine['date']}"
         head = ["context", "attention", "trained", "perplexity", "over dense (95 %)", "chunks"]
         parts.append(described + ".\n\n" + table(head, rows))
     return "\n\n".join(parts) or "Not measured yet."
+
+
+def streaming() -> str:
+    """Perplexity while a long text streams through a bounded cache."""
+    parts = []
+    for file in sorted(RESULTS.glob("streaming-*.json")):
+        result = json.loads(file.read_text())
+        found = result["streaming"]
+        head = ["tokens", *(f"{row['variant']}, trained: {row['trained']}" for row in found)]
+        starts = [*found[0]["first position"][1:], result["tokens"]]
+        rows = [
+            [f"{first:,} to {end:,}", *(f"{row['perplexity'][i]:.2f}" for row in found)]
+            for i, (first, end) in enumerate(zip(found[0]["first position"], starts, strict=True))
+        ]
+        rows.append(["cache", *(f"{row['cache bytes'] / 2**20:,.0f} MiB" for row in found)])
+        machine = result["machine"]
+        described = (
+            f"{result['model']}, {result['text']}; {result['device']}, torch {machine['torch']}, {machine['date']}"
+        )
+        parts.append(described + ".\n\n" + table(head, rows))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def support() -> str:
+    """What the tests of each version of transformers say."""
+    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("support-*.json"))]
+
+    def cell(counts: dict[str, int]) -> str:
+        words = {"passed": "tests passed", "skipped": "skipped", "failed": "**failed**"}
+        return ", ".join(f"{counts[kind]} {word}" for kind, word in words.items() if kind in counts) or "–"
+
+    rows = [[feature, *(cell(r["features"].get(feature, {})) for r in results)] for feature in results[-1]["features"]]
+    return table(["", *(f"transformers {result['transformers']}" for result in results)], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -194,6 +228,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "step": step,
     "conversion": conversion,
+    "streaming": streaming,
+    "support": support,
 }
 
 
@@ -211,7 +247,27 @@ def pages() -> dict[Path, Any]:
     return {page: page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
+def figures() -> None:
+    """Time over length beside dense attention, a picture for each GPU."""
+    from pi_attention import plots
+
+    for file in sorted(RESULTS.glob("gpu-*.json")):
+        result = json.loads(file.read_text())
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in result["rows"]:
+            if row["pattern"] == result["rows"][0]["pattern"] and row["D"] == 128:
+                kind = "forward+backward in graph us"
+                kind = kind if kind in row["pi"] else "forward+backward us"
+                for name, label in (("pi", "π-Attention"), ("sdpa causal", "dense causal SDPA")):
+                    if name in row:
+                        lines.setdefault(label, []).append((row["S"], row[name][kind] / 1e3))
+                lines.setdefault("floor", []).append((row["S"], row["floor forward+backward us"] / 1e3))
+        picture = plots.curves(lines, "tokens of the sequence", "forward + backward (ms)", log=True)
+        plots.save(picture, ROOT / "docs" / "figures" / f"{file.stem}.svg")
+
+
 def main() -> None:
+    figures()
     for page, text in pages().items():
         page.write_text(filled(text))
 

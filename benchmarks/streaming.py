@@ -91,7 +91,7 @@ def main() -> None:
     tokens = tokens[: options.tokens + 1]
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     result: dict[str, Any] = {"model": options.model.name, "text": options.text.name, "device": device}
-    result |= {"streaming": [], "speed": []}
+    result |= {"tokens": len(tokens) - 1, "streaming": [], "speed": []}
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(DEVICE)

@@ -16,6 +16,7 @@ from pi_attention.pattern import PiPattern
 
 # Okabe and Ito's palette.
 LOCAL, SKIP, THIRD, PAPER = "#0072B2", "#D55E00", "#009E73", "#FFFFFF"
+COLOURS = [LOCAL, SKIP, THIRD, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -37,6 +38,18 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=150)
+
+
+def curves(lines: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str, *, log: bool = False) -> Figure:
+    """Lines through points (x, y) by label; `log` scales both axes."""
+    figure, axes = _figure(6, 3.5)
+    for (label, points), colour, marker in zip(lines.items(), COLOURS, "os^Dv<>", strict=False):
+        axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=4)
+    if log:
+        axes.set(xscale="log", yscale="log")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    return figure
 
 
 def loss_curve(metrics: list[dict[str, Any]]) -> Figure:

@@ -5,15 +5,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+from pathlib import Path
+
 import problems
 import pytest
 
 IMPLEMENTATIONS = ["reference", "blocked", "triton"]
-
-
-def pytest_configure() -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)  # one worker a core
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +39,17 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--support", type=Path, help="write the outcomes behind the support table to this file")
+
+
+def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # one worker a core
+    path = config.getoption("--support")
+    if path is not None and not hasattr(config, "workerinput"):
+        from support import SupportTable
+
+        config.pluginmanager.register(SupportTable(path))

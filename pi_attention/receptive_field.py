@@ -1,0 +1,201 @@
+"""What a stack of layers can see: reach, coverage, holes, hops and numbers of paths, in exact set arithmetic.
+
+A set of positions of a sequence is a Python int, bit p for position p, so that a step of all positions along a band of
+lags is a few shifts of a long number: a context of a million tokens and dozens of layers take well under a second.
+Layers are taken from the output down: after the first of them a query has seen the keys of its own layer, after the
+next the keys of those, and so on. A token always sees itself, so what was seen stays seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pi_attention.pattern import Band, PiPattern
+
+
+def positions_of(bits: int) -> Iterator[int]:
+    """The positions in a set, in increasing order."""
+    for start, end in intervals_of(bits):
+        yield from range(start, end)
+
+
+def intervals_of(bits: int) -> Iterator[tuple[int, int]]:
+    """A set as disjoint runs [start, end), in increasing order."""
+    offset = 0
+    while bits:
+        gap = (bits & -bits).bit_length() - 1
+        bits >>= gap
+        run = (~bits & (bits + 1)).bit_length() - 1
+        yield offset + gap, offset + gap + run
+        bits >>= run
+        offset += gap + run
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """The positions [0, length), on a line or a ring."""
+
+    length: int
+    ring: bool
+
+    @property
+    def all(self) -> int:
+        return (1 << self.length) - 1
+
+    def moved(self, bits: int, lag: int) -> int:
+        """The positions `lag` before those in the set; on a line they may lie beyond its end."""
+        if self.ring:
+            lag %= self.length
+            return (bits >> lag | bits << (self.length - lag)) & self.all
+        return bits >> lag if lag >= 0 else bits << -lag
+
+    def along(self, bits: int, band: Band) -> int:
+        """The positions at the signed lags of a band before those in the set, by doubling."""
+        assert band.last is not None
+        steps, found, at, size = band.last - band.first, 0, 0, 1
+        seen = self.moved(bits, band.first * band.stride)  # then every lag is positive, and what leaves is gone
+        while steps:  # `seen` holds the first `size` lags of the band
+            if steps & 1:
+                found |= self.moved(seen, at)
+                at += size * band.stride
+            steps >>= 1
+            if steps:
+                seen |= self.moved(seen, size * band.stride)
+                size *= 2
+        return found & self.all
+
+
+def _step(pattern: PiPattern, where: _Sequence, bits: int) -> int:
+    """The keys that queries at these positions see, by any head."""
+    bands = set(pattern.signed_bands(pattern.local_band, where.length))
+    for head in range(len(pattern.periods)):
+        bands |= set(pattern.signed_bands(pattern.skip_band(head), where.length))
+    found = 0
+    for band in bands:
+        found |= where.along(bits, band)
+    if pattern.sinks and bits:
+        found |= (1 << min(pattern.sinks, bits.bit_length())) - 1
+    return found
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """What one query position of a sequence sees through 0, 1, … layers.
+
+    Args:
+        query: the position.
+        context: S, tokens of the sequence.
+        seen: sets of positions, after 0, 1, … L layers.
+    """
+
+    query: int
+    context: int
+    seen: tuple[int, ...]
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return len(self.seen) - 1
+
+    def covered(self, layers: int | None = None) -> int:
+        """How many positions are seen through so many layers; all of them by default."""
+        return self.seen[-1 if layers is None else layers].bit_count()
+
+    def reach(self, layers: int | None = None) -> int:
+        """The largest lag back to a position that is seen."""
+        bits = self.seen[-1 if layers is None else layers]
+        return self.query - ((bits & -bits).bit_length() - 1)
+
+    def holes(self, layers: int | None = None) -> list[tuple[int, int]]:
+        """Runs of lags [first, last] within the reach that are not seen, nearest first."""
+        bits = self.seen[-1 if layers is None else layers]
+        reach = self.reach(layers)
+        missing = ~bits & ((1 << self.query + 1) - 1) & ~((1 << self.query - reach) - 1)
+        return [(self.query - end + 1, self.query - start) for start, end in reversed([*intervals_of(missing)])]
+
+    def hops(self) -> list[int]:
+        """For each position the fewest layers through which it is seen; −1 for never."""
+        found = [-1] * self.context
+        before = 0
+        for layers, bits in enumerate(self.seen):
+            for start, end in intervals_of(bits & ~before):
+                found[start:end] = [layers] * (end - start)
+            before = bits
+        return found
+
+    def layers_to_cover(self) -> int | None:
+        """The fewest layers through which all positions up to the query are seen; None when there are too few."""
+        wanted = (1 << self.query + 1) - 1
+        return next((n for n, bits in enumerate(self.seen) if bits & wanted == wanted), None)
+
+
+def receptive_field(patterns: Sequence[PiPattern], context: int, query: int | None = None) -> ReceptiveField:
+    """What a query sees through a stack of layers, exactly.
+
+    Args:
+        patterns: of the layers, from the first to the last (as `config.patterns()`); heads are taken together.
+        context: S, tokens of the sequence.
+        query: the position that looks; the last one by default, the middle one for bidirectional patterns.
+
+    Raises:
+        ValueError: no layer, a query outside of the context, causal and bidirectional layers together, or a ring whose
+            period does not divide the context.
+
+    Example::
+
+        field = receptive_field([PiPattern(64, 64, 8)] * 4, context=4096)
+        field.reach(), field.covered(), field.layers_to_cover()
+    """
+    if not patterns:
+        raise ValueError("patterns is empty: give the pattern of every layer.")
+    if len({(pattern.causal, pattern.ring) for pattern in patterns}) > 1:
+        raise ValueError("patterns must agree in causal and ring: one sequence has one geometry.")
+    if query is None:
+        query = context - 1 if patterns[0].causal else context // 2
+    if not 0 <= query < context:
+        raise ValueError(f"query={query} must be a position of the context, 0 to {context - 1}.")
+    for pattern in patterns:
+        pattern.check_length(context)
+    where = _Sequence(context, patterns[0].ring)
+    seen = [1 << query]
+    for pattern in reversed(patterns):
+        seen.append(seen[-1] | _step(pattern, where, seen[-1]))
+    return ReceptiveField(query, context, tuple(seen))
+
+
+def paths(patterns: Sequence[PiPattern], context: int) -> list[int]:
+    """For each lag the number of ways from a query to the key at that lag: a choice of head and key in every layer.
+
+    Exact, by multiplying polynomials packed into one long number; meant for contexts up to some ten thousand. Causal
+    patterns without sinks only, where the numbers are the same for all queries.
+    """
+    if any(not pattern.causal or pattern.sinks for pattern in patterns):
+        raise ValueError("paths are counted for causal patterns without sinks, where a lag means the same everywhere.")
+    choices = 1
+    steps = []
+    for pattern in patterns:
+        counts: dict[int, int] = {}
+        for head in range(len(pattern.periods)):
+            for band in (pattern.local_band, pattern.skip_band(head)):
+                for lag in band.within(context).lags():
+                    counts[lag] = counts.get(lag, 0) + 1
+        choices *= sum(counts.values())
+        steps.append(counts)
+    width = choices.bit_length()
+    product = 1
+    for counts in steps:
+        product *= sum(count << width * lag for lag, count in counts.items())
+        product &= (1 << width * context) - 1
+    return [product >> width * lag & (1 << width) - 1 for lag in range(context)]
+
+
+def ring_local_bound(window: int, layers: int) -> int:
+    """The paper's O(kL) made exact: the reach of `layers` ring-local layers of window k, in tokens."""
+    return layers * (window - 1)
+
+
+def paper_bound(window: int, period: int, layers: int) -> float:
+    """The paper's O(kL + π log L) with constant 1 and the binary logarithm, in tokens; see docs/theory.md."""
+    return window * layers + period * math.log2(max(layers, 1))

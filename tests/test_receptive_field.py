@@ -1,0 +1,152 @@
+"""Exact receptive fields against a walk over the graph of visible keys, and against the gradients of real networks."""
+
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pi_attention import PiPattern
+from pi_attention.pattern import coprime_periods, geometric_periods
+from pi_attention.receptive_field import (
+    intervals_of,
+    paths,
+    positions_of,
+    receptive_field,
+    ring_local_bound,
+)
+
+
+@st.composite
+def stacks(draw):
+    """A few layers over a short sequence, and a query."""
+    context = draw(st.integers(1, 40))
+    causal = draw(st.booleans())
+    ring = not causal and draw(st.booleans())
+    divisors = [d for d in range(1, context + 1) if context % d == 0] if ring else list(range(1, 13))
+    layers = []
+    for _ in range(draw(st.integers(1, 4))):
+        period = tuple(draw(st.lists(st.sampled_from(divisors), min_size=1, max_size=3)))
+        layers.append(
+            PiPattern(
+                draw(st.integers(1, 9)),
+                period if len(period) > 1 else period[0],
+                draw(st.sampled_from([0, 1, 2, 3, None])),
+                causal=causal,
+                ring=ring,
+                sinks=draw(st.integers(0, 3)) if causal else 0,
+            )
+        )
+    return layers, context, draw(st.integers(0, context - 1))
+
+
+def walked(layers, context, query):
+    """The positions seen after each layer from the output down, one key at a time."""
+    seen = [{query}]
+    for pattern in reversed(layers):
+        step = set(seen[-1])
+        for position in seen[-1]:
+            for head in range(len(pattern.periods)):
+                local, skip = pattern.keys(position, context, head=head)
+                step |= {*local, *skip}
+        seen.append(step)
+    return seen
+
+
+@settings(max_examples=300, deadline=None)
+@given(stack=stacks())
+def test_coverage_equals_a_walk_over_the_graph(stack):
+    layers, context, query = stack
+    field = receptive_field(layers, context, query)
+    want = walked(layers, context, query)
+    for bits, positions in zip(field.seen, want, strict=True):
+        assert set(positions_of(bits)) == positions
+    hops = field.hops()
+    for position in range(context):
+        reached = [n for n, positions in enumerate(want) if position in positions]
+        assert hops[position] == (reached[0] if reached else -1)
+    assert field.covered() == len(want[-1])
+    assert field.reach() == query - min(want[-1])
+    lags = {query - p for p in want[-1]}
+    inside = {lag for first, last in field.holes() for lag in range(first, last + 1)}
+    assert inside == {lag for lag in range(field.reach() + 1) if lag not in lags}
+
+
+@settings(max_examples=60, deadline=None)
+@given(stack=stacks())
+def test_paths_are_counted_as_a_walk_counts_them(stack):
+    layers, context, _ = stack
+    assume(layers[0].causal)
+    layers = [replace(pattern, sinks=0) for pattern in layers]
+    counts = {context - 1: 1}
+    for pattern in reversed(layers):
+        after: dict[int, int] = {}
+        for position, ways in counts.items():
+            for head in range(len(pattern.periods)):
+                local, skip = pattern.keys(position, context, head=head)
+                for key in local + skip:
+                    after[key] = after.get(key, 0) + ways
+        counts = after
+    assert paths(layers, context) == [counts.get(context - 1 - lag, 0) for lag in range(context)]
+
+
+@given(st.integers(0, 1 << 70))
+def test_intervals_are_the_set(bits):
+    assert sum((1 << end) - (1 << start) for start, end in intervals_of(bits)) == bits
+
+
+def test_ring_local_reach_is_the_paper_s():
+    for window, layers in [(1, 3), (5, 4), (64, 12)]:
+        field = receptive_field([PiPattern(window, 1, 0)] * layers, 4096)
+        assert field.reach() == ring_local_bound(window, layers)
+        assert field.covered() == field.reach() + 1
+
+
+def test_reach_grows_linearly_in_depth_with_the_stated_slope():
+    pattern = PiPattern(10, 7, 5)
+    field = receptive_field([pattern] * 6, 4096)
+    assert [field.reach(n) for n in range(7)] == [n * pattern.reach for n in range(7)]
+    assert pattern.reach == max(10 - 1, (2 + 5 - 1) * 7)
+
+
+@pytest.mark.parametrize("window", [3, 8, 17])
+@pytest.mark.parametrize("skips", [1, 4])
+def test_a_period_up_to_the_window_leaves_no_hole_after_a_local_hop(window, skips):
+    for period in range(1, window + 1):
+        if -(-window // period) == 1:  # the first skip follows the window directly
+            field = receptive_field([PiPattern(window, period, skips)] * 2, 4096)
+            assert not [hole for hole in field.holes() if hole[0] < skips * period + window]
+    assert receptive_field([PiPattern(window, 3 * window, skips)] * 2, 4096).holes()
+
+
+def test_coprime_and_geometric_heads_cover_more_than_one_period():
+    one = receptive_field([PiPattern(8, 64, 4)] * 3, 65536)
+    several = receptive_field([PiPattern(8, coprime_periods(64, 4), 4)] * 3, 65536)
+    geometric = receptive_field([PiPattern(8, geometric_periods(8, 8 * 5**3, 4), 4)] * 5, 65536)
+    assert one.covered() < several.covered()
+    assert not [first for first, _ in geometric.holes() if first < 8 * 5**4]  # a number of base 5, a digit a layer
+    assert several.covered() < 8 * 5**4 <= geometric.covered()
+
+
+def test_a_million_tokens_and_48_layers_take_less_than_a_few_seconds():
+    heads = coprime_periods(1024, 16)
+    layers = [PiPattern(1024, heads, 32, sinks=4)] * 48
+    begun = time.perf_counter()
+    field = receptive_field(layers, 1 << 20)
+    field.hops()
+    assert time.perf_counter() - begun < 20  # 0.4 s alone; machines are shared
+    assert field.covered() == 1 << 20
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="patterns is empty"):
+        receptive_field([], 10)
+    with pytest.raises(ValueError, match="query=10"):
+        receptive_field([PiPattern(2, 2, 1)], 10, 10)
+    with pytest.raises(ValueError, match="agree in causal"):
+        receptive_field([PiPattern(2, 2, 1), PiPattern(2, 2, 1, causal=False)], 10)
+    with pytest.raises(ValueError, match="divide the length"):
+        receptive_field([PiPattern(2, 3, 1, causal=False, ring=True)], 10)
+    with pytest.raises(ValueError, match="without sinks"):
+        paths([PiPattern(2, 2, 1, sinks=1)], 10)
