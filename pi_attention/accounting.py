@@ -1,6 +1,13 @@
-"""What a pattern costs: visible pairs, FLOPs, cache. Exact counts, standard library only."""
+"""What a pattern costs: visible pairs, FLOPs, bytes, cache; of the operator, a layer, a model. Exact, standard library.
+
+A floating-point operation is one addition or multiplication in a matrix product; softmax, norms, rotary embedding and
+activations are left out, as PyTorch's FlopCounterMode leaves them out.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pi_attention.pattern import Band, PiPattern
 
@@ -50,3 +57,70 @@ def cache_tokens(pattern: PiPattern, length: int) -> int:
 def cache_bytes(pattern: PiPattern, length: int, *, kv_heads: int, head_dim: int, element_bytes: int = 2) -> int:
     """Bytes of one layer's keys and values for `cache_tokens`."""
     return 2 * cache_tokens(pattern, length) * kv_heads * head_dim * element_bytes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a decoder that its cost depends on (names as in `PiConfig`).
+
+    Args:
+        gate_width: hidden width of the fusion gate, with `gate_features` inputs; 0 for no gate.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    gate_features: int = 0
+    gate_width: int = 0
+
+
+def layer_flops(pattern: PiPattern, length: int, sizes: Sizes) -> dict[str, int]:
+    """Operations of one layer's forward pass over `length` tokens: attention, gate, projections, feed-forward."""
+    heads, dim = sizes.num_attention_heads, sizes.head_dim
+    projected = (2 * heads + 2 * sizes.num_key_value_heads) * dim  # q, o, k, v
+    gate = sizes.gate_features * sizes.gate_width + sizes.gate_width * heads if pattern.skips != 0 else 0
+    return {
+        "attention": attention_flops(pattern, length, heads=heads, head_dim=dim),
+        "gate": 2 * length * gate,
+        "projections": 2 * length * sizes.hidden_size * projected,
+        "feed-forward": 6 * length * sizes.hidden_size * sizes.intermediate_size,
+    }
+
+
+def model_flops(patterns: Sequence[PiPattern], length: int, sizes: Sizes, *, backward: bool = False) -> dict[str, int]:
+    """Operations of a model's forward pass over one sequence, by part; with `backward` those of a training step.
+
+    The backward pass of a product is two products. That of attention is two and a half times its forward pass in the
+    fused and blocked implementations, which compute the scores again (five products for two).
+    """
+    total = {"attention": 0, "gate": 0, "projections": 0, "feed-forward": 0}
+    for pattern in patterns:
+        for part, flops in layer_flops(pattern, length, sizes).items():
+            total[part] += flops
+    total["head"] = 2 * length * sizes.hidden_size * sizes.vocab_size
+    if backward:
+        total = {part: flops * 7 // 2 if part == "attention" else flops * 3 for part, flops in total.items()}
+    return total
+
+
+def attention_bytes(length: int, *, heads: int, kv_heads: int, head_dim: int, element_bytes: int = 2) -> dict[str, int]:
+    """The fewest bytes that a layer's operator moves: q, k, v and out; backward those, dO, dq, dk and dv."""
+    tensors = 2 * (heads + kv_heads) * length * head_dim * element_bytes
+    return {"forward": tensors, "backward": 2 * tensors}
+
+
+def roofline_seconds(flops: float, moved: float, *, flops_per_second: float, bytes_per_second: float) -> float:
+    """The least time of a kernel: the larger of its arithmetic and its memory traffic."""
+    return max(flops / flops_per_second, moved / bytes_per_second)
+
+
+def saving_over_dense(pattern: PiPattern, length: int, sizes: Sizes) -> float:
+    """Share of a dense model's forward operations that a model of this pattern in every layer saves, gate included."""
+    layers = sizes.num_hidden_layers
+    ours = sum(model_flops([pattern] * layers, length, sizes).values())
+    everything = PiPattern(length, 1, 0, causal=pattern.causal)
+    return 1 - ours / sum(model_flops([everything] * layers, length, sizes).values())

@@ -1,10 +1,24 @@
+import pytest
+import torch
 from hypothesis import given
 from problems import cases
+from torch.utils.flop_counter import FlopCounterMode
 
-from pi_attention import PiPattern
-from pi_attention.accounting import attention_flops, cache_bytes, cache_tokens, dense_flops, visible_pairs
+from pi_attention import PiPattern, pi_attention
+from pi_attention.accounting import (
+    attention_bytes,
+    attention_flops,
+    cache_bytes,
+    cache_tokens,
+    dense_flops,
+    model_flops,
+    roofline_seconds,
+    saving_over_dense,
+    visible_pairs,
+)
 from pi_attention.cache import LayerCache
 from pi_attention.masks import dense_masks
+from pi_attention.models import PiConfig, PiForCausalLM
 
 
 @given(cases())
@@ -44,3 +58,58 @@ def test_cache_tokens_are_what_the_cache_keeps():
             key, _ = cache.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
             assert key.shape[2] == cache_tokens(pattern, length - 1) + 1
     assert cache_bytes(PiPattern(4, 5, 3), 1000, kv_heads=2, head_dim=8) == 2 * 15 * 2 * 8 * 2
+
+
+def counted(run):
+    """Operations by kind, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_flop_counts()["Global"]
+
+
+@pytest.mark.parametrize("more", [{}, {"gate": False, "num_key_value_heads": 1}, {"gate_features": 8, "skips": 0}])
+def test_flops_of_a_model_are_those_that_pytorch_counts(more):
+    config = PiConfig(**{"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                         "window": 8, "period": 8, "skips": 3} | more)  # fmt: skip
+    model, ids = PiForCausalLM(config), torch.randint(0, 64, (1, 40))
+    parts = model_flops(config.patterns(), 40, config.sizes())
+    got = counted(lambda: model(ids, use_cache=False))
+    linear = got.get(torch.ops.aten.mm, 0) + got.get(torch.ops.aten.addmm, 0)
+    assert linear == sum(parts.values()) - parts["attention"]
+
+
+def test_flops_of_the_operator_are_those_of_the_reference_s_visible_pairs():
+    """The reference computes every pair of each band, and its masks say which of them are visible."""
+    pattern, length, heads, dim = PiPattern(8, (5, 9), 3, sinks=1), 40, 2, 16
+    tensors = [torch.randn(1, heads, length, dim) for _ in range(3)]
+    got = counted(lambda: pi_attention(*tensors, pattern, impl="reference"))
+    assert got[torch.ops.aten.bmm] == 2 * heads * 4 * dim * length**2
+    local, skip = dense_masks(pattern, length, length)
+    share = (heads * int(local.sum()) + int(skip.sum())) / (2 * heads * length**2)
+    assert attention_flops(pattern, length, heads=heads, head_dim=dim) == share * got[torch.ops.aten.bmm]
+
+
+def test_training_flops_are_three_and_three_and_a_half_times_the_forward_pass():
+    config = PiConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    forward = model_flops(config.patterns(), 40, config.sizes())
+    training = model_flops(config.patterns(), 40, config.sizes(), backward=True)
+    assert training["feed-forward"] == 3 * forward["feed-forward"]
+    assert training["attention"] == 7 * forward["attention"] // 2
+    layer = torch.nn.Linear(8, 8, bias=False)
+    x = torch.randn(4, 8, requires_grad=True)
+    mm = torch.ops.aten.mm
+    assert counted(lambda: layer(x).sum().backward())[mm] == 3 * counted(lambda: layer(x))[mm]
+
+
+def test_saving_over_dense_grows_with_length_and_shrinks_with_width():
+    pattern = PiPattern(256, 256, 16)
+    narrow = PiConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, vocab_size=50000).sizes()
+    wide = PiConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, vocab_size=50000).sizes()
+    savings = [saving_over_dense(pattern, length, narrow) for length in (1024, 4096, 16384)]
+    assert savings == sorted(savings) and savings[-1] > saving_over_dense(pattern, 16384, wide)
+
+
+def test_bytes_and_roofline():
+    moved = attention_bytes(32768, heads=16, kv_heads=16, head_dim=128)
+    assert moved == {"forward": 4 * 16 * 32768 * 128 * 2, "backward": 8 * 16 * 32768 * 128 * 2}
+    assert roofline_seconds(10, 20, flops_per_second=5, bytes_per_second=2) == 10

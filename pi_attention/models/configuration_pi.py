@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from pi_attention.accounting import Sizes
+from pi_attention.nn.gate import GATE_WIDTH
 from pi_attention.ops.api import Fusion
 from pi_attention.ops.checks import FUSIONS
 from pi_attention.pattern import PiPattern
@@ -138,6 +140,20 @@ class PiConfig(PretrainedConfig):
             self.skips,
             causal=self.causal,
             sinks=self.sinks,
+        )
+
+    def sizes(self) -> Sizes:
+        """What the cost of the model depends on."""
+        return Sizes(
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+            self.vocab_size,
+            gate_features=(self.gate_features or self.hidden_size) if self.gate else 0,
+            gate_width=GATE_WIDTH if self.gate else 0,
         )
 
     def patterns(self) -> list[PiPattern]:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from pi_attention.pattern import PiPattern
 
+GATE_WIDTH = 32
+"""Hidden units of the gate."""
+
 
 def neutral_bias(pattern: PiPattern, fusion: str) -> float:
     """The gate logit at which a fresh layer attends as one softmax over both bands would.
@@ -46,7 +49,13 @@ class FusionGate(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, *, bias: float = 0.0, gate_features: int | None = None, width: int = 32
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        bias: float = 0.0,
+        gate_features: int | None = None,
+        width: int = GATE_WIDTH,
     ) -> None:
         super().__init__()
         if gate_features is not None and not 1 <= gate_features <= hidden_size:
