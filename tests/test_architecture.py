@@ -12,6 +12,7 @@ ORDER = [
     "accounting",
     "receptive_field",
     "planner",
+    "devices",
     "segments",
     "masks",
     "ops.fusion",
@@ -60,7 +61,7 @@ ORDER = [
 ]
 """A file imports only from files above it; its own folder counts where the folder stands."""
 
-STANDARD_LIBRARY_ONLY = ["pattern", "accounting", "receptive_field", "planner"]
+STANDARD_LIBRARY_ONLY = ["pattern", "accounting", "receptive_field", "planner", "devices"]
 
 
 def modules() -> dict[str, Path]:

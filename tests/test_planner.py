@@ -1,12 +1,19 @@
 """The planner against exhaustive search on small contexts, and its promises on large ones."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 
 from pi_attention import PiPattern
+from pi_attention.cli.main import main
+from pi_attention.cli.train import Train
+from pi_attention.devices import DEVICES
+from pi_attention.models import PiConfig
 from pi_attention.planner import fewest_keys, plan
 from pi_attention.receptive_field import receptive_field
+from pi_attention.training.config import load_yaml
 
 
 def fewest_by_search(context, hops, heads):
@@ -61,3 +68,38 @@ def test_budget_and_hops():
         plan(1000, 4)
     with pytest.raises(ValueError, match="context must be at least 1"):
         fewest_keys(0, 2)
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("sys.argv", ["pi-attention", "plan", *arguments])
+    with pytest.raises(SystemExit) as done:
+        main()
+    return done.value.code, capsys.readouterr()
+
+
+def test_command_prints_a_plan_that_loads_as_a_config(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "plan.yaml"
+    sizes = ["--context", "4096", "--layers", "6", "--heads", "4", "--device", "h200"]
+    code, printed = run(monkeypatch, capsys, *sizes, "--hops", "3", "--head-schedule", "--json", "--out", str(out))
+    assert code == 0
+    found = json.loads(printed.out)
+    assert found["covered in these hops"] == found["context"] == 4096
+    config = PiConfig(num_attention_heads=4, num_hidden_layers=6, hidden_size=64, **found["pattern"])
+    assert receptive_field(config.patterns()[:3], 4096).covered() == 4096
+    assert load_yaml(Train, out).model.window == config.window
+    code, printed = run(monkeypatch, capsys, *sizes, "--budget", "64")
+    assert code == 0 and "100.00% of the context" in printed.out
+    code, printed = run(monkeypatch, capsys, "--device", "abacus")
+    assert code == 2 and "use one of ['h200']" in printed.err
+
+
+def test_devices_are_those_of_the_committed_benchmarks():
+    for device in DEVICES.values():
+        name = f"gpu-{device.name.replace(' ', '-').lower()}.json"
+        result = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / name).read_text())
+        (row,) = [r for r in result["rows"] if (r["S"], r["D"], r["pattern"]) == (32768, 128, "256,256,16")]
+        assert result["gpu"] == device.name
+        assert device.bytes_per_second == pytest.approx(result["copy bytes/s"], rel=0.01)
+        assert device.flops_per_second == pytest.approx(result["matrix flop/s"], rel=0.01)
+        assert device.forward_over_floor == pytest.approx(row["forward over floor"], rel=0.01)
+        assert device.training_over_floor == pytest.approx(row["forward+backward over floor"], rel=0.01)

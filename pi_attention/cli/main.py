@@ -14,6 +14,7 @@ from pi_attention.cli.convert import Convert
 from pi_attention.cli.evaluate import Eval
 from pi_attention.cli.generate import Generate
 from pi_attention.cli.inspect import Inspect
+from pi_attention.cli.plan import Plan
 from pi_attention.cli.train import Train
 from pi_attention.training.config import load_yaml
 
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Any] = {
     "eval": Eval,
     "generate": Generate,
     "inspect": Inspect,
+    "plan": Plan,
     "convert": Convert,
 }
 

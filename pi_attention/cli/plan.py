@@ -1,0 +1,135 @@
+"""`pi-attention plan`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pi_attention.accounting import (
+    attention_bytes,
+    attention_flops,
+    cache_bytes,
+    cache_tokens,
+    dense_flops,
+    roofline_seconds,
+)
+from pi_attention.devices import DEVICES
+from pi_attention.planner import Plan as Found
+from pi_attention.planner import plan
+from pi_attention.receptive_field import receptive_field
+
+
+@dataclass
+class Plan:
+    """Choose a pattern: the fewest keys a query that cover a context in a number of layers, and what it costs."""
+
+    context: int = 131072
+    """Tokens that the last layer must see."""
+    layers: int = 24
+    """Layers of the model."""
+    heads: int = 16
+    """Query heads."""
+    kv_heads: int | None = None
+    """Key/value heads; as many as heads by default."""
+    head_dim: int = 128
+    """Features of a head."""
+    budget: int | None = None
+    """Most keys of a query; the pattern then covers the context in the fewest layers. 256 when --hops is not given."""
+    hops: int | None = None
+    """Layers through which every token is to be seen; the pattern then has the fewest keys."""
+    head_schedule: bool = False
+    """Let heads have different periods, each a multiple of the one before: far fewer keys, over more layers."""
+    sinks: int = 0
+    """First tokens that every query sees, beside the budget."""
+    device: str | None = None
+    """Expected time on a device with a committed benchmark: h200."""
+    json: bool = False
+    """Print JSON alone."""
+    out: Path | None = None
+    """Write the pattern to this YAML file, for `pi-attention train --config FILE`."""
+
+    def execute(self, console: Console) -> int:
+        """Run the command; the exit code."""
+        if self.device is not None and self.device not in DEVICES:
+            raise ValueError(f"device={self.device!r} has no committed benchmark: use one of {sorted(DEVICES)}.")
+        budget = 256 if self.budget is None and self.hops is None else self.budget
+        periods = self.heads if self.head_schedule else 1
+        found = plan(self.context, self.layers, heads=periods, budget=budget, hops=self.hops, sinks=self.sinks)
+        if len(found.pattern.periods) not in (1, self.heads):
+            raise AssertionError(found)
+        figures = self.figures(found)
+        if self.out is not None:
+            lines = [f"  {name}: {value}" for name, value in figures["pattern"].items()]
+            self.out.write_text("\n".join(["model:", *lines]) + "\n")
+        if self.json:
+            console.print_json(json.dumps(figures))
+            return 0
+        table = Table(title=f"{self.context:,} tokens, {self.layers} layers", show_header=False)
+        for name, value in self._rows(found, figures):
+            table.add_row(name, value)
+        console.print(table)
+        arguments = ", ".join(f"{name}={value}" for name, value in figures["pattern"].items())
+        console.print(f"PiConfig({arguments})", highlight=False, soft_wrap=True)
+        return 0
+
+    def figures(self, found: Found) -> dict[str, Any]:
+        """Everything that is printed, as JSON."""
+        pattern, heads, kv_heads = found.pattern, self.heads, self.kv_heads or self.heads
+        field = receptive_field([pattern] * self.layers, self.context)
+        after = receptive_field([pattern] * found.hops, self.context)
+        flops = attention_flops(pattern, self.context, heads=heads, head_dim=self.head_dim)
+        dense = dense_flops(self.context, heads=heads, head_dim=self.head_dim)
+        size = cache_bytes(pattern, self.context, kv_heads=kv_heads, head_dim=self.head_dim)
+        period = list(pattern.period) if isinstance(pattern.period, tuple) else pattern.period
+        figures: dict[str, Any] = {
+            "pattern": {"window": pattern.window, "period": period, "skips": pattern.skips, "sinks": pattern.sinks},
+            "keys": found.keys,
+            "hops": found.hops,
+            "reach of a layer": pattern.reach,
+            "covered in these hops": after.covered(),
+            "covered by the model": field.covered(),
+            "context": self.context,
+            "attention flops a layer": flops,
+            "of dense": flops / dense,
+            "cache tokens": cache_tokens(pattern, self.context),
+            "cache bytes a layer": size,
+            "dense cache bytes a layer": 2 * self.context * kv_heads * self.head_dim * 2,
+        }
+        if self.device is not None:
+            figures["seconds a layer"] = self._seconds(flops, kv_heads)
+        return figures
+
+    def _seconds(self, flops: int, kv_heads: int) -> dict[str, float]:
+        """Expected time of the operator in one layer: the floor times what the benchmark measured over it."""
+        device = DEVICES[str(self.device)]
+        rates = {"flops_per_second": device.flops_per_second, "bytes_per_second": device.bytes_per_second}
+        moved = attention_bytes(self.context, heads=self.heads, kv_heads=kv_heads, head_dim=self.head_dim)
+        forward = roofline_seconds(flops, moved["forward"], **rates)
+        training = roofline_seconds(3.5 * flops, sum(moved.values()), **rates)
+        return {
+            "forward": forward * device.forward_over_floor,
+            "forward + backward": training * device.training_over_floor,
+        }
+
+    def _rows(self, found: Found, figures: dict[str, Any]) -> list[tuple[str, str]]:
+        pattern = found.pattern
+        periods = ", ".join(map(str, dict.fromkeys(pattern.periods)))
+        share = figures["covered in these hops"] / self.context
+        rows = [
+            ("pattern", f"window {pattern.window}, period {periods}, skips {pattern.skips}, sinks {pattern.sinks}"),
+            ("keys of a query", f"{found.keys:,} (dense: up to {self.context:,})"),
+            ("reach of a layer", f"{figures['reach of a layer']:,} tokens back"),
+            ("coverage", f"{share:.2%} of the context in {found.hops} of {self.layers} layers"),
+            ("attention FLOPs", f"{figures['attention flops a layer'] / 1e12:,.3f} TFLOP a layer forward, "
+                                f"{figures['of dense']:.2%} of dense"),
+            ("decoding cache", f"{figures['cache bytes a layer'] / 2**20:,.1f} MiB a layer in 16 bits, "
+                               f"dense {figures['dense cache bytes a layer'] / 2**20:,.1f} MiB"),
+        ]  # fmt: skip
+        for kind, seconds in figures.get("seconds a layer", {}).items():
+            rows.append((f"expected {kind}", f"{1e3 * seconds:,.2f} ms a layer, {DEVICES[str(self.device)].name}"))
+        return rows
