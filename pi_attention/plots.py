@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pi_attention.accounting import Sizes, model_flops
 from pi_attention.masks import dense_masks
 from pi_attention.pattern import PiPattern
+from pi_attention.receptive_field import ReceptiveField
+from pi_attention.tasks.influence import Influence
 
 # Okabe and Ito's palette.
 LOCAL, SKIP, THIRD, PAPER = "#0072B2", "#D55E00", "#009E73", "#FFFFFF"
@@ -103,6 +107,82 @@ def pattern_picture(pattern: PiPattern, length: int, *, most: int = 1280) -> Fig
         axis.set(xlabel="key position")
         axis.grid(False)
     axes[0, 0].set(ylabel="query position")
+    return figure
+
+
+def coverage_picture(field: ReceptiveField, *, columns: int = 1024) -> Figure:
+    """Which lags (columns) are seen through 1, 2, … layers (rows); lighter where only a part of a column is."""
+    hops = torch.tensor(field.hops()).flip(0)[field.context - 1 - field.query :].float()
+    hops = torch.where(hops < 0, float("inf"), hops)
+    bins = min(columns, len(hops))
+    seen = torch.stack([(hops <= layer).float() for layer in range(1, field.layers + 1)])
+    share = torch.nn.functional.adaptive_avg_pool1d(seen[None], bins)[0]
+    figure, axes = _figure(7, 0.9 + 0.22 * field.layers)
+    axes.imshow(
+        share.sqrt().numpy(), aspect="auto", cmap=LinearSegmentedColormap.from_list("seen", [PAPER, LOCAL]), vmin=0,
+        vmax=1, interpolation="nearest", extent=(0, len(hops), field.layers + 0.5, 0.5),
+    )  # fmt: skip
+    axes.set(xlabel="lag (tokens back)", ylabel="layers")
+    axes.grid(False)
+    return figure
+
+
+def growth_picture(fields: dict[str, ReceptiveField]) -> Figure:
+    """Positions that the last token sees, by layers, for several patterns."""
+    lines = {label: [(n, field.covered(n)) for n in range(1, field.layers + 1)] for label, field in fields.items()}
+    figure = curves(lines, "layers", "positions seen")  # type: ignore[arg-type]
+    figure.axes[0].set(yscale="log")
+    return figure
+
+
+def hops_picture(fields: dict[str, ReceptiveField]) -> Figure:
+    """The fewest layers through which each lag is seen, for several patterns; a gap where there are too few."""
+    figure, axes = _figure(7, 3)
+    for (label, field), colour in zip(fields.items(), COLOURS, strict=False):
+        hops = torch.tensor(field.hops()).flip(0)[field.context - 1 - field.query :].double()
+        axes.plot(torch.where(hops < 0, torch.nan, hops).numpy(), label=label, color=colour, linewidth=0.8)
+    axes.set(xlabel="lag (tokens back)", ylabel="layers needed")
+    axes.legend()
+    return figure
+
+
+def flops_picture(patterns: dict[str, PiPattern], sizes: Sizes, lengths: list[int]) -> Figure:
+    """Operations of a model's forward pass a token over the context, dense and for several patterns."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for length in lengths:
+        for label, pattern in {"dense": PiPattern(length, 1, 0), **patterns}.items():
+            flops = sum(model_flops([pattern] * sizes.num_hidden_layers, length, sizes).values())
+            lines.setdefault(label, []).append((length, flops / length / 1e9))
+    return curves(lines, "context (tokens)", "forward pass (GFLOP a token)", log=True)
+
+
+def influence_picture(found: Influence) -> Figure:
+    """The Jacobian's norm by lag, coloured by the layers that a lag needs; predicted holes are left blank."""
+    figure, axes = _figure(7, 3.2)
+    hops, lag = torch.tensor(found.field.hops()), found.field.query - torch.arange(found.field.context)
+    for layers in range(found.field.layers + 1):
+        chosen = (hops == layers) & (found.norm > 0)
+        if bool(chosen.any()):
+            colour = COLOURS[layers % len(COLOURS)]
+            axes.scatter(lag[chosen], found.norm[chosen], s=4, color=colour, label=f"{layers} layers")
+    axes.set(xlabel="lag (tokens back)", ylabel="norm of the gradient", yscale="log")
+    axes.legend(ncols=2, markerscale=3)
+    return figure
+
+
+def mass_by_lag_picture(maps: list[Tensor]) -> Figure:
+    """Mean attention weight by lag and layer, from attention maps [B, H, T, T] of every layer."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for layer, weights in enumerate(maps):
+        mean = weights.double().mean(dim=(0, 1))
+        lines[f"layer {layer}"] = [
+            (lag + 1, value) for lag in range(len(mean)) if (value := float(mean.diagonal(-lag).mean())) > 0
+        ]
+    figure, axes = _figure(7, 3.2)
+    for (label, points), colour in zip(lines.items(), itertools.cycle(COLOURS), strict=False):
+        axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=".", markersize=2, linestyle="")
+    axes.set(xlabel="lag + 1 (tokens back)", ylabel="mean attention weight", xscale="log", yscale="log")
+    axes.legend(ncols=2, markerscale=4)
     return figure
 
 

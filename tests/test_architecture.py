@@ -13,6 +13,7 @@ ORDER = [
     "receptive_field",
     "planner",
     "devices",
+    "explorer",
     "segments",
     "masks",
     "ops.fusion",

@@ -143,9 +143,14 @@ def test_generation_streams_and_reports_the_cache(finished):
 def test_inspection(finished, tmp_path):
     printed = run("inspect", str(finished[0])).stdout
     assert "the last 8 tokens, 3 keys at multiples of 8" in printed
-    picture = tmp_path / "p.svg"
-    printed = run("inspect", "--window", "4", "--period", "5", "7", "--heads", "2", "--out", str(picture)).stdout
-    assert "one period a head" in printed and picture.stat().st_size > 1000
+    flags = ["--window", "4", "--period", "5", "7", "--heads", "2", "--layers", "3", "--html", "--out", str(tmp_path)]
+    printed = run("inspect", *flags).stdout
+    assert "one period a head" in printed and "through 3 layers" in printed
+    for name in ("pattern.png", "receptive_field.png", "explorer.html"):
+        assert (tmp_path / name).stat().st_size > 1000
+    printed = run("inspect", str(finished[0]), "--empirical", "--tokens", "100", "--out", str(tmp_path)).stdout
+    assert "non-zero exactly on the" in printed
+    assert (tmp_path / "influence.png").exists() and (tmp_path / "attention_by_lag.png").exists()
 
 
 def test_settings_from_a_file_and_flags(tmp_path, corpus):

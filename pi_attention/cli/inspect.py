@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pi_attention.cli.runs import model_folder
 from pi_attention.pattern import PiPattern
+from pi_attention.receptive_field import ReceptiveField, receptive_field
 
 
 @dataclass
@@ -38,38 +39,87 @@ class Inspect:
     """Key/value heads; as many as heads by default."""
     head_dim: int = 64
     """Features of a head."""
+    layers: int = 1
+    """Layers of the model, for what they see together."""
     out: Path | None = None
-    """Where the picture goes: a file, by default pattern.png in the run's folder."""
+    """Folder of the pictures; the run's folder, or the current one, by default."""
+    html: bool = False
+    """Also write the interactive explorer, explorer.html, set to the (first) pattern."""
+    empirical: bool = False
+    """Measure what the run's network depends on, by the Jacobian of its last position (needs a run)."""
+    tokens: int = 512
+    """Context of that measurement, in tokens; its cost grows with it."""
 
     def execute(self, console: Console) -> int:
         """Run the command; the exit code."""
         from pi_attention import plots
+        from pi_attention.explorer import write_explorer
 
-        layers, context, heads, kv_heads, head_dim = self._describe()
-        for pattern, numbers in layers.items():
-            title = f"layers {', '.join(map(str, numbers))}" if numbers else "pattern"
+        if self.empirical and self.run is None:
+            raise ValueError("empirical=True needs a run to measure: pi-attention inspect RUN --empirical.")
+        stack, context, heads, kv_heads, head_dim = self._describe()
+        for pattern in dict.fromkeys(stack):
+            title = f"layers {', '.join(str(n) for n, other in enumerate(stack) if other == pattern)}"
             console.print(self._table(pattern, title, context, heads, kv_heads, head_dim))
-        out = self.out or (Path("pattern.png") if self.run is None else self.run / "pattern.png")
-        pattern = next(iter(layers))
-        plots.save(plots.pattern_picture(pattern, plots.telling_length(pattern, context)), out)
-        console.print(f"picture: {out}")
+        field = receptive_field(stack, context)
+        console.print(_of_the_stack(field))
+        pictures = {
+            "pattern.png": plots.pattern_picture(stack[0], plots.telling_length(stack[0], context)),
+            "receptive_field.png": plots.coverage_picture(field),
+        }
+        if self.empirical:
+            pictures |= self._measured(console)
+        out = self.out or self.run or Path()
+        for name, picture in pictures.items():
+            plots.save(picture, out / name)
+        written = list(pictures)
+        if self.html:
+            written.append("explorer.html")
+            write_explorer(out / written[-1], stack[0], heads=heads, layers=len(stack), context=context)
+        console.print(f"written: {', '.join(str(out / name) for name in written)}")
         return 0
 
-    def _describe(self) -> tuple[dict[PiPattern, list[int]], int, int, int, int]:
-        """Patterns with the layers that use them, context, heads, key heads and head dim."""
+    def _measured(self, console: Console) -> dict[str, Any]:
+        """The Jacobian and the attention by lag of the run's network, on random tokens."""
+        import torch
+
+        from pi_attention import plots
+        from pi_attention.models import PiForCausalLM
+        from pi_attention.tasks.influence import influence
+
+        assert self.run is not None
+        model = PiForCausalLM.from_pretrained(model_folder(self.run))
+        ids = torch.randint(0, model.config.vocab_size, (1, self.tokens), generator=torch.Generator().manual_seed(0))
+        found = influence(model, ids)
+        table = Table(
+            "layers needed", "positions", "median norm of the gradient", title="Jacobian of the last position"
+        )
+        for number, positions, norm in found.by_hops():
+            table.add_row(str(number), f"{positions:,}", f"{norm:.3g}")
+        console.print(table)
+        verdict = "exactly on" if found.agrees else f"against the prediction at {found.wrong} positions of"
+        console.print(f"non-zero {verdict} the {found.field.covered():,} of {self.tokens:,} positions predicted")
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            maps = model(ids, output_attentions=True, use_cache=False).attentions
+        return {
+            "influence.png": plots.influence_picture(found),
+            "attention_by_lag.png": plots.mass_by_lag_picture(list(maps)),
+        }
+
+    def _describe(self) -> tuple[list[PiPattern], int, int, int, int]:
+        """Pattern of every layer, context, heads, key heads and head dim."""
         if self.run is None:
             period = self.period[0] if len(self.period) == 1 else self.period
             pattern = PiPattern(self.window, period, self.skips, causal=self.causal, sinks=self.sinks)
             pattern.check_heads(self.heads)
-            return {pattern: []}, self.context, self.heads, self.kv_heads or self.heads, self.head_dim
+            kv_heads = self.kv_heads or self.heads
+            return [pattern] * self.layers, self.context, self.heads, kv_heads, self.head_dim
         from pi_attention.models import PiConfig
 
         config = PiConfig.from_pretrained(model_folder(self.run))
-        layers: dict[PiPattern, list[int]] = {}
-        for number, pattern in enumerate(config.patterns()):
-            layers.setdefault(pattern, []).append(number)
-        context = config.max_position_embeddings
-        return layers, context, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        sizes = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        return config.patterns(), config.max_position_embeddings, *sizes
 
     @staticmethod
     def _table(pattern: PiPattern, title: str, context: int, heads: int, kv_heads: int, head_dim: int) -> Table:
@@ -93,6 +143,18 @@ class Inspect:
                 f"{cache_tokens(pattern, context):,} tokens, {size / 2**20:.2f} MiB a layer in 16 bits",
             )
         return table
+
+
+def _of_the_stack(field: ReceptiveField) -> Table:
+    holes, hops = field.holes(), field.layers_to_cover()
+    table = Table(title=f"the last token of {field.context:,} through {field.layers} layers", show_header=False)
+    table.add_row("sees", f"{field.covered():,} positions ({field.covered() / field.context:.2%})")
+    table.add_row("reaches", f"{field.reach():,} tokens back")
+    table.add_row(
+        "first hole", f"lags {holes[0][0]:,} to {holes[0][1]:,}, of {len(holes):,} holes" if holes else "none"
+    )
+    table.add_row("sees everything through", "more layers than these" if hops is None else f"{hops} layers")
+    return table
 
 
 def _in_words(pattern: PiPattern) -> str:

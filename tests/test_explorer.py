@@ -1,0 +1,141 @@
+"""The explorer's JavaScript against the library, and the page in a browser."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from importlib.resources import files
+
+import pytest
+
+from pi_attention import PiPattern
+from pi_attention.accounting import attention_flops, cache_tokens, dense_flops, visible_pairs
+from pi_attention.explorer import write_explorer
+from pi_attention.pattern import coprime_periods, geometric_periods
+from pi_attention.receptive_field import positions_of, receptive_field
+
+PAGE = files("pi_attention").joinpath("explorer.html").read_text()
+COMPARED = 600
+
+
+def drawn(seed):
+    random.seed(seed)
+    heads = random.choice([1, 1, 2, 3])
+    periods = tuple(random.randint(1, 40) for _ in range(heads))
+    pattern = PiPattern(
+        random.randint(1, 30),
+        periods if heads > 1 else periods[0],
+        random.randint(0, 6),
+        sinks=random.choice([0, 0, 1, 4]),
+    )
+    return pattern, heads, random.randint(1, 5), random.randint(1, 200)
+
+
+def expected(pattern, heads, layers, context):
+    field = receptive_field([pattern] * layers, context)
+    holes = field.holes()
+    hops = field.layers_to_cover()
+    period = pattern.period if isinstance(pattern.period, int) else f"({', '.join(map(str, pattern.period))})"
+    sinks = f", sinks={pattern.sinks}" if pattern.sinks else ""
+    return {
+        "reach": pattern.reach,
+        "pairs": [list(visible_pairs(pattern, context, head=h)) for h in range(len(pattern.periods))],
+        "flops": attention_flops(pattern, context, heads=heads, head_dim=8),
+        "dense": dense_flops(context, heads=heads, head_dim=8),
+        "cache": cache_tokens(pattern, context),
+        "seen": [sorted(positions_of(bits)) for bits in field.seen],
+        "covered": field.covered(),
+        "hole": holes[0][0] if holes else -1,
+        "hops": -1 if hops is None else hops,
+        "keys": [list(map(sorted, pattern.keys(context - 1, context, head=h))) for h in range(len(pattern.periods))],
+        "code": f"PiPattern(window={pattern.window}, period={period}, skips={pattern.skips}{sinks})",
+        "coprime": list(coprime_periods(pattern.period_of(0), 3)),
+        "geometric": list(geometric_periods(pattern.window, pattern.window + 99, 4)),
+    }
+
+
+SCRIPT = """
+const inputs = JSON.parse(require("fs").readFileSync(0, "utf8"));
+const of = test => [...Array(200).keys()].filter(test);
+console.log(JSON.stringify(inputs.map(([p, heads, layers, context]) => {
+  const fields = rules.receptiveField(p, layers, context), every = p.periods.map((_, h) => h);
+  return {
+    reach: rules.reach(p), pairs: every.map(h => rules.pairs(p, context, h)),
+    flops: rules.flops(p, context, heads, 8), dense: rules.denseFlops(context, heads, 8),
+    cache: rules.cacheTokens(p, context), seen: fields.map(seen => of(at => seen[at] === 1)),
+    covered: rules.covered(fields[layers]), hole: rules.firstHole(fields[layers]), hops: rules.layersToCover(fields),
+    keys: every.map(h => [of(k => rules.seesLocal(p, context - 1, k)), of(k => rules.seesSkip(p, context - 1, k, h))]),
+    code: rules.code(p), coprime: rules.coprimePeriods(p.periods[0], 3),
+    geometric: rules.geometricPeriods(p.window, p.window + 99, 4),
+  };
+})));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_rules_in_javascript_are_those_in_python():
+    cases = [drawn(seed) for seed in range(COMPARED)]
+    given = [
+        [{"window": p.window, "periods": list(p.periods), "skips": p.skips, "sinks": p.sinks}, heads, layers, context]
+        for p, heads, layers, context in cases
+    ]
+    rules = re.search(r'<script id="rules">(.*?)</script>', PAGE, re.DOTALL)[1]
+    done = subprocess.run(
+        ["node", "-e", rules + SCRIPT], input=json.dumps(given), capture_output=True, text=True, check=True
+    )
+    for case, got in zip(cases, json.loads(done.stdout), strict=True):
+        assert got == expected(*case), case
+
+
+def browser():
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+MOVE = """
+<script>
+const log = [];
+addEventListener("error", event => log.push(event.message));
+setTimeout(() => {
+  for (const [name, value] of Object.entries({window: 4, period: 48, skips: 3, layers: 3, sinks: 2})) {
+    const input = document.getElementById(name);
+    input.value = value;
+    input.dispatchEvent(new Event("input", {bubbles: true}));
+  }
+  document.getElementById("schedule").value = "coprime";
+  document.getElementById("schedule").dispatchEvent(new Event("input", {bubbles: true}));
+  setTimeout(() => {
+    const boxes = [...document.querySelectorAll("#figures b")];
+    const figures = Object.fromEntries(boxes.map(b => [b.dataset.name, b.textContent]));
+    const code = document.getElementById("code").textContent;
+    document.documentElement.dataset.found = JSON.stringify({figures, code, log});
+  }, 300);
+}, 100);
+</script>
+"""
+
+
+@pytest.mark.skipif(browser() is None, reason="needs Chromium")
+def test_moving_the_sliders_in_a_browser(tmp_path):
+    page = tmp_path / "explorer.html"
+    write_explorer(page, PiPattern(64, 64, 8), heads=4, layers=4, context=4096)
+    page.write_text(page.read_text().replace("</html>", MOVE + "</html>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--enable-logging=stderr"]
+    done = subprocess.run(
+        [browser(), *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    found = json.loads(re.search(r'data-found="([^"]*)"', done.stdout)[1].replace("&quot;", '"'))
+    assert found["log"] == [] and "CONSOLE" not in done.stderr
+    pattern = PiPattern(16, coprime_periods(48, 4), 3, sinks=2)
+    assert found["code"] == f"PiPattern(window=16, period={pattern.period}, skips=3, sinks=2)"
+    field = receptive_field([pattern] * 3, 4096)
+    assert found["figures"]["seen through all layers"] == f"{100 * field.covered() / 4096:.2f} %"
+    assert found["figures"]["first hole (lag)"] == f"{field.holes()[0][0]:,}"
+    assert found["figures"]["decoding cache (tokens)"] == f"{cache_tokens(pattern, 4096):,}"
+
+
+def test_the_page_starts_at_the_given_pattern(tmp_path):
+    write_explorer(tmp_path / "a" / "page.html", PiPattern(64, (60, 70), 8), heads=2, layers=4, context=512)
+    assert '"periods": [60, 70]' in (tmp_path / "a" / "page.html").read_text()
+    with pytest.raises(ValueError, match="causal patterns"):
+        write_explorer(tmp_path / "page.html", PiPattern(64, 64, 8, causal=False), heads=2, layers=4, context=512)
