@@ -208,9 +208,59 @@ def streaming() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def coverage() -> str:
+    """Exact receptive fields of the examples."""
+    from benchmarks.theory import PATTERNS, fields
+
+    rows = []
+    for name, field in fields(32768).items():
+        periods = ", ".join(map(str, PATTERNS[name].periods)) if PATTERNS[name].skips else "–"
+        cells = [f"{field.covered(n):,}; {field.reach(n):,}" for n in (1, 2, 4, 8)]
+        hops = field.layers_to_cover()
+        rows.append([name, periods, *cells, "more than 8" if hops is None else str(hops)])
+    return table(["", "periods", "1 layer", "2", "4", "8 layers", "layers to see everything"], rows)
+
+
+def influence() -> str:
+    """The Jacobian of the last position by the layers that an input needs."""
+    result = json.loads((RESULTS / "influence.json").read_text())
+    networks = result["networks"]
+    norms = [[row["median norm"] for row in network["by layers needed"]] for network in networks]
+    rows = [
+        [str(row["layers"]), f"{row['positions']:,}", *(f"{found[i]:.2g}" for found in norms)]
+        for i, row in enumerate(networks[0]["by layers needed"])
+    ]
+    wrong = ", ".join(f"{network['weights']}: {network['contradictions']}" for network in networks)
+    head = ["layers needed", "positions", *(f"median norm, {network['weights']} weights" for network in networks)]
+    described = f"{result['pattern']}, {result['tokens']:,} tokens; positions that contradict the prediction: {wrong}."
+    return described + "\n\n" + table(head, rows)
+
+
+def saving() -> str:
+    """Share of the forward operations of a dense model that π-attention saves."""
+    from pi_attention.accounting import Sizes, saving_over_dense
+    from pi_attention.pattern import PiPattern
+
+    lengths = [1024, 2048, 4096, 8192, 16384, 32768, 131072]
+    rows = []
+    for name, hidden, layers, heads in (
+        ("124 M", 768, 12, 12),
+        ("1.3 B", 2048, 24, 16),
+        ("7 B", 4096, 32, 32),
+        ("70 B", 8192, 80, 64),
+    ):
+        inner = -(-8 * hidden // 3 // 32) * 32
+        sizes = Sizes(hidden, inner, layers, heads, heads, hidden // heads, 50257, gate_features=hidden, gate_width=32)
+        savings = [saving_over_dense(PiPattern(256, 256, 16), length, sizes) for length in lengths]
+        rows.append([f"{name} ({layers} layers of {hidden})", *(f"{saving:.1%}" for saving in savings)])
+    return table(["", *(f"S = {length:,}" for length in lengths)], rows)
+
+
 def support() -> str:
     """What the tests of each version of transformers say."""
     results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("support-*.json"))]
+    if not results:
+        return "Not measured yet."
 
     def cell(counts: dict[str, int]) -> str:
         words = {"passed": "tests passed", "skipped": "skipped", "failed": "**failed**"}
@@ -230,6 +280,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "conversion": conversion,
     "streaming": streaming,
     "support": support,
+    "coverage": coverage,
+    "influence": influence,
+    "saving": saving,
 }
 
 
@@ -248,9 +301,21 @@ def pages() -> dict[Path, Any]:
 
 
 def figures() -> None:
-    """Time over length beside dense attention, a picture for each GPU."""
+    """The pictures and the explorer page of docs/."""
+    from benchmarks.theory import fields
     from pi_attention import plots
+    from pi_attention.explorer import write_explorer
+    from pi_attention.models import PiConfig
+    from pi_attention.pattern import PiPattern
 
+    docs = ROOT / "docs"
+    write_explorer(docs / "explorer.html", PiPattern(64, 64, 8), heads=8, layers=6, context=8192)
+    plots.save(plots.growth_picture(fields(32768)), docs / "figures" / "growth.svg")
+    plots.save(plots.hops_picture(fields(8192)), docs / "figures" / "hops.svg")
+    sizes = PiConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, vocab_size=50257).sizes()
+    patterns = {"π": PiPattern(256, 256, 16), "ring-local": PiPattern(272, 1, 0)}
+    lengths = [2**power for power in range(9, 18)]
+    plots.save(plots.flops_picture(patterns, sizes, lengths), docs / "figures" / "flops.svg")
     for file in sorted(RESULTS.glob("gpu-*.json")):
         result = json.loads(file.read_text())
         lines: dict[str, list[tuple[float, float]]] = {}
@@ -263,7 +328,7 @@ def figures() -> None:
                         lines.setdefault(label, []).append((row["S"], row[name][kind] / 1e3))
                 lines.setdefault("floor", []).append((row["S"], row["floor forward+backward us"] / 1e3))
         picture = plots.curves(lines, "tokens of the sequence", "forward + backward (ms)", log=True)
-        plots.save(picture, ROOT / "docs" / "figures" / f"{file.stem}.svg")
+        plots.save(picture, docs / "figures" / f"{file.stem}.svg")
 
 
 def main() -> None:

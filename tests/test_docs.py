@@ -11,10 +11,14 @@ import pi_attention.pattern
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/huggingface.md"])
+PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_examples_run(page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert len(blocks) >= 2
+    if not blocks:
+        pytest.skip("a page without Python")
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
@@ -23,7 +27,8 @@ def test_examples_run(page):
 def test_links_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+            made = target == "explorer.html"  # by benchmarks.report, for the site
+            assert made or target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_tables_are_those_of_the_result_files():
