@@ -32,6 +32,8 @@ class LayerCache:
 
     length: int
     """Tokens seen so far, kept or not."""
+    after: int = 0
+    """Keys returned that follow the last new token: none."""
 
     def __init__(self, pattern: PiPattern) -> None:
         if not pattern.causal:

@@ -24,11 +24,10 @@ class PiSelfAttention(PiAttention):
         self.map = AttentionMap()
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, segment_ids: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, segment_ids: Tensor | None
     ) -> Tensor:
         if self.impl != "reference" or self.aux is not None:
-            return super()._attend(query, key, value, hidden_states, segment_ids)
-        gate = None if self.gate is None else self.gate(hidden_states)
+            return super()._attend(query, key, value, gate, segment_ids)
         unit = torch.eye(key.shape[2], dtype=value.dtype, device=value.device).expand(*key.shape[:2], -1, -1)
         attention_map, _, _ = reference_attention(
             query,

@@ -170,6 +170,8 @@ class BoundedGeneration:
 class LayerOfCache:
     """One layer of any transformers cache, as `nn.PiAttention` wants it."""
 
+    after = 0
+
     def __init__(self, cache: Cache, layer_idx: int) -> None:
         self._cache, self._layer_idx = cache, layer_idx
         self.length: int = cache.get_seq_length(layer_idx)

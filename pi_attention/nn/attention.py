@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi_attention.nn.gate import FusionGate, neutral_bias
@@ -18,9 +19,17 @@ from pi_attention.pattern import PiPattern
 
 
 class KeyValueCache(Protocol):
-    """What the layer asks of a cache; `pi_attention.cache.LayerCache` is one."""
+    """What the layer asks for keys beyond the new ones: a `LayerCache` in decoding, a `HaloContext` on a shard."""
 
-    length: int
+    @property
+    def length(self) -> int:
+        """Position of the first new token."""
+        ...
+
+    @property
+    def after(self) -> int:
+        """Keys returned that follow the last new token."""
+        ...
 
     def extend(
         self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None
@@ -91,6 +100,7 @@ class PiAttention(nn.Module):
         self.rope_theta = rope_theta
         self.impl: Impl = "auto"
         self.aux: list[PiAux] | None = None  # filled while record_aux watches
+        self.halo: KeyValueCache | None = None  # of a sharded sequence; see pi_attention.distributed.attach
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
@@ -117,6 +127,7 @@ class PiAttention(nn.Module):
             segment_ids: [B, S] for all S tokens so far, the cached ones included; see `pi_attention`.
             cache: holds the keys and values of earlier tokens, and is updated.
         """
+        cache = self.halo if cache is None else cache
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -132,13 +143,17 @@ class PiAttention(nn.Module):
         query, key = query.to(value.dtype), key.to(value.dtype)
         if cache is not None:
             key, value, segment_ids = cache.extend(key, value, segment_ids)
-        out = self._attend(query, key, value, hidden_states, segment_ids)
+        gate = None if self.gate is None else self.gate(hidden_states)
+        tokens, after = query.shape[2], 0 if cache is None else cache.after
+        if after:  # the operator has its queries at the end of the keys
+            query = F.pad(query, (0, 0, 0, after))
+            gate = None if gate is None else F.pad(gate, (0, after))
+        out = self._attend(query, key, value, gate, segment_ids)[:, :, :tokens]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, segment_ids: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, segment_ids: Tensor | None
     ) -> Tensor:
-        gate = None if self.gate is None else self.gate(hidden_states)
         pattern, fusion, impl = self.pattern, self.fusion, self.impl
         if self.aux is None:
             return pi_attention(

@@ -1,0 +1,152 @@
+"""What one process of tests/test_distributed.py does; `torch.multiprocessing` wants it importable."""
+
+import os
+import random
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from pi_attention import PiPattern, pi_attention
+from pi_attention.distributed import HaloContext, attach
+from pi_attention.distributed.exchange import Extend, route
+from pi_attention.models import PiConfig, PiForCausalLM
+
+
+def draw(seed, ranks):
+    """A pattern, shards (uneven, empty, shorter than the reach), documents, heads."""
+    random.seed(seed)
+    lengths = [random.choice([0, 1, 3, 9, 16, 25]) for _ in range(ranks)]
+    lengths[random.randrange(ranks)] += 5
+    total = sum(lengths)
+    documents = [0, *sorted(random.sample(range(1, total), min(total - 1, random.choice([0, 0, 2, 4]))))]
+    causal = random.random() < 0.7
+    heads = random.choice([2, 4])
+    periods = tuple(random.randint(1, 20) for _ in range(heads)) if random.random() < 0.4 else random.randint(1, 20)
+    pattern = PiPattern(
+        random.randint(1, 12), periods, random.choice([0, 1, 3, None]), causal=causal,
+        sinks=random.choice([0, 0, 2]) if causal else 0,
+    )  # fmt: skip
+    groups = random.choice([g for g in (1, 2, 4) if heads % g == 0])
+    return pattern, lengths, documents, heads, groups, random.choice(["gate", "mass", None])
+
+
+def whole_tensors(seed, total, heads, groups, fusion):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, heads, total, 8), (2, groups, total, 8), (2, groups, total, 8), (2, heads, total)]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return tensors[: 3 if fusion is None else 4], torch.randn(shapes[0], generator=generator, dtype=torch.float64)
+
+
+def check_operator(group, seed):
+    """Outputs and all gradients of the shards are those of the whole; bytes are those of the plan."""
+    pattern, lengths, documents, heads, groups, fusion = draw(seed, dist.get_world_size(group))
+    tensors, grad = whole_tensors(seed, sum(lengths), heads, groups, fusion)
+    whole = [x.clone().requires_grad_() for x in tensors]
+    ids = torch.bucketize(torch.arange(sum(lengths)), torch.tensor(documents), right=True).int()[None].expand(2, -1)
+    gate = whole[3] if fusion else None
+    out = pi_attention(*whole[:3], pattern, gate=gate, fusion=fusion or "mass", segment_ids=ids, impl="reference")
+    out.backward(grad)
+    halo = HaloContext(group, lengths, pattern, documents)
+    mine = [halo.shard(x, 2).clone().requires_grad_() for x in tensors]
+    got = halo.attention(*mine[:3], gate=mine[3] if fusion else None, fusion=fusion or "mass")
+    got.backward(halo.shard(grad, 2))
+    torch.testing.assert_close(got, halo.shard(out, 2), rtol=1e-12, atol=1e-12)
+    for x, y in zip(mine, whole, strict=True):
+        given = torch.zeros_like(x) if x.grad is None else x.grad
+        torch.testing.assert_close(given, halo.shard(y.grad, 2), rtol=1e-11, atol=1e-12)
+
+
+def check_exchange(group, seed):
+    """On integers, bit for bit: every needed row arrives, every gradient is the number of its uses."""
+    pattern, lengths, documents, *_ = draw(seed, dist.get_world_size(group))
+    halo = HaloContext(group, lengths, pattern, documents)
+    start, end = halo.halo.own
+    rows = torch.arange(start, end, dtype=torch.float64)[:, None].repeat(1, 3) + 1
+    rows.requires_grad_()
+    extended = Extend.apply(rows, route(halo.plan, halo.rank), group)
+    want = torch.zeros(halo.halo.length, 3, dtype=torch.float64)
+    for a, b in (*halo.halo.needed, halo.halo.own):
+        for position in range(a, b):
+            want[halo.halo.place(position)] = position + 1
+    assert torch.equal(extended, want)
+    extended.backward(torch.ones_like(extended))
+    uses = torch.ones(end - start, 3, dtype=torch.float64)
+    for other in halo.plan.halos:
+        for a, b in other.needed:
+            uses[max(a, start) - start : max(min(b, end) - start, 0)] += 1 if max(a, start) < min(b, end) else 0
+    assert torch.equal(rows.grad, uses)
+
+
+def check_model(group, lengths, options):
+    """Loss and gradients of a sharded model, summed over the ranks, are those of one process."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = PiForCausalLM(PiConfig(**sizes | {"window": 6, "period": 5, "skips": 3} | options)).double()
+    total, documents = sum(lengths), [0, 17, 40]
+    ids = torch.randint(50, (2, total))
+    positions = torch.cat([torch.arange(b - a) for a, b in zip(documents, [*documents[1:], total], strict=True)])[None]
+    labels = F.pad(ids[:, 1:], (0, 1), value=-100)  # shifted before sharding
+
+    def loss_of(logits, labels):
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    histories = []
+    initial = {name: x.clone() for name, x in model.state_dict().items()}
+    for sharded in (False, True):
+        model.load_state_dict(initial)
+        if sharded:
+            attach(model, group, lengths, documents)
+        cut = HaloContext(group, lengths, PiPattern(1, 1, 0)).shard if sharded else lambda x, dim=1: x
+        history = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            logits = model(cut(ids), position_ids=cut(positions), use_cache=False).logits
+            loss = loss_of(logits, cut(labels)) / labels.numel()
+            loss.backward()
+            loss = loss.detach()
+            if sharded:
+                for x in (loss, *(p.grad for p in model.parameters())):
+                    dist.all_reduce(x, group=group)
+            history.append(float(loss))
+            optimizer.step()
+        histories.append(history)
+    assert max(abs(a - b) for a, b in zip(*histories, strict=True)) < 1e-10, histories
+
+
+def check_repeatable(group):
+    """Twice the same gradients, bit for bit."""
+    found = []
+    for _ in range(2):
+        tensors, grad = whole_tensors(0, 16 * dist.get_world_size(group), 2, 2, "gate")
+        halo = HaloContext(group, [16] * dist.get_world_size(group), PiPattern(4, 5, 6))
+        mine = [halo.shard(x.float(), 2).clone().requires_grad_() for x in tensors]
+        halo.attention(*mine[:3], gate=mine[3]).backward(halo.shard(grad.float(), 2))
+        found.append([x.grad for x in mine])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def work(rank, ranks, folder, seeds):
+    """All checks of one process."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.FileStore(str(Path(folder) / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
+    try:
+        group = dist.group.WORLD
+        for seed in seeds:
+            check_operator(group, seed)
+            check_exchange(group, seed)
+        check_repeatable(group)
+        shards = [60 // ranks] * (ranks - 1)
+        for options in ({}, {"period": [3, 5, 7, 9], "sinks": 2, "num_key_value_heads": 2}, {"fusion": "mass"}):
+            check_model(group, [*shards, 60 - sum(shards)], options)
+    except BaseException:
+        Path(folder, f"error-{rank}").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.destroy_process_group()
