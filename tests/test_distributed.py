@@ -1,5 +1,9 @@
 """A sequence over several processes equals one process: outputs, gradients, training."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,26 @@ def test_sharded_equals_whole(ranks, tmp_path):
     except Exception:
         errors = sorted(Path(tmp_path).glob("error-*"))
         pytest.fail("\n".join(f"{file.name}: {file.read_text()}" for file in errors) or "a process died")
+
+
+def losses(ranks, cp):
+    """What examples/context_parallel.py prints under torchrun."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    example = Path(__file__).parents[1] / "examples" / "context_parallel.py"
+    options = ["--cp", str(cp), "--context", "256", "--steps", "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, str(example), *options], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return re.findall(r"loss (\S+)", done.stdout)
+
+
+def test_the_example_trains_the_same_however_it_is_sharded():
+    """FSDP2 and context parallelism together, as written in the README."""
+    alone = losses(1, 1)
+    assert len(alone) == 3 and alone[0] > alone[2]
+    for ranks in (2, 4):
+        assert [float(x) for x in losses(ranks, ranks)] == pytest.approx([float(x) for x in alone], abs=2e-6)
+    assert len(losses(4, 2)) == 3
 
 
 @st.composite

@@ -154,7 +154,10 @@ class BoundedGeneration:
         inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor | None:
         """The padding mask of the new tokens [B, T]: a static cache knows that of the others."""
-        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        if attention_mask is None:
+            return None
+        new = attention_mask[:, -inputs_embeds.shape[1] :]
+        return new.clone(memory_format=torch.contiguous_format)  # the stride of a view would change, and recompile
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
