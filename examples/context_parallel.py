@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from pi_attention.distributed import HaloContext, attach
+from pi_attention.distributed import attach, shard
 from pi_attention.models import PiConfig, PiForCausalLM
-from pi_attention.pattern import PiPattern
 
 
 def main() -> None:
@@ -46,7 +45,11 @@ def main() -> None:
     fully_shard(model, mesh=everyone)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
-    cut = HaloContext(mesh["cp"], lengths, PiPattern(1, 1, 0)).shard
+    ends, rank = [length * (i + 1) for i, length in enumerate(lengths)], mesh["cp"].get_local_rank()
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        return shard(x, ends, rank)
+
     generator = torch.Generator().manual_seed(mesh["dp"].get_local_rank())
     start = torch.randint(64, (1, 16), generator=generator)
     ids = start.repeat(1, options.context // 16).to(kind)  # something to learn: a period of 16

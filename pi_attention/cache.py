@@ -61,11 +61,6 @@ class LayerCache:
         """Bytes allocated."""
         return 0 if self._buffer is None else self._buffer.untyped_storage().nbytes()
 
-    @property
-    def sink_slots(self) -> int:
-        """Sinks among the keys last returned, which come first: those that are kept no more."""
-        return 0 if self._view_sinks is None else self._view_sinks.shape[1]
-
     def record(self) -> None:
         """From now on forget tokens only after a `crop`: for speculative decoding, which takes tokens back."""
         self.recording = True

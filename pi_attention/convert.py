@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -16,6 +19,9 @@ from pi_attention.models.modeling_pi import initialise, segments_of_batch, stati
 from pi_attention.models.static_cache import PiStaticCache
 from pi_attention.nn.gate import FusionGate
 from pi_attention.pattern import PiPattern
+
+MOVING = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose frequencies depend on the length."""
 
 
 class PiConvertedConfig(PretrainedConfig):
@@ -120,6 +126,17 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
             cache.keep_sinks_near(context, frequencies)
         return cache
 
+    def _prepare_static_cache(
+        self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
+    ) -> PiStaticCache:
+        context = getattr(self.config.text_config, "max_position_embeddings", max_cache_len)
+        if max_cache_len > context and any(pattern.sinks for pattern in self.config.patterns()):
+            raise NotImplementedError(
+                f'cache_implementation="static" with sinks serves the pretrained context of {context} tokens only, and '
+                f"{max_cache_len} were asked for: leave it out, so that the sinks can move along."
+            )
+        return super()._prepare_static_cache(cache_implementation, batch_size, max_cache_len, *args, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -148,10 +165,11 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
         if not isinstance(past_key_values, PiCache | PiStaticCache | None):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}: leave it out, or pass "
-                "PiCache(model.config.patterns()), which keeps what the patterns see."
+                "model.new_cache(), which keeps what the patterns see."
             )
         if isinstance(past_key_values, PiStaticCache):
-            segment_ids = static_segments(past_key_values, attention_mask, position_ids, *like.shape[:2])
+            shape = like.shape[0], like.shape[1]
+            segment_ids = static_segments(past_key_values, segment_ids, attention_mask, position_ids, shape)
             attention_mask = like.new_ones(len(like), 1, 1, 1)  # four dimensions: transformers makes no mask of its own
         elif segment_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -171,15 +189,23 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
         )
 
 
-def _rotary_frequencies(model: PreTrainedModel, layers: int) -> list[Tensor] | None:
-    """Inverse frequencies of each layer's rotary embedding; None where they depend on the length, or there is none."""
+def _rotary_frequencies(model: PreTrainedModel, layers: int) -> list[Tensor | None] | None:
+    """Inverse frequencies of each layer's rotary embedding, None for a layer without.
+
+    None instead of the list where keys cannot be moved: the frequencies depend on the length, or the features are
+    paired in another way than in Llama.
+    """
+    halves = getattr(sys.modules[type(model).__module__], "rotate_half", None)
+    if halves is None or halves(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+        return None
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * layers
+    rotated = getattr(model.config, "no_rope_layers", None) or [1] * layers  # in SmolLM3, 0 is a layer without
     for module in model.modules():
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
-                return None
-            kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * layers
+        if type(module).__name__.endswith("RotaryEmbedding") and getattr(module, "rope_type", "") not in MOVING:
             names = [name if hasattr(module, name) else "inv_freq" for name in (f"{kind}_inv_freq" for kind in kinds)]
-            return [getattr(module, name).float() for name in names] if hasattr(module, names[0]) else None
+            if hasattr(module, names[0]):
+                found = zip(names, rotated, strict=True)
+                return [getattr(module, name).float() if turned else None for name, turned in found]
     return None
 
 
@@ -237,6 +263,13 @@ def convert(
         raise NotImplementedError(f"{type(model).__name__} does not use transformers' attention interface.")
     if any(hasattr(module, "pi_gate") for module in model.modules()):
         raise ValueError("model has gates of an earlier conversion: load it again, then convert.")
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and pattern.reach is not None and pattern.reach > context:
+        warnings.warn(
+            f"{pattern} reaches {pattern.reach} tokens back, further than the context of {context} that the model was "
+            "trained for: beyond it, skips show it lags that it does not know.",
+            stacklevel=2,
+        )
     register_names()
     setattr(config, SETTINGS, settings_of(pattern, layers))
     model.set_attn_implementation(NAME)

@@ -91,6 +91,8 @@ def fewest_keys(context: int, hops: int, *, heads: int = 1, sinks: int = 0) -> P
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     best = context, context, 0, [1]  # keys, window, skips, periods: a window over everything
+    if hops == 1:  # nothing else covers everything at once (but for a key, with several periods)
+        return Plan(PiPattern(context, context, 0, sinks=sinks), context, hops)
     for local, digits in _digits(hops, heads):
         for window in itertools.count(1):
             if window >= best[0] or (window > 1 and not local):  # without a local hop the digits begin at period 1
@@ -127,6 +129,8 @@ def plan(
     """
     if budget is None and hops is None:
         raise ValueError("give a budget of keys a query, or the hops in which the context must be covered.")
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}.")
     if hops is not None and not 1 <= hops <= layers:
         raise ValueError(f"hops={hops} must lie between 1 and the number of layers, {layers}.")
     for number in range(1, layers + 1) if hops is None else [hops]:

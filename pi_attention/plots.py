@@ -28,6 +28,8 @@ STYLE: Any = {
     "grid.alpha": 0.3,
     "font.size": 9,
     "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pi-attention",
 }
 
 
@@ -41,7 +43,8 @@ def save(figure: Figure, path: Path) -> None:
     """Write a picture; the ending of the path is its format (png, svg, pdf)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=150)
+        metadata = {"Date": None} if path.suffix == ".svg" else None  # the same picture is the same file
+        figure.savefig(path, dpi=150, metadata=metadata)
 
 
 def curves(lines: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str, *, log: bool = False) -> Figure:

@@ -8,7 +8,6 @@ next the keys of those, and so on. A token always sees itself, so what was seen 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -88,11 +87,13 @@ class ReceptiveField:
         query: the position.
         context: S, tokens of the sequence.
         seen: sets of positions, after 0, 1, … L layers.
+        causal: whether only positions up to the query can be seen.
     """
 
     query: int
     context: int
     seen: tuple[int, ...]
+    causal: bool = True
 
     @property
     def layers(self) -> int:
@@ -104,7 +105,7 @@ class ReceptiveField:
         return self.seen[-1 if layers is None else layers].bit_count()
 
     def reach(self, layers: int | None = None) -> int:
-        """The largest lag back to a position that is seen."""
+        """The largest lag back to a position that is seen; what lies after the query does not count."""
         bits = self.seen[-1 if layers is None else layers]
         return self.query - ((bits & -bits).bit_length() - 1)
 
@@ -126,8 +127,8 @@ class ReceptiveField:
         return found
 
     def layers_to_cover(self) -> int | None:
-        """The fewest layers through which all positions up to the query are seen; None when there are too few."""
-        wanted = (1 << self.query + 1) - 1
+        """The fewest layers through which all positions are seen, of a causal pattern those up to the query."""
+        wanted = (1 << (self.query + 1 if self.causal else self.context)) - 1
         return next((n for n, bits in enumerate(self.seen) if bits & wanted == wanted), None)
 
 
@@ -152,6 +153,8 @@ def receptive_field(patterns: Sequence[PiPattern], context: int, query: int | No
         raise ValueError("patterns is empty: give the pattern of every layer.")
     if len({(pattern.causal, pattern.ring) for pattern in patterns}) > 1:
         raise ValueError("patterns must agree in causal and ring: one sequence has one geometry.")
+    if context < 1:
+        raise ValueError(f"context must be at least 1, got {context}.")
     if query is None:
         query = context - 1 if patterns[0].causal else context // 2
     if not 0 <= query < context:
@@ -162,7 +165,7 @@ def receptive_field(patterns: Sequence[PiPattern], context: int, query: int | No
     seen = [1 << query]
     for pattern in reversed(patterns):
         seen.append(seen[-1] | _step(pattern, where, seen[-1]))
-    return ReceptiveField(query, context, tuple(seen))
+    return ReceptiveField(query, context, tuple(seen), patterns[0].causal)
 
 
 def paths(patterns: Sequence[PiPattern], context: int) -> list[int]:
@@ -189,13 +192,3 @@ def paths(patterns: Sequence[PiPattern], context: int) -> list[int]:
         product *= sum(count << width * lag for lag, count in counts.items())
         product &= (1 << width * context) - 1
     return [product >> width * lag & (1 << width) - 1 for lag in range(context)]
-
-
-def ring_local_bound(window: int, layers: int) -> int:
-    """The paper's O(kL) made exact: the reach of `layers` ring-local layers of window k, in tokens."""
-    return layers * (window - 1)
-
-
-def paper_bound(window: int, period: int, layers: int) -> float:
-    """The paper's O(kL + π log L) with constant 1 and the binary logarithm, in tokens; see docs/theory.md."""
-    return window * layers + period * math.log2(max(layers, 1))

@@ -186,7 +186,7 @@ def test_wrong_arguments_are_named():
         convert(pretrained(), PiPattern(4, 5, 3, causal=False))
     with pytest.raises(ValueError, match="earlier conversion"):
         convert(convert(pretrained(), PATTERN).model, PATTERN)
-    with pytest.raises(ValueError, match="PiCache"):
+    with pytest.raises(ValueError, match="new_cache"):
         model = convert(pretrained(), PATTERN)
         from transformers import DynamicCache
 
@@ -247,7 +247,7 @@ def test_beyond_the_pretrained_context_the_sinks_move_along(family, padding):
     for first, end in [(0, 20), (20, 27), *((t, t + 1) for t in range(27, length))]:
         out = stream(ids[:, first:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-    assert cache.layers[0].cache.sink_slots == PATTERN.sinks
+    assert cache.layers[0].near[0] == context
     seen = torch.cat([ids[:, padding : padding + PATTERN.sinks], ids[:, -reach - 1 :]], dim=1)
     near = torch.arange(length - context, length - context + PATTERN.sinks)
     positions = torch.cat([near, torch.arange(length - reach - 1, length)])[None]

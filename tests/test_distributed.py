@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from distributed_worker import work
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi_attention import PiPattern
-from pi_attention.distributed import halo_plan
+from pi_attention.distributed import attach, detach, halo_plan
+from pi_attention.models import PiConfig, PiForCausalLM
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
@@ -111,3 +114,25 @@ def test_wrong_plans_are_named():
         halo_plan(PiPattern(2, 2, 1), [4, 4], [0, 9])
     with pytest.raises(ValueError, match="must not be negative"):
         halo_plan(PiPattern(2, 2, 1), [4, -4])
+
+
+def test_what_a_sharded_model_cannot_know_is_refused():
+    model = PiForCausalLM(PiConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
+    ids = torch.randint(50, (1, 20))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="Linear has no PiAttention layer"):
+            attach(torch.nn.Linear(2, 2), dist.group.WORLD, [20])
+        with pytest.raises(ValueError, match="2 entries for 1 ranks"):
+            attach(model, dist.group.WORLD, [10, 10])
+        want = model(ids).logits
+        attach(model, dist.group.WORLD, [20])
+        with pytest.raises(ValueError, match="pass use_cache=False"):
+            model(ids)
+        with pytest.raises(ValueError, match="padding or packed documents"):
+            model(ids, position_ids=torch.arange(20)[None] % 7, use_cache=False)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, want)
+        detach(model)
+        torch.testing.assert_close(model(ids).logits, want)
+    finally:
+        dist.destroy_process_group()

@@ -97,7 +97,8 @@ MOVE = """
 const log = [];
 addEventListener("error", event => log.push(event.message));
 setTimeout(() => {
-  for (const [name, value] of Object.entries({window: 4, period: 48, skips: 3, layers: 3, sinks: 2})) {
+  const before = document.getElementById("code").textContent;
+  for (const [name, value] of Object.entries({window: 4, period: 48, skips: 3, layers: 3, sinks: 2, context: 12})) {
     const input = document.getElementById(name);
     input.value = value;
     input.dispatchEvent(new Event("input", {bubbles: true}));
@@ -108,7 +109,7 @@ setTimeout(() => {
     const boxes = [...document.querySelectorAll("#figures b")];
     const figures = Object.fromEntries(boxes.map(b => [b.dataset.name, b.textContent]));
     const code = document.getElementById("code").textContent;
-    document.documentElement.dataset.found = JSON.stringify({figures, code, log});
+    document.documentElement.dataset.found = JSON.stringify({figures, code, before, log});
   }, 300);
 }, 100);
 </script>
@@ -118,7 +119,7 @@ setTimeout(() => {
 @pytest.mark.skipif(browser() is None, reason="needs Chromium")
 def test_moving_the_sliders_in_a_browser(tmp_path):
     page = tmp_path / "explorer.html"
-    write_explorer(page, PiPattern(64, 64, 8), heads=4, layers=4, context=4096)
+    write_explorer(page, PiPattern(100, 64, 8), heads=4, layers=4, context=5000)
     page.write_text(page.read_text().replace("</html>", MOVE + "</html>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--enable-logging=stderr"]
     done = subprocess.run(
@@ -126,6 +127,7 @@ def test_moving_the_sliders_in_a_browser(tmp_path):
     )
     found = json.loads(re.search(r'data-found="([^"]*)"', done.stdout)[1].replace("&quot;", '"'))
     assert found["log"] == [] and "CONSOLE" not in done.stderr
+    assert found["before"] == "PiPattern(window=100, period=64, skips=8)"
     pattern = PiPattern(16, coprime_periods(48, 4), 3, sinks=2)
     assert found["code"] == f"PiPattern(window=16, period={pattern.period}, skips=3, sinks=2)"
     field = receptive_field([pattern] * 3, 4096)

@@ -136,3 +136,13 @@ def test_autocast_casts_as_sdpa_does_whatever_the_dtypes(pattern, impl):
     assert out.dtype == torch.bfloat16 and torch.equal(out, want)
     out.float().sum().backward()
     assert query.grad.dtype == torch.float32
+
+
+def test_autocast_leaves_wrong_arguments_and_fp64_alone():
+    x = torch.randn(1, 2, 10, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError):
+            pi_attention(x, None, x, PATTERN)
+        with pytest.raises(TypeError, match="int64"):
+            pi_attention(*[x.long()] * 3, PATTERN)
+        assert pi_attention(*[x.double()] * 3, PATTERN).dtype == torch.float64

@@ -86,9 +86,12 @@ def test_command_prints_a_plan_that_loads_as_a_config(monkeypatch, capsys, tmp_p
     assert found["covered in these hops"] == found["context"] == 4096
     config = PiConfig(num_attention_heads=4, num_hidden_layers=6, hidden_size=64, **found["pattern"])
     assert receptive_field(config.patterns()[:3], 4096).covered() == 4096
-    assert load_yaml(Train, out).model.window == config.window
+    made = load_yaml(Train, out)
+    assert (made.model.window, made.model.layers, made.model.heads, made.data.context) == (config.window, 6, 4, 4096)
     code, printed = run(monkeypatch, capsys, *sizes, "--budget", "64")
-    assert code == 0 and "100.00% of the context" in printed.out
+    assert code == 0 and "of 6 layers" in printed.out
+    code, printed = run(monkeypatch, capsys, "--layers", "0")
+    assert code == 2 and "layers must be at least 1, got 0" in printed.err
     code, printed = run(monkeypatch, capsys, "--device", "abacus")
     assert code == 2 and "use one of ['h200']" in printed.err
 

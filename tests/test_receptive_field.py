@@ -14,7 +14,6 @@ from pi_attention.receptive_field import (
     paths,
     positions_of,
     receptive_field,
-    ring_local_bound,
 )
 
 
@@ -96,10 +95,15 @@ def test_intervals_are_the_set(bits):
     assert sum((1 << end) - (1 << start) for start, end in intervals_of(bits)) == bits
 
 
+def test_a_bidirectional_query_has_seen_everything_when_it_has_seen_both_sides():
+    field = receptive_field([PiPattern(3, 3, 0, causal=False)] * 6, 12, query=0)
+    assert field.layers_to_cover() == 6 and field.covered(1) == 3
+
+
 def test_ring_local_reach_is_the_paper_s():
     for window, layers in [(1, 3), (5, 4), (64, 12)]:
         field = receptive_field([PiPattern(window, 1, 0)] * layers, 4096)
-        assert field.reach() == ring_local_bound(window, layers)
+        assert field.reach() == layers * (window - 1)
         assert field.covered() == field.reach() + 1
 
 
@@ -142,6 +146,8 @@ def test_a_million_tokens_and_48_layers_take_less_than_a_few_seconds():
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="patterns is empty"):
         receptive_field([], 10)
+    with pytest.raises(ValueError, match="context must be at least 1, got 0"):
+        receptive_field([PiPattern(2, 2, 1)], 0)
     with pytest.raises(ValueError, match="query=10"):
         receptive_field([PiPattern(2, 2, 1)], 10, 10)
     with pytest.raises(ValueError, match="agree in causal"):

@@ -84,3 +84,41 @@ def test_what_a_static_cache_cannot_do_is_refused():
 
     with pytest.raises(ValueError, match="StaticCache"):
         converted_model(prompt(1, 9), past_key_values=StaticCache(pretrained().config, max_cache_len=50))
+
+
+def packed(split):
+    positions = torch.cat([torch.arange(17), torch.arange(23)])[None]
+    ids = prompt(1, 40)
+    return ids, positions, list(zip(ids.split(split, dim=1), positions.split(split, dim=1), strict=True))
+
+
+@pytest.mark.parametrize("split", [(40,), (10, 30), (17, 23), (1,) * 40], ids=str)
+@pytest.mark.parametrize("again", [False, True], ids=["fresh", "reset"])
+def test_packed_documents_stay_apart_in_any_split(split, again):
+    small = make("mixed")
+    ids, positions, parts = packed(split)
+    cache = PiStaticCache(small.config.patterns(), 40)
+    if again:
+        small(prompt(3, 12), past_key_values=cache)
+        cache.reset()
+    logits = [small(part, position_ids=at, past_key_values=cache).logits for part, at in parts]
+    want = small(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(logits, dim=1), want, rtol=1e-4, atol=1e-4)
+
+
+def test_given_segments_are_used_and_later_ones_refused():
+    small = make("pi")
+    ids, segments = prompt(1, 30), (torch.arange(30)[None] >= 11).int()
+    cache = PiStaticCache(small.config.patterns(), 40)
+    got = small(ids, segment_ids=segments, past_key_values=cache).logits
+    torch.testing.assert_close(got, small(ids, segment_ids=segments, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="first tokens only"):
+        small(ids[:, :1], segment_ids=segments, past_key_values=cache)
+
+
+def test_a_converted_model_with_sinks_refuses_a_static_cache_beyond_its_context():
+    dense = pretrained()
+    dense.config.max_position_embeddings = 30
+    streaming = convert(dense, PiPattern(4, 5, 3, sinks=2))
+    with pytest.raises(NotImplementedError, match="pretrained context of 30 tokens"):
+        streaming.generate(prompt(1, 9) + 1, cache_implementation="static", max_new_tokens=50)

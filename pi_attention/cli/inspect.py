@@ -58,6 +58,10 @@ class Inspect:
         if self.empirical and self.run is None:
             raise ValueError("empirical=True needs a run to measure: pi-attention inspect RUN --empirical.")
         stack, context, heads, kv_heads, head_dim = self._describe()
+        if context < 1 or not stack:
+            raise ValueError(f"context={context} and layers={len(stack)} must be at least 1.")
+        if self.html and (len(set(stack)) > 1 or not stack[0].causal or stack[0].skips is None):
+            raise ValueError("html=True shows one causal pattern with a number of skips for all layers: leave it out.")
         for pattern in dict.fromkeys(stack):
             title = f"layers {', '.join(str(n) for n, other in enumerate(stack) if other == pattern)}"
             console.print(self._table(pattern, title, context, heads, kv_heads, head_dim))
@@ -147,7 +151,8 @@ class Inspect:
 
 def _of_the_stack(field: ReceptiveField) -> Table:
     holes, hops = field.holes(), field.layers_to_cover()
-    table = Table(title=f"the last token of {field.context:,} through {field.layers} layers", show_header=False)
+    which = "last" if field.query == field.context - 1 else "middle"
+    table = Table(title=f"the {which} token of {field.context:,} through {field.layers} layers", show_header=False)
     table.add_row("sees", f"{field.covered():,} positions ({field.covered() / field.context:.2%})")
     table.add_row("reaches", f"{field.reach():,} tokens back")
     table.add_row(

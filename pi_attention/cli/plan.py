@@ -51,21 +51,27 @@ class Plan:
     json: bool = False
     """Print JSON alone."""
     out: Path | None = None
-    """Write the pattern to this YAML file, for `pi-attention train --config FILE`."""
+    """Write a model of these sizes with the pattern to this YAML file, for `pi-attention train --config FILE`."""
 
     def execute(self, console: Console) -> int:
         """Run the command; the exit code."""
         if self.device is not None and self.device not in DEVICES:
             raise ValueError(f"device={self.device!r} has no committed benchmark: use one of {sorted(DEVICES)}.")
+        for name in ("context", "layers", "heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}.")
         budget = 256 if self.budget is None and self.hops is None else self.budget
         periods = self.heads if self.head_schedule else 1
         found = plan(self.context, self.layers, heads=periods, budget=budget, hops=self.hops, sinks=self.sinks)
-        if len(found.pattern.periods) not in (1, self.heads):
-            raise AssertionError(found)
         figures = self.figures(found)
         if self.out is not None:
-            lines = [f"  {name}: {value}" for name, value in figures["pattern"].items()]
-            self.out.write_text("\n".join(["model:", *lines]) + "\n")
+            sizes = {"layers": self.layers, "heads": self.heads, "kv_heads": self.kv_heads or self.heads}
+            model = sizes | {"hidden_size": self.heads * self.head_dim} | figures["pattern"]
+            lines = ["data:", f"  context: {self.context}", "model:", *(f"  {k}: {v}" for k, v in model.items())]
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text("\n".join(lines) + "\n")
         if self.json:
             console.print_json(json.dumps(figures))
             return 0
@@ -119,13 +125,12 @@ class Plan:
     def _rows(self, found: Found, figures: dict[str, Any]) -> list[tuple[str, str]]:
         pattern = found.pattern
         periods = ", ".join(map(str, dict.fromkeys(pattern.periods)))
-        share = figures["covered in these hops"] / self.context
         rows = [
             ("pattern", f"window {pattern.window}, period {periods}, skips {pattern.skips}, sinks {pattern.sinks}"),
             ("keys of a query", f"{found.keys:,} (dense: up to {self.context:,})"),
             ("reach of a layer", f"{figures['reach of a layer']:,} tokens back"),
-            ("coverage", f"{share:.2%} of the context in {found.hops} of {self.layers} layers"),
-            ("attention FLOPs", f"{figures['attention flops a layer'] / 1e12:,.3f} TFLOP a layer forward, "
+            ("sees the whole context through", f"{found.hops} of {self.layers} layers"),
+            ("attention FLOPs", f"{figures['attention flops a layer'] / 1e9:,.2f} GFLOP a layer forward, "
                                 f"{figures['of dense']:.2%} of dense"),
             ("decoding cache", f"{figures['cache bytes a layer'] / 2**20:,.1f} MiB a layer in 16 bits, "
                                f"dense {figures['dense cache bytes a layer'] / 2**20:,.1f} MiB"),

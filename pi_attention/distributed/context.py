@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from pi_attention.distributed.exchange import Extend, route
+from pi_attention.distributed.exchange import Extend, Route, route
 from pi_attention.distributed.plan import halo_plan
 from pi_attention.nn.attention import PiAttention
 from pi_attention.ops.api import Fusion, pi_attention
 from pi_attention.pattern import PiPattern
+
+
+def shard(x: Tensor, ends: Sequence[int], rank: int, dim: int = 1) -> Tensor:
+    """A rank's part of a tensor over the whole sequence; `ends` are where the shards of all ranks end."""
+    start = ends[rank - 1] if rank else 0
+    return x.narrow(dim, start, ends[rank] - start)
 
 
 class HaloContext:
@@ -51,11 +57,11 @@ class HaloContext:
         ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         if len(lengths) != ranks:
             raise ValueError(f"lengths has {len(lengths)} entries for {ranks} ranks: give the tokens of every shard.")
-        starts = tuple(documents or (0,))
+        starts = (0,) if documents is None else tuple(int(start) for start in documents)
         self.pattern = pattern
         self.plan = halo_plan(pattern, lengths, starts)
         self.halo = self.plan.halos[self.rank]
-        self._way = route(self.plan, self.rank)
+        self._ways: dict[torch.device, Route] = {}
         self._ids = self._segment_ids(starts)
 
     @property
@@ -70,7 +76,7 @@ class HaloContext:
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """The rank's part of a tensor over the whole sequence."""
-        return x.narrow(dim, self.halo.own[0], self.halo.own[1] - self.halo.own[0])
+        return shard(x, self.plan.bounds[1:], self.rank, dim)
 
     def extend(
         self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None
@@ -83,11 +89,21 @@ class HaloContext:
         Args:
             key: after rotary embedding with the positions of the whole sequence.
             value: like key.
-            segment_ids: ignored; the documents were given to the constructor.
+            segment_ids: of a model's packed batch; the constructor was told the documents, which count here.
+
+        Raises:
+            ValueError: there are segments (packed documents, padding), but the constructor was told of none.
         """
+        if segment_ids is not None and self._ids is None:
+            raise ValueError(
+                "the batch has padding or packed documents, which a sharded sequence knows by documents= alone: "
+                "give their starts to HaloContext or attach, and pad no rows."
+            )
+        if key.device not in self._ways:
+            self._ways[key.device] = route(self.plan, self.rank, key.device)
         batch, groups, tokens, dim = key.shape
         rows = torch.cat([key, value], dim=-1).permute(2, 0, 1, 3).reshape(tokens, batch * groups * 2 * dim)
-        rows = Extend.apply(rows, self._way, self.group)
+        rows = Extend.apply(rows, self._ways[key.device], self.group)
         key, value = rows.view(-1, batch, groups, 2 * dim).permute(1, 2, 0, 3).split(dim, dim=-1)
         ids = None if self._ids is None else self._ids.to(key.device).expand(batch, -1)
         return key, value, ids
@@ -118,19 +134,24 @@ class HaloContext:
 def attach(model: nn.Module, group: DeviceMesh | ProcessGroup, lengths: Sequence[int], documents: Any = None) -> None:
     """Let every `PiAttention` of a model work on shards of `lengths` tokens; the model's code stays single-device.
 
-    Give the model its shard of the input ids and of the positions (`position_ids`), and shift labels before sharding
-    them: the next token of a shard's last one lies on another rank.
+    Give the model its shard of the input ids and of the positions (`position_ids`) and `use_cache=False`, and shift
+    labels before sharding them: the next token of a shard's last one lies on another rank.
 
     Args:
         model: with `PiAttention` layers, a `PiForCausalLM` for instance.
         group, lengths, documents: see `HaloContext`; layers of one pattern share a plan.
+
+    Raises:
+        ValueError: the model has no such layer (a converted model has none).
     """
+    layers = [module for module in model.modules() if isinstance(module, PiAttention)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no PiAttention layer: each rank would attend to its shard alone.")
     contexts: dict[PiPattern, HaloContext] = {}
-    for module in model.modules():
-        if isinstance(module, PiAttention):
-            if module.pattern not in contexts:
-                contexts[module.pattern] = HaloContext(group, lengths, module.pattern, documents)
-            module.halo = contexts[module.pattern]
+    for layer in layers:
+        if layer.pattern not in contexts:
+            contexts[layer.pattern] = HaloContext(group, lengths, layer.pattern, documents)
+        layer.halo = contexts[layer.pattern]
 
 
 def detach(model: nn.Module) -> None:

@@ -13,45 +13,42 @@ from torch.distributed import ProcessGroup
 from pi_attention.distributed.plan import HaloPlan, Range
 
 
-def _index(ranges: list[Range], offset: int) -> list[int]:
-    return [position - offset for a, b in ranges for position in range(a, b)]
-
-
 @dataclass(frozen=True)
 class Route:
-    """What one rank sends and receives, as row numbers; made once for a plan.
+    """What one rank sends and receives, as row numbers; made once for a plan and a device.
 
     Args:
-        sent: rows of the shard, by receiving rank.
-        placed: rows of the extended keys where what is received goes, by sending rank.
+        sent: rows of the shard, for each receiving rank.
+        placed: rows of the extended keys where what is received goes, in the order of the sending ranks.
+        received: how many rows come from each rank.
         own: first row of the shard among the extended keys.
         length: extended rows.
         tokens: rows of the shard.
     """
 
-    sent: tuple[tuple[int, ...], ...]
-    placed: tuple[tuple[int, ...], ...]
+    sent: tuple[Tensor, ...]
+    placed: Tensor
+    received: list[int]
     own: int
     length: int
     tokens: int
 
-    @property
-    def rows_sent(self) -> list[int]:
-        """Rows to each rank."""
-        return [len(rows) for rows in self.sent]
 
-    @property
-    def rows_received(self) -> list[int]:
-        """Rows from each rank."""
-        return [len(rows) for rows in self.placed]
-
-
-def route(plan: HaloPlan, rank: int) -> Route:
+def route(plan: HaloPlan, rank: int, device: torch.device | str = "cpu") -> Route:
     """The rows that `rank` sends and receives by a plan."""
     halo, ranks = plan.halos[rank], range(len(plan.halos))
-    sent = tuple(tuple(_index(plan.received(other, rank), halo.own[0])) for other in ranks)
-    placed = tuple(tuple(map(halo.place, _index(plan.received(rank, other), 0))) for other in ranks)
-    return Route(sent, placed, halo.place(halo.own[0]), halo.length, halo.own[1] - halo.own[0])
+
+    def rows(ranges: list[Range]) -> list[int]:
+        return [position for a, b in ranges for position in range(a, b)]
+
+    def tensor(numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=device)
+
+    sent = tuple(tensor([row - halo.own[0] for row in rows(plan.received(other, rank))]) for other in ranks)
+    needed = [rows(plan.received(rank, other)) for other in ranks]
+    placed = tensor([halo.place(row) for part in needed for row in part])
+    received = [len(part) for part in needed]
+    return Route(sent, placed, received, halo.place(halo.own[0]), halo.length, halo.own[1] - halo.own[0])
 
 
 def _all_to_all(rows: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
@@ -69,21 +66,17 @@ class Extend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, way: Route, group: ProcessGroup) -> Tensor:
         ctx.way, ctx.group = way, group
-        sent = torch.tensor([row for part in way.sent for row in part], dtype=torch.long, device=rows.device)
-        received = _all_to_all(rows[sent], way.rows_received, way.rows_sent, group)
-        placed = torch.tensor([row for part in way.placed for row in part], dtype=torch.long, device=rows.device)
         extended = rows.new_zeros(way.length, *rows.shape[1:])
-        extended[placed] = received
+        extended[way.placed] = _all_to_all(rows[torch.cat(way.sent)], way.received, list(map(len, way.sent)), group)
         extended[way.own : way.own + way.tokens] = rows
         return extended
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         way = ctx.way
-        placed = torch.tensor([row for part in way.placed for row in part], dtype=torch.long, device=grad.device)
-        returned = _all_to_all(grad[placed], way.rows_sent, way.rows_received, ctx.group)
+        counts = list(map(len, way.sent))
+        returned = _all_to_all(grad[way.placed], counts, way.received, ctx.group)
         total = grad[way.own : way.own + way.tokens].clone()
-        for rows, part in zip(way.sent, returned.split(way.rows_sent), strict=True):
-            if rows:
-                total[list(rows)] += part  # a rank asks for a row once, so no two additions meet
+        for rows, part in zip(way.sent, returned.split(counts), strict=True):
+            total[rows] += part  # a rank asks for a row once, so no two additions meet
         return total, None, None

@@ -51,7 +51,6 @@ class Halo:
         sinks: the first of these, where they are sinks that lie before the rest; they are placed right before it.
         first, last: the extended keys stand for the positions [first, last), sinks aside; what lies between the
             needed ranges is seen by no query of the rank.
-        document: where the document of the first extended key begins.
     """
 
     own: Range
@@ -59,7 +58,6 @@ class Halo:
     sinks: Range
     first: int
     last: int
-    document: int
 
     @property
     def rows(self) -> int:
@@ -143,7 +141,7 @@ def halo_plan(pattern: PiPattern, lengths: Sequence[int], documents: Sequence[in
     halos = []
     for own in pairwise(bounds):
         if own[0] == own[1]:
-            halos.append(Halo(own, (), (own[0], own[0]), own[0], own[1], own[0]))
+            halos.append(Halo(own, (), (own[0], own[0]), own[0], own[1]))
             continue
         touched = range(bisect_right(starts, own[0]) - 1, bisect_right(starts, own[1] - 1))
         ends = [*starts[1:], total]
@@ -163,7 +161,7 @@ def _halo(pattern: PiPattern, own: Range, seen: list[Range], document: int) -> H
             sinks = (document, end)
             near = without(seen, sinks)
     first = min(a for a, _ in near)
-    return Halo(own, tuple(without(seen, own)), sinks, first, max(b for _, b in seen), document)
+    return Halo(own, tuple(without(seen, own)), sinks, first, max(b for _, b in seen))
 
 
 def _first_without_sinks(pattern: PiPattern, own: Range, document: int) -> int:

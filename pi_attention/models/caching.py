@@ -47,13 +47,18 @@ class PiCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         starts = self.starts if starts is None else starts
         key, value = self.cache.update(key_states, value_states, starts)
-        slots = self.cache.sink_slots
-        if self.near is None or not slots or self.cache.length <= self.near[0]:
+        if self.near is None or self.cache.length <= self.near[0]:
             return key, value
         most, frequencies = self.near
         start = torch.zeros(1, dtype=torch.long, device=key.device) if starts is None else starts
-        by = (self.cache.length - start - most).clamp(min=0)
-        return torch.cat([moved_rotary(key[:, :, :slots], by, frequencies), key[:, :, slots:]], dim=2), value
+        by = (self.cache.length - start - most).clamp(min=0)[:, None]
+        number = self.cache.select(torch.arange(self.cache.length, device=key.device)[None]) - start[:, None]
+        sinks = (number >= 0) & (number < self.cache.pattern.sinks)  # in their slots, or still among the last tokens
+        if starts is None:  # then they come first, and the rest need not be turned
+            slots = self.cache.pattern.sinks
+            by = torch.where(sinks[:, :slots], by, 0)
+            return torch.cat([moved_rotary(key[:, :, :slots], by, frequencies), key[:, :, slots:]], dim=2), value
+        return moved_rotary(key, torch.where(sinks, by, 0), frequencies), value
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         kept = 0 if self.keys is None else self.keys.shape[2]
@@ -111,7 +116,7 @@ class PiCache(Cache):
         for layer in self.layers:
             layer.starts = starts if layer.cache.pattern.sinks else None
 
-    def keep_sinks_near(self, most: int, frequencies: list[Tensor]) -> None:
+    def keep_sinks_near(self, most: int, frequencies: list[Tensor | None]) -> None:
         """Let sinks move along, so that none is `most` tokens or more before the newest token.
 
         A pretrained model knows no larger lag than its context; window and skips stay below it, sinks would not
@@ -119,10 +124,10 @@ class PiCache(Cache):
 
         Args:
             most: tokens, the context of the pretrained model.
-            frequencies: of each layer's rotary embedding, [rotated features / 2].
+            frequencies: of each layer's rotary embedding, [rotated features / 2]; None for a layer without one.
         """
         for layer, of_layer in zip(self.layers, frequencies, strict=True):
-            if layer.cache.pattern.sinks:
+            if layer.cache.pattern.sinks and of_layer is not None:
                 layer.near = most, of_layer
 
     @property

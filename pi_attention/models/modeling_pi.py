@@ -132,13 +132,20 @@ def segments_of_batch(
 
 
 def static_segments(
-    cache: PiStaticCache, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, tokens: int
+    cache: PiStaticCache,
+    segment_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    shape: tuple[int, int],
 ) -> Tensor | None:
-    """Tell a static cache the segments of the new tokens, [B, T] or None, and return them."""
-    first = None
-    if not cache.layers[0].is_initialized:
-        first = segments_of_batch(attention_mask, position_ids, 0, batch, tokens)
-    return cache.begin(first, attention_mask, tokens)
+    """Tell a static cache the segments of the new tokens, [B, T] or None for one, and return them; `shape` is B, T."""
+    if cache.is_empty:
+        if segment_ids is None:
+            segment_ids = segments_of_batch(attention_mask, position_ids, 0, *shape)
+        return cache.begin(segment_ids)
+    if segment_ids is not None:
+        raise ValueError("a static cache takes segment_ids with the first tokens only: later ones pass position_ids.")
+    return cache.go_on(attention_mask, position_ids, shape[1])
 
 
 class PiModel(PiPreTrainedModel):
@@ -211,7 +218,7 @@ class PiModel(PiPreTrainedModel):
         self._choose_implementation()
 
         if isinstance(past_key_values, PiStaticCache):
-            segment_ids = static_segments(past_key_values, attention_mask, position_ids, batch, tokens)
+            segment_ids = static_segments(past_key_values, segment_ids, attention_mask, position_ids, (batch, tokens))
         elif segment_ids is None:
             segment_ids = segments_of_batch(attention_mask, position_ids, past, batch, tokens)
         if position_ids is None:

@@ -19,7 +19,7 @@ class PiStaticLayer(CacheLayerMixin):
 
     Args:
         pattern: of the layer; it decides what is kept.
-        max_cache_len: tokens that will come at most; None where the pattern's reach bounds them.
+        max_cache_len: tokens that will come at most; beyond them the oldest are forgotten, seen or not.
     """
 
     is_compileable = True
@@ -35,6 +35,7 @@ class PiStaticLayer(CacheLayerMixin):
         self.slots = self.sinks + min(reach, max_cache_len)
         self.ids: Tensor | None = None  # [B, slots] int32
         self.length = torch.tensor(0)
+        self.is_empty = True
         self.new_ids: Tensor | None = None  # [B, T] of the tokens that the next `update` brings
         self.seen_ids: Tensor | None = None  # [B, keys] of the keys last returned
 
@@ -57,9 +58,11 @@ class PiStaticLayer(CacheLayerMixin):
 
     def extend(self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Append T new tokens with ids [B, T]; all that their queries can see: keys, values and their segment ids."""
-        first = not self.is_initialized
+        first = self.is_empty
         if first:
-            self.lazy_initialization(key, value)
+            if self.ids is None or len(self.ids) != len(key):
+                self.lazy_initialization(key, value)
+            self.is_empty = False
         assert self.ids is not None
         tokens = key.shape[2]
         new = torch.zeros_like(self.ids[:, :1]).expand(-1, tokens) if segment_ids is None else segment_ids
@@ -93,15 +96,16 @@ class PiStaticLayer(CacheLayerMixin):
         return query_length, 0  # the pattern makes the mask
 
     def get_seq_length(self) -> Any:
-        return self.length if self.is_initialized else 0
+        return 0 if self.is_empty else self.length
 
     def get_max_length(self) -> int:
         return self.max_cache_len
 
     def reset(self) -> None:
+        self.is_empty = True
+        self.length.zero_()
         if self.ids is not None:
             self.ids.fill_(-1)
-            self.length.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.ids is not None and self.keys is not None and self.values is not None:
@@ -121,7 +125,7 @@ class PiStaticCache(Cache):
 
     Args:
         patterns: of the layers, `config.patterns()`.
-        max_cache_len: tokens that will come at most.
+        max_cache_len: tokens that will come at most; beyond them the oldest are forgotten, seen or not.
     """
 
     layers: list[PiStaticLayer]
@@ -129,20 +133,37 @@ class PiStaticCache(Cache):
     def __init__(self, patterns: list[PiPattern], max_cache_len: int) -> None:
         super().__init__(layers=[PiStaticLayer(pattern, max_cache_len) for pattern in patterns])
 
-    def begin(self, segment_ids: Tensor | None, attention_mask: Tensor | None, tokens: int) -> Tensor | None:
-        """Before T new tokens: their segment ids [B, T], after the first call those of the last token.
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token has come since the cache was made or reset."""
+        return self.layers[0].is_empty
+
+    def begin(self, segment_ids: Tensor | None) -> Tensor | None:
+        """Before the first T tokens: their segment ids [B, T], as the cache writes them; None for one segment."""
+        new = None if segment_ids is None else segment_starts(segment_ids)  # no two segments have the same
+        return self._tell(new)
+
+    def go_on(self, attention_mask: Tensor | None, position_ids: Tensor | None, tokens: int) -> Tensor | None:
+        """Before T later tokens: they continue the last segment, until a position id that does not go on by one.
 
         Args:
-            segment_ids: [B, T] of the first tokens; None for one segment. Ignored later.
             attention_mask: [B, T] or longer; its last T entries are 0 for padding.
+            position_ids: [B or 1, T]; 0 at the first token, or a jump later, starts a new segment.
             tokens: T.
         """
         ids = self.layers[0].ids
-        new = None if segment_ids is None else segment_starts(segment_ids)  # no two segments have the same
-        if ids is not None:
-            new = torch.where(ids[:, -1:] >= 0, ids[:, -1:], ids.amax(dim=1, keepdim=True) + 1).expand(-1, tokens)
-            if attention_mask is not None:
-                new = torch.where(attention_mask[:, -tokens:] != 0, new, -1)
+        assert ids is not None
+        most = ids.amax(dim=1, keepdim=True)
+        new = torch.where(ids[:, -1:] >= 0, ids[:, -1:], most + 1).expand(-1, tokens)
+        if position_ids is not None:
+            jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
+            documents = torch.cat([position_ids[:, :1] == 0, jumps], dim=1).cumsum(dim=1, dtype=torch.int32)
+            new = torch.where(documents > 0, most.clamp(min=0) + documents, new)
+        if attention_mask is not None:
+            new = torch.where(attention_mask[:, -tokens:] != 0, new, -1)
+        return self._tell(new)
+
+    def _tell(self, new: Tensor | None) -> Tensor | None:
         for layer in self.layers:
             layer.new_ids = new
         return new

@@ -127,6 +127,8 @@ class PiAttention(nn.Module):
             segment_ids: [B, S] for all S tokens so far, the cached ones included; see `pi_attention`.
             cache: holds the keys and values of earlier tokens, and is updated.
         """
+        if self.halo is not None and cache is not None:
+            raise ValueError("a sharded sequence has no cache: pass use_cache=False, or detach(model).")
         cache = self.halo if cache is None else cache
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]

@@ -31,11 +31,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def moved_rotary(x: Tensor, by: Tensor, frequencies: Tensor) -> Tensor:
-    """Keys x [B, heads, T, D], rotated for their positions, as they were `by` [B or 1] positions later.
+    """Keys x [B, heads, T, D], rotated for their positions, as they were `by` [B or 1, T] positions later.
 
     Only the first 2 · len(frequencies) features are rotated, as in models with a partial rotary embedding.
     """
     dim = 2 * len(frequencies)
-    cos, sin = angles_at(by[:, None], frequencies.to(x.device))
+    cos, sin = angles_at(by, frequencies.to(x.device))
     turned = apply_rotary(x[..., :dim], cos, sin)
     return turned if dim == x.shape[-1] else torch.cat([turned, x[..., dim:]], dim=-1)

@@ -17,6 +17,7 @@ from pi_attention.ops.fusion import gate_values
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segment_starts
 
+CASTS = (torch.float16, torch.bfloat16, torch.float32)
 log = logging.getLogger("pi_attention")
 
 Fusion = Literal["gate", "mass"]
@@ -87,7 +88,7 @@ def pi_attention(
         out = g·ℓ + (1 − g)·s        g = sigmoid(a)            fusion="gate": the paper's dynamic fusion gate
                                      g = sigmoid(λ − μ + a)    fusion="mass": a = 0 is one softmax over both bands
 
-    Under torch.autocast the tensors are cast to its dtype first, as `scaled_dot_product_attention` does.
+    Under torch.autocast tensors of fp16, bf16 and fp32 are cast to its dtype first, as those of SDPA are.
 
     A query without skip keys (early in its segment) gets ℓ; a padding query gets 0. All gradients are then 0, not NaN.
 
@@ -112,10 +113,10 @@ def pi_attention(
         TypeError, ValueError: an argument is wrong; the message names it, its value and the remedy.
         NotImplementedError: the implementation that `impl` names cannot serve this call; the message says why.
     """
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    if _under_autocast(query):
         options: Any = {"gate": gate, "fusion": fusion, "segment_ids": segment_ids, "scale": scale, "impl": impl}
         with torch.autocast(query.device.type, enabled=False):
-            cast = [_as_autocast(x) for x in (query, key, value)]
+            cast = [_as_autocast(x, query) for x in (query, key, value)]
             attend_cast: Any = pi_attention  # no overload takes a return_aux that is not known
             return attend_cast(*cast, pattern, return_aux=return_aux, **options)
     check_arguments(query, key, value, pattern, gate, fusion, segment_ids)
@@ -134,8 +135,15 @@ def pi_attention(
     return out, PiAux(lse_local, lse_skip, gate_values(lse_local, lse_skip, gate, fusion))
 
 
-def _as_autocast(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
+def _under_autocast(query: Any) -> bool:
+    """Whether autocast is on, and the query of a dtype that it casts (as of `scaled_dot_product_attention`)."""
+    if not isinstance(query, Tensor) or not torch.amp.is_autocast_available(query.device.type):
+        return False
+    return torch.is_autocast_enabled(query.device.type) and query.dtype in CASTS
+
+
+def _as_autocast(x: Any, like: Tensor) -> Any:
+    return x.to(torch.get_autocast_dtype(like.device.type)) if isinstance(x, Tensor) and x.dtype in CASTS else x
 
 
 def _implementation(impl: Impl, query: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

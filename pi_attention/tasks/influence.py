@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +59,9 @@ def influence(model: Any, input_ids: Tensor, query: int | None = None, *, seed: 
         seed: of the direction.
     """
     field = receptive_field(model.config.patterns(), input_ids.shape[1], query)
-    dtype, training = next(model.parameters()).dtype, model.training
-    model.double().eval()
-    try:
-        embeddings = model.get_input_embeddings()(input_ids).detach().requires_grad_()
-        hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[0, field.query]
-        direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=hidden.dtype)
-        (gradient,) = torch.autograd.grad(hidden @ direction.to(hidden.device), embeddings)
-    finally:
-        model.to(dtype).train(training)
+    double = copy.deepcopy(model).double().eval()
+    embeddings = double.get_input_embeddings()(input_ids).detach().requires_grad_()
+    hidden = double.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[0, field.query]
+    direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=hidden.dtype)
+    (gradient,) = torch.autograd.grad(hidden @ direction.to(hidden.device), embeddings)
     return Influence(gradient[0].norm(dim=-1).cpu(), field)
