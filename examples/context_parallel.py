@@ -66,6 +66,7 @@ def main() -> None:
         dist.all_reduce(mean)
         if dist.get_rank() == 0:
             print(f"step {step}  loss {mean.item():.6f}", flush=True)
+    dist.barrier()  # no rank leaves while another still talks to it
     dist.destroy_process_group()
 
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from pi_attention.distributed.exchange import Extend, Route, route
 from pi_attention.distributed.plan import halo_plan
-from pi_attention.nn.attention import PiAttention
+from pi_attention.nn.attention import PiAttention, before_others
 from pi_attention.ops.api import Fusion, pi_attention
 from pi_attention.pattern import PiPattern
 
@@ -112,14 +111,12 @@ class HaloContext:
         self, query: Tensor, key: Tensor, value: Tensor, *, gate: Tensor | None = None, fusion: Fusion = "gate"
     ) -> Tensor:
         """`pi_attention` of the shard's queries [B, H, T, D] over the extended keys; gate logits [B, H, T]."""
-        tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
         key, value, ids = self.extend(key, value)
-        if not tokens:  # nothing to compute, but the backward exchange is waited for
-            return value[:, :, :0].repeat_interleave(groups, dim=1)
-        query = F.pad(query, (0, 0, 0, self.after))  # the operator has its queries at the end of the keys
-        gate = None if gate is None else F.pad(gate, (0, self.after))
-        out = pi_attention(query, key, value, self.pattern, gate=gate, fusion=fusion, segment_ids=ids)
-        return out[:, :, :tokens]
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
+            return pi_attention(query, key, value, self.pattern, gate=gate, fusion=fusion, segment_ids=ids)
+
+        return before_others(attend, query, key, value, gate, self.after)
 
     def _segment_ids(self, documents: tuple[int, ...]) -> Tensor | None:
         """Which document each extended key belongs to, [1, keys]; None for one document that starts there."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -36,6 +37,28 @@ class KeyValueCache(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Append; all keys and values that the new queries may see, and the segment ids of these keys."""
         ...
+
+
+def before_others(
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    after: int,
+) -> Tensor:
+    """`attend` for queries [B, H, T, D] that `after` keys follow, though the operator has its queries at the end.
+
+    T may be 0, for an empty shard, whose keys still need their gradients.
+    """
+    tokens = query.shape[2]
+    if not tokens:
+        none = query + value[:, :, :0].repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        return none if gate is None else none + gate[..., None].to(none.dtype)  # zero gradients, not missing ones
+    if after:
+        query = F.pad(query, (0, 0, 0, after))
+        gate = None if gate is None else F.pad(gate, (0, after))
+    return attend(query, key, value, gate)[:, :, :tokens]
 
 
 @dataclass(frozen=True)
@@ -146,11 +169,8 @@ class PiAttention(nn.Module):
         if cache is not None:
             key, value, segment_ids = cache.extend(key, value, segment_ids)
         gate = None if self.gate is None else self.gate(hidden_states)
-        tokens, after = query.shape[2], 0 if cache is None else cache.after
-        if after:  # the operator has its queries at the end of the keys
-            query = F.pad(query, (0, 0, 0, after))
-            gate = None if gate is None else F.pad(gate, (0, after))
-        out = self._attend(query, key, value, gate, segment_ids)[:, :, :tokens]
+        after = 0 if cache is None else cache.after
+        out = before_others(partial(self._attend, segment_ids=segment_ids), query, key, value, gate, after)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _attend(
