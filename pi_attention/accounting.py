@@ -13,7 +13,13 @@ from pi_attention.pattern import Band, PiPattern
 
 
 def _pairs_of_lags(lags: range, length: int) -> int:
-    return sum(length - abs(lag) for lag in lags)
+    """The sum of length − |lag|, in closed form."""
+    if not lags:
+        return 0
+    if lags[0] < 0 < lags[-1]:
+        negative = -(lags[0] // lags.step)
+        return _pairs_of_lags(lags[:negative], length) + _pairs_of_lags(lags[negative:], length)
+    return len(lags) * length - abs(len(lags) * (lags[0] + lags[-1]) // 2)
 
 
 def visible_pairs(pattern: PiPattern, length: int, *, head: int = 0) -> tuple[int, int]:
