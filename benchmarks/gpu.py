@@ -21,7 +21,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 from benchmarks.peers import Attend, cudnn, fla, flex, sdpa
 from benchmarks.timing import machine, write
 from pi_attention import PiPattern, pi_attention
-from pi_attention.accounting import attention_flops
+from pi_attention.accounting import attention_bytes, attention_flops, roofline_seconds
 
 HEADS = 16
 PATTERNS = [PiPattern(256, 256, 16), PiPattern(256, 256, 1), PiPattern(1024, 1024, 32), PiPattern(64, 64, 8)]
@@ -89,11 +89,12 @@ def floors(
     pattern: PiPattern, length: int, dim: int, limits: tuple[float, float], groups: int = HEADS, documents: int = 1
 ) -> dict[str, float]:
     bandwidth, rate = limits
-    tensors = 2 * (HEADS + groups) * length * dim * 2  # query and output, key and value
+    rates = {"flops_per_second": rate, "bytes_per_second": bandwidth}
+    moved = attention_bytes(length, heads=HEADS, kv_heads=groups, head_dim=dim)
     flops = attention_flops(pattern, length // documents, heads=HEADS, head_dim=dim) * documents
     return {
-        "floor forward us": 1e6 * max(tensors / bandwidth, flops / rate),
-        "floor forward+backward us": 1e6 * max(3 * tensors / bandwidth, 3.5 * flops / rate),
+        "floor forward us": 1e6 * roofline_seconds(flops, moved["forward"], **rates),
+        "floor forward+backward us": 1e6 * roofline_seconds(3.5 * flops, sum(moved.values()), **rates),
     }
 
 
