@@ -27,6 +27,7 @@ from pi_attention.data.packing import PackedBlocks
 from pi_attention.training.finetune import LEARNING_RATES, Part, finetune
 
 BUDGET = 272
+SLICE = 2048
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SINKS = 4
 SKIPS = 16
@@ -53,13 +54,17 @@ def model_of(folder: Path, pattern: PiPattern | None, gate: bool = False) -> Any
 
 @torch.no_grad()
 def losses(model: Any, chunks: list[Tensor]) -> list[float]:
-    """Mean loss of each chunk [length] of tokens."""
+    """Mean loss of each chunk [length] of tokens; the logits of a large vocabulary exist for SLICE tokens at a time."""
     model.eval()
     found = []
     for chunk in chunks:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-            logits = model(chunk[None].to(DEVICE), use_cache=False).logits[0, :-1]
-        found.append(float(F.cross_entropy(logits.float(), chunk[1:].to(DEVICE))))
+            kept = model(chunk[None].to(DEVICE), use_cache=False, output_hidden_states=True, logits_to_keep=1)
+            hidden = kept.hidden_states[-1][0, :-1]
+            parts = zip(hidden.split(SLICE), chunk[1:].to(DEVICE).split(SLICE), strict=True)
+            head = model.get_output_embeddings()
+            losses = [F.cross_entropy(head(part).float(), target, reduction="sum") for part, target in parts]
+        found.append(float(sum(losses)) / len(hidden))
     return found
 
 

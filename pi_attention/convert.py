@@ -14,7 +14,14 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pi_attention.models.caching import BoundedGeneration, PiCache
-from pi_attention.models.interface import NAME, SETTINGS, layer_pattern, register_names, settings_of
+from pi_attention.models.interface import (
+    NAME,
+    SETTINGS,
+    ConvertedCall,
+    layer_pattern,
+    register_names,
+    settings_of,
+)
 from pi_attention.models.modeling_pi import initialise, segments_of_batch, static_segments
 from pi_attention.models.static_cache import PiStaticCache
 from pi_attention.nn.gate import FusionGate
@@ -82,12 +89,13 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
         config.text_config._attn_implementation = NAME  # super().__init__ chose one for both configs
         self._no_split_modules = model._no_split_modules
         _initialise_gates_of(model)
+        self._patterns = config.patterns()
         self._add_gates()
         self.post_init()
 
     def _add_gates(self) -> None:
         """A `pi_gate` in each layer with skips; a hook hands its logits to the attention function."""
-        config, patterns = self.config.text_config, self.config.patterns()
+        config, patterns = self.config.text_config, self._patterns
         found: set[int] = set()
         for module in self.model.modules():
             layer = getattr(module, "layer_idx", None)
@@ -184,7 +192,7 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
-            pi_segments=(segment_ids, past_key_values),
+            pi_call=ConvertedCall(self._patterns, segment_ids, past_key_values),
             **kwargs,
         )
 

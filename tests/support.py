@@ -56,10 +56,16 @@ SUPPORT = {
         "test_convert.py::test_lora_on_projections_with_the_gate_trained",
     ],
     "int8 weights by torchao": ["test_clients.py::test_int8_weights_by_torchao"],
+    "4 and 8 bit weights by bitsandbytes": ["test_clients.py::test_weights_by_bitsandbytes"],
+    "DeepSpeed ZeRO 2 and 3 by the Trainer": ["test_clients.py::test_deepspeed_trains_as_without"],
     "TRL's SFTTrainer": ["test_clients.py::test_trl_fine_tunes"],
     "lm-eval": ["test_clients.py::test_lm_eval_scores_a_local_task"],
     "text-generation pipeline with streaming": ["test_clients.py::test_text_generation_pipeline_streams"],
     "converted Llama, Qwen 2, Qwen 3, Mistral, Gemma 3": ["test_convert.py"],
+    "continuous batching, 4-D masks: refused": [
+        "test_models.py::test_continuous_batching_is_refused",
+        "test_models.py::test_masks_of_four_dimensions_are_refused",
+    ],
     "transformers' common test suite": ["test_transformers_suite.py"],
 }
 

@@ -1,6 +1,7 @@
 """The libraries that users bring along, on small models: pipelines, PEFT, TRL, lm-eval, torchao, torch.export."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -97,6 +98,62 @@ def test_int8_weights_by_torchao():
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     assert 0 < float((model(ids).logits - want).norm() / want.norm()) < 0.1
     assert model.generate(ids, max_new_tokens=5, pad_token_id=0).shape == (1, 65)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_by_bitsandbytes(tmp_path, bits):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model, ids = speaking(hidden_size=64), prompt(1, 60)
+    model.save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    settings.bnb_4bit_compute_dtype = torch.float32
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, device_map="cpu")
+    if bits == 4:  # four bits change a small random model much: compare with the weights that they stand for
+        for name, module in loaded.named_modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                model.get_submodule(name).weight.data = weight.float()
+    want = model(ids).logits
+    assert float((loaded(ids).logits - want).norm() / want.norm()) < (0.1 if bits == 8 else 1e-3)
+    assert loaded.generate(ids, max_new_tokens=5, pad_token_id=0).shape == (1, 65)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_as_without(tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    code = """
+import json, sys, torch
+from transformers import Trainer, TrainingArguments
+from pi_attention.models import PiConfig, PiForCausalLM
+folder, stage = sys.argv[1:]
+adam = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
+sizes = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+zero = {"zero_optimization": {"stage": int(stage)}, "optimizer": adam, "zero_force_ds_cpu_optimizer": False} | sizes
+arguments = TrainingArguments(
+    folder, deepspeed=zero if stage != "0" else None, max_steps=5, per_device_train_batch_size=2, report_to=[],
+    use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True, learning_rate=1e-2,
+)
+torch.manual_seed(0)
+sizes = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+config = PiConfig(**sizes, window=8, period=8, skips=4)
+tokens = torch.randint(100, (12, 40))
+rows = [{"input_ids": row, "labels": row} for row in tokens]
+trainer = Trainer(PiForCausalLM(config), arguments, train_dataset=rows)
+trainer.train()
+print(json.dumps([line["loss"] for line in trainer.state.log_history if "loss" in line]))
+"""
+    single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    losses = []
+    for number, chosen in enumerate((0, stage)):
+        environment = os.environ | ({**single, "MASTER_PORT": str(29610 + stage + 10 * number)} if chosen else {})
+        command = [sys.executable, "-c", code, str(tmp_path), str(chosen)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses.append(json.loads(done.stdout.splitlines()[-1]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[0][-1] < losses[0][0]
 
 
 def test_trl_fine_tunes(tmp_path):

@@ -145,6 +145,12 @@ class BoundedGeneration:
         """An empty decoding cache of bounded memory for this model."""
         return PiCache(self.config.patterns())
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: paged caches hold blocks of consecutive keys, and ours keeps what the pattern sees."""
+        raise NotImplementedError(
+            "continuous batching needs a paged cache, which π-Attention has not: use generate with a left-padded batch."
+        )
+
     def _prepare_static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
     ) -> PiStaticCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,26 @@ SETTINGS = "pi_attention"
 """Attribute of a model's config: a dict of `PiPattern` fields, and "layers", the indices of the layers that get it."""
 
 _default: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class ConvertedCall:
+    """What a converted model tells its layers in each forward pass."""
+
+    patterns: list[PiPattern]
+    """Of the layers."""
+    segment_ids: Tensor | None
+    """[B, S] of all tokens so far; None when each row is one segment."""
+    cache: PiCache | PiStaticCache | None
+    """Where the keys come from."""
+
+    def segments_of_keys(self, layer: int) -> Tensor | None:
+        """The segment ids of the keys that a layer's cache kept."""
+        if isinstance(self.cache, PiStaticCache):
+            return self.cache.layers[layer].seen_ids
+        if self.segment_ids is None or self.cache is None:
+            return self.segment_ids
+        return self.cache.layers[layer].cache.select(self.segment_ids)
 
 
 def settings_of(pattern: PiPattern, layers: list[int] | None = None) -> dict[str, Any]:
@@ -117,7 +138,7 @@ def attention_forward(
     sliding_window: int | None = None,
     position_ids: Tensor | None = None,
     pi_gate: Tensor | None = None,
-    pi_segments: tuple[Tensor | None, PiCache | PiStaticCache | None] | None = None,
+    pi_call: ConvertedCall | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: out [B, T, H, D] of query [B, H, T, D], key and value [B, G, S, D].
@@ -126,7 +147,7 @@ def attention_forward(
         attention_mask: from `padding_of_keys`.
         position_ids: [B or 1, T]; where they restart, a new packed document starts.
         pi_gate: logits [B, H, T] of a fusion gate, added to λ − μ.
-        pi_segments: segment ids of all tokens so far, and the cache that the keys come from, if any.
+        pi_call: from a model that `convert` made.
         module, scaling, dropout, sliding_window, kwargs: as transformers passes them.
     """
     refused = [name for name in ("softcap", "s_aux", "head_mask") if kwargs.get(name) is not None]
@@ -143,14 +164,10 @@ def attention_forward(
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise NotImplementedError(f'attn_implementation="pi" needs layer_idx on {type(module).__name__}.')
-    pattern = layer_pattern(module.config, layer, sliding_window)
-    if pi_segments is not None:
-        ids, cache = pi_segments
-        if isinstance(cache, PiStaticCache):
-            ids = cache.layers[layer].seen_ids
-        elif ids is not None and cache is not None:
-            ids = cache.layers[layer].cache.select(ids)
+    if pi_call is not None:
+        pattern, ids = pi_call.patterns[layer], pi_call.segments_of_keys(layer)
     else:
+        pattern = layer_pattern(module.config, layer, sliding_window)
         padding = None if attention_mask is None else attention_mask[:, 0, 0]
         past = key.shape[2] - query.shape[2]
         ids = segments_of_batch(padding, position_ids, past, query.shape[0], query.shape[2])
