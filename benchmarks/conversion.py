@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="evaluated at each length")
     parser.add_argument("--train-text", type=Path, help="text of the fine-tunes; the rest of --text when left out")
     parser.add_argument("--steps", type=int, default=24, help="of fine-tuning, one chunk each; 0 for none")
+    parser.add_argument("--finetune-lengths", type=int, nargs="*", help="lengths to fine-tune at; all when left out")
     parser.add_argument("--parts", nargs="+", default=["gates", "lora", "all"], help="what the fine-tunes train")
     parser.add_argument("--bos", action="store_true", help="each chunk begins with the tokenizer's BOS, as Gemma needs")
     options = parser.parse_args()
@@ -115,7 +116,7 @@ def main() -> None:
             found = losses(model_of(options.model, pattern), chunks)
             dense = dense or found
             add({"S": length, "variant": name, "trained": "nothing", **summary(found, dense)})
-        if not options.steps:
+        if not options.steps or length not in (options.finetune_lengths or options.lengths):
             continue
         blocks = PackedBlocks([training], tokenizer, length)
         parts: list[tuple[str, Part]] = [("window + sinks + skips", part) for part in options.parts]

@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--tokens", type=int, default=200_000, help="streamed; 0 for the speed alone")
     parser.add_argument("--train-text", type=Path, help="fine-tune on it before")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--contexts", type=int, nargs="*", default=[2048, 8192, 32768, 131072])
@@ -101,7 +101,7 @@ def main() -> None:
         result[kind].append(row)
         write(f"streaming-{options.model.name}", result)
 
-    for name, pattern in PATTERNS.items():
+    for name, pattern in PATTERNS.items() if options.tokens else ():
         model = convert(load(), pattern)
         for trained in ("nothing", "all") if options.train_text else ("nothing",):
             if trained == "all":
