@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test test-all test-gpu lint docs clean
+.PHONY: demo test test-oldest test-all test-gpu lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/pi-attention train --out $(RUN)
@@ -17,6 +17,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
+
+test-oldest: $(VENV)/oldest  # models, caches and conversion with the oldest transformers that the package accepts
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n auto -m "not slow and not gpu" \
+		tests/test_models.py tests/test_static_cache.py tests/test_convert.py
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto -m "not gpu" --cov=pi_attention --cov-report=term
@@ -36,6 +40,9 @@ docs: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+
+$(VENV)/oldest: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --target $@ transformers==5.17.0
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
