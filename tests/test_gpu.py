@@ -81,9 +81,10 @@ def test_a_new_length_compiles_nothing():
     from pi_attention.ops.triton.forward import band_forward_kernel
 
     pattern = PiPattern(64, 64, 8)
-    pi_attention(*qkv(1, 4, 5000, 64, grad=False), pattern)
+    for length in (5000, 9000):  # below and above the size from which tensor descriptors pay
+        pi_attention(*qkv(1, 4, length, 64, grad=False), pattern)
     compiled = sum(len(cache[0]) for cache in band_forward_kernel.device_caches.values())
-    for length in (5001, 6000, 7777, 8192):
+    for length in (5001, 6000, 7777, 8192, 10001, 16000):
         pi_attention(*qkv(1, 4, length, 64, grad=False), pattern)
     assert sum(len(cache[0]) for cache in band_forward_kernel.device_caches.values()) == compiled
 
