@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.timing import write
+from experiments.intervals import interval
 from pi_attention import PiPattern
 from pi_attention.convert import convert
 from pi_attention.data.packing import PackedBlocks
@@ -31,8 +32,6 @@ SLICE = 2048
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SINKS = 4
 SKIPS = 16
-T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 5: 2.571, 7: 2.365, 11: 2.201, 15: 2.131, 23: 2.069, 31: 2.040}
-"""97.5 % by degrees of freedom."""
 
 
 def patterns(length: int) -> dict[str, PiPattern | None]:
@@ -71,9 +70,7 @@ def losses(model: Any, chunks: list[Tensor]) -> list[float]:
 def summary(found: list[float], dense: list[float]) -> dict[str, Any]:
     """Perplexity, and its ratio to the dense model's on the same chunks, with a 95 % interval (Student's t, paired)."""
     gaps = [a - b for a, b in zip(found, dense, strict=True)]
-    quantile = T_QUANTILES.get(len(gaps) - 1, 1.96)
-    spread = quantile * statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
-    mean = statistics.fmean(gaps)
+    mean, spread = interval(gaps)
     return {
         "perplexity": math.exp(statistics.fmean(found)),
         "over dense": math.exp(mean),

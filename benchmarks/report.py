@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import experiments.report
 from benchmarks.timing import RESULTS
 
 ROOT = RESULTS.parents[1]
@@ -283,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "coverage": coverage,
     "influence": influence,
     "saving": saving,
+    **experiments.report.TABLES,
 }
 
 

@@ -1,22 +1,49 @@
-"""Rows of an experiment: each is a dict of settings with a result; finished rows are skipped, so a run resumes."""
+"""Runs an experiment row by row: each row is a dict of settings with a result, written as soon as it is measured.
+
+A cell is a row without learning rate and seed. Every cell is first measured at each rate of the experiment's grid with
+the first seed; the other seeds follow at the rate that validates best. Finished rows are skipped, so a run resumes.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
-import statistics
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 9: 2.262, 19: 2.093}
-"""97.5 % quantiles of Student's t by degrees of freedom."""
 
 Settings = dict[str, Any]
+Result = dict[str, Any]
+Scale = Literal["smoke", "small"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One table of docs/results.md.
+
+    `cells` gives the settings of a scale: "smoke" shows in seconds on a CPU that the code works, "small" is what is
+    reported. `measure` takes a row's settings and the folder of the data, and returns at least "validation" and "test",
+    of which `better` says which direction is good. `prepare` readies the data of a cell, once, before the rows run.
+    """
+
+    name: str
+    title: str
+    metric: str
+    better: Literal["lower", "higher"]
+    cells: Callable[[Scale], list[Settings]]
+    measure: Callable[[Settings, Path], Result]
+    rates: tuple[float, ...]
+    seeds: int = 3
+    prepare: Callable[[Settings, Path], None] | None = None
 
 
 def load(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -25,38 +52,101 @@ def load(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
+def without(settings: Settings, *names: str) -> Settings:
+    """Settings less some of them."""
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+def best_rate(experiment: Experiment, cell: Settings, rows: Iterable[dict[str, Any]]) -> float:
+    """The learning rate whose run with the first seed validates best."""
+    sign = 1 if experiment.better == "lower" else -1
+
+    def loss(row: dict[str, Any]) -> float:
+        value = sign * row["result"]["validation"]
+        return math.inf if math.isnan(value) else value
+
+    of_cell = [row for row in rows if without(row["settings"], "rate", "seed") == cell and row["settings"]["seed"] == 0]
+    return min(of_cell, key=loss)["settings"]["rate"]
+
+
 def run(
-    name: str, rows: Iterable[Settings], measure: Callable[[Settings], dict[str, Any]], folder: Path = RESULTS
+    experiment: Experiment,
+    scale: Scale,
+    data: Path,
+    *,
+    folder: Path = RESULTS,
+    workers: int = 1,
+    seeds: int | None = None,
+    only: str = "",
 ) -> list[dict[str, Any]]:
-    """Measure every row that has no result yet; each is written, whole, before the next begins.
+    """Measure every row that has no result yet, and write the file of results anew after each.
 
     Args:
-        name: of the result file.
-        rows: settings; two rows are the same when their settings are equal.
-        measure: from settings to results.
+        experiment: what to run.
+        scale: "smoke" or "small".
+        data: folder of the data sets.
         folder: of the result files.
+        workers: rows measured at the same time, each in a process; small models do not fill a GPU.
+        seeds: of each cell; as many as the experiment has when None.
+        only: restrict to the cells whose settings, written as JSON, contain this text.
     """
     folder.mkdir(exist_ok=True, parents=True)
-    done = load(name, folder)
-    for settings in rows:
-        if any(row["settings"] == settings for row in done):
-            continue
-        begun = time.perf_counter()
-        result = measure(settings)
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        about = {"device": device, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
-        done.append({"settings": settings, "result": result, "seconds": time.perf_counter() - begun} | about)
-        path = folder / f"{name}.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"experiment": name, "rows": done}, indent=1) + "\n")
-        part.replace(path)
-        print(name, settings, result, flush=True)
+    cells = [cell for cell in experiment.cells(scale) if only in json.dumps(cell)]
+    if not cells:
+        raise ValueError(f"only={only!r} leaves no cell of {experiment.name}.")
+    done = load(experiment.name, folder)
+    if experiment.prepare is not None:
+        for cell in cells:
+            experiment.prepare(cell, data)
+    grid = [{**cell, "rate": rate, "seed": 0} for cell in cells for rate in experiment.rates]
+    _measure_all(experiment, grid, data, done, folder, workers)
+    rest = [
+        {**cell, "rate": best_rate(experiment, cell, done), "seed": seed}
+        for seed in range(1, seeds or experiment.seeds)
+        for cell in cells
+    ]
+    _measure_all(experiment, rest, data, done, folder, workers)
     return done
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval (Student's t) over seeds."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, float("nan")
-    return mean, T_975[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+def _timed(measure: Callable[[Settings, Path], Result], settings: Settings, data: Path) -> dict[str, Any]:
+    begun = time.perf_counter()
+    result = measure(settings, data)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    about = {"device": device, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    return {"settings": settings, "result": result, "seconds": round(time.perf_counter() - begun, 2)} | about
+
+
+def _measure_all(
+    experiment: Experiment,
+    rows: list[Settings],
+    data: Path,
+    done: list[dict[str, Any]],
+    folder: Path,
+    workers: int,
+) -> None:
+    finished = [row["settings"] for row in done]
+    missing = [settings for settings in rows if settings not in finished]
+    for row in _completed(experiment.measure, missing, data, workers):
+        done.append(row)
+        path = folder / f"{experiment.name}.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"experiment": experiment.name, "rows": done}, indent=1) + "\n")
+        part.replace(path)
+        shown = {name: value for name, value in row["result"].items() if isinstance(value, int | float)}
+        print(experiment.name, row["settings"], shown, f"{row['seconds']} s", flush=True)
+
+
+def _completed(
+    measure: Callable[[Settings, Path], Result], rows: list[Settings], data: Path, workers: int
+) -> Iterator[dict[str, Any]]:
+    """Measured rows, as they are finished."""
+    if workers == 1:
+        for settings in rows:
+            yield _timed(measure, settings, data)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        pending: set[Future[dict[str, Any]]] = {pool.submit(_timed, measure, settings, data) for settings in rows}
+        while pending:
+            ready, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in ready)

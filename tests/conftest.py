@@ -42,6 +42,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_addoption(parser):
+    parser.addoption("--smoke", action="store_true", help="run every variant of the experiments at toy size")
     parser.addoption("--support", type=Path, help="write the outcomes behind the support table to this file")
 
 

@@ -1,59 +1,84 @@
 """The experiments are fair, resumable, and measure what they say."""
 
+import gzip
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from experiments import recall, runner
-from experiments.variants import VARIANTS, config, freeze_half
-from pi_attention import PiPattern
+from experiments import data, image_text, listops, recall, retrieval_qa, runner, series
+from experiments.intervals import interval
+from experiments.registry import EXPERIMENTS
+from experiments.variants import BASELINE, MAIN, VARIANTS, config, prepare_gate
 from pi_attention.models import PiForCausalLM
 
-SIZES = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-PATTERN = PiPattern(16, 16, 8)
+SIZES = {"hidden": 64, "layers": 2, "heads": 4, "window": 16, "period": 16, "skips": 8, "context": 256}
 
 
 def test_variants_have_the_same_parameters_and_keys():
     counts = {}
     for variant in VARIANTS:
-        made = config(variant, PATTERN, 256, **SIZES)
+        made = config({"variant": variant, **SIZES}, vocab_size=50)
         counts[variant] = sum(p.numel() for p in PiForCausalLM(made).parameters())
         pattern = made.patterns()[0]
         keys = pattern.window + (pattern.skips or 0) + pattern.sinks
         if variant not in ("dense", "ring-local, same window"):
-            assert keys == PATTERN.window + PATTERN.skips, variant
+            assert keys == SIZES["window"] + SIZES["skips"], variant
     assert max(counts.values()) - min(counts.values()) < 0.005 * min(counts.values()), counts
     with pytest.raises(ValueError, match="variant='other' is unknown"):
-        config("other", PATTERN, 256, **SIZES)
+        config({"variant": "other", **SIZES})
 
 
 def test_the_fixed_gate_is_one_half_and_stays():
-    model = PiForCausalLM(config("pi, fixed half", PATTERN, 256, **SIZES))
-    freeze_half(model)
+    variant = "pi, fixed half"
+    model = prepare_gate(PiForCausalLM(config({"variant": variant, **SIZES}, vocab_size=50)), variant)
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".gate." in name)
     logits = model.model.layers[0].self_attn.gate(torch.randn(1, 9, 64))
     assert torch.equal(logits, torch.zeros_like(logits))
 
 
-def test_a_run_skips_finished_rows_and_survives_an_error(tmp_path):
+def toy(measure):
+    return runner.Experiment("toy", "", "", "lower", lambda scale: [{"a": 1}, {"a": 2}], measure, (0.1, 0.2))
+
+
+def test_a_run_tunes_the_rate_skips_finished_rows_and_survives_an_error(tmp_path):
     asked = []
 
-    def measure(settings):
-        asked.append(settings["seed"])
-        if settings["seed"] == 2 and len(asked) < 4:
+    def measure(settings, folder):
+        asked.append((settings["a"], settings["rate"], settings["seed"]))
+        if settings["seed"] == 2 and asked.count(asked[-1]) == 1:
             raise RuntimeError("cut off")
-        return {"accuracy": settings["seed"] / 10}
+        return {"validation": abs(settings["rate"] - settings["a"] / 10), "test": settings["seed"] / 10}
 
-    rows = [{"seed": seed} for seed in range(4)]
     with pytest.raises(RuntimeError):
-        runner.run("toy", rows, measure, tmp_path)
-    assert [row["settings"]["seed"] for row in runner.load("toy", tmp_path)] == [0, 1]
-    done = runner.run("toy", rows, measure, tmp_path)
-    assert asked == [0, 1, 2, 2, 3] and len(done) == 4
+        runner.run(toy(measure), "smoke", tmp_path, folder=tmp_path)
+    assert len(runner.load("toy", tmp_path)) == 6
+    with pytest.raises(RuntimeError):
+        runner.run(toy(measure), "smoke", tmp_path, folder=tmp_path)
+    done = runner.run(toy(measure), "smoke", tmp_path, folder=tmp_path)
+    assert asked[:6] == [(1, 0.1, 0), (1, 0.2, 0), (2, 0.1, 0), (2, 0.2, 0), (1, 0.1, 1), (2, 0.2, 1)]
+    assert len(done) == 8 and len(asked) == 10
+    with pytest.raises(ValueError, match="leaves no cell"):
+        runner.run(toy(measure), "smoke", tmp_path, folder=tmp_path, only="nothing")
+
+
+def test_a_rate_that_diverges_is_not_the_best():
+    rows = [{"settings": {"rate": r, "seed": 0}, "result": {"validation": v}} for r, v in ((1, math.nan), (2, 7.0))]
+    assert runner.best_rate(toy(None), {}, rows) == 2
 
 
 def test_interval_is_student_s():
-    mean, half = runner.interval([1.0, 2.0, 3.0])
+    mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5)
+    assert math.isnan(interval([1.0])[1])
 
 
 def test_recall_sequences_ask_for_what_was_shown():
@@ -67,8 +92,143 @@ def test_recall_sequences_ask_for_what_was_shown():
     assert torch.equal(ids[:, -18], values) and torch.equal(ids[:, -19], ids[:, -1])
 
 
-def test_a_recall_row_is_repeatable():
-    settings = {"variant": "ring-local, same keys", "window": 8, "period": 8, "skips": 4, "layers": 2, "context": 32,
-                "pairs": 2, "steps": 2, "batch": 4, "rate": 1e-3, "seed": 0, "lags": [3, 25]}  # fmt: skip
-    result = recall.measure(settings)
-    assert set(result["accuracy"]) == {"3", "25"} and result == recall.measure(settings)
+def value_of(tokens):
+    """An independent reading of ListOps tokens: a stack."""
+    stack = []
+    for token in tokens:
+        if token == listops.END:
+            arguments = []
+            while not isinstance(stack[-1], str):
+                arguments.append(stack.pop())
+            name = stack.pop()
+            ordered = sorted(arguments)
+            middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
+            choice = {"2": ordered[0], "3": ordered[-1], "4": middle, "5": sum(ordered) % 10}
+            stack.append(choice[name])
+        elif token >= listops.DIGIT:
+            stack.append(int(token) - listops.DIGIT)
+        else:
+            stack.append(str(token))
+    (result,) = stack
+    return result
+
+
+def test_listops_follows_the_recipe():
+    ids, classes = listops.examples(60, seed=1)
+    lengths = (ids != listops.PAD).sum(1)
+    assert lengths.min() > 500 and lengths.max() < 2000
+    assert [value_of(row[row != listops.PAD]) for row in ids] == classes.tolist()
+    counts = Counter(ids[ids != listops.PAD].tolist())
+    digits = sum(counts[listops.DIGIT + d] for d in range(10))
+    operators = [counts[operator] for operator in listops.OPERATORS]
+    assert sum(operators) == counts[listops.END]
+    assert max(operators) < 1.2 * min(operators)
+    assert 0.6 < digits / (digits + sum(operators)) < 0.9  # nearly every leaf is a digit, an operator has 6 arguments
+    again = listops.examples(60, seed=1)
+    assert np.array_equal(again[0], ids)
+
+
+def test_squad_s_scores():
+    assert retrieval_qa.normalised("The  Cat, sat!") == "cat sat"
+    assert retrieval_qa.exact_match("the cat", ["a dog", "Cat."]) == 1.0
+    assert retrieval_qa.f1("black cat sat", ["the black cat", "dog"]) == pytest.approx(2 * 2 / 5)
+    assert retrieval_qa.f1("", ["x"]) == 0.0
+
+
+def test_recall_at_k():
+    scores = torch.tensor([[3.0, 1, 0], [5, 4, 1], [2, 3, 1]])
+    assert image_text.recalls(scores, (1, 2, 3)) == pytest.approx({"R@1": 1 / 3, "R@2": 2 / 3, "R@3": 1.0})
+
+
+def test_drawings_of_a_theme_stay_in_one_part():
+    parts = image_text.split([f"animals/theme{i % 40}_drawing_{i}" for i in range(400)])
+    assert sum(map(len, parts.values())) == 400
+    themes = {part: {int(row) % 40 for row in rows} for part, rows in parts.items()}
+    assert not themes["training"] & themes["test"] and not themes["validation"] & themes["test"]
+
+
+def test_karpathy_s_splits(tmp_path):
+    entries = [
+        {"filename": f"{i}.jpg", "filepath": "val2014", "split": part, "sentences": [{"raw": f"caption {i}"}]}
+        for i, part in enumerate(("train", "restval", "val", "test"))
+    ]
+    listing = tmp_path / "dataset_coco.json"
+    listing.write_text(json.dumps({"images": entries}))
+    found = data.karpathy(listing, tmp_path / "images", "train")
+    assert found[0] == (tmp_path / "images" / "val2014" / "0.jpg", ["caption 0"]) and len(found) == 2
+    assert len(data.karpathy(listing, tmp_path, "test")) == 1
+    with pytest.raises(FileNotFoundError, match="Karpathy"):
+        data.karpathy(tmp_path / "nothing.json", tmp_path, "test")
+
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"linux\.parquet"):
+        data.corpus("linux", tmp_path)
+
+
+def zipped(path, text):
+    with gzip.open(path, "wt") as file:
+        file.write(text)
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """A folder with data of the real formats and tiny contents."""
+    draw = np.random.default_rng(0)
+    folder = tmp_path / "data"
+    for name in ("squad", "openclipart", "series"):
+        (folder / name).mkdir(parents=True)
+    text = "The river runs past the old mill. " * 40
+    asked = {"question": "What does the river pass?", "answers": [{"answer_start": 24, "text": "old mill"}]}
+    article = {"paragraphs": [{"context": text, "qas": [asked] * 4}]}
+    for name in (*retrieval_qa.TRAINING, retrieval_qa.TEST):
+        zipped(folder / "squad" / f"{name}.json.gz", json.dumps({"data": [article, article]}))
+    pixels = draw.integers(0, 256, (120, 64, 64, 3), dtype=np.uint8)
+    np.savez(folder / "openclipart" / "openclipart64.npz", x=pixels)
+    pairs = [{"row": i, "caption": f"a thing {i}", "id": f"things/theme{i % 30}_{i}"} for i in range(120)]
+    (folder / "openclipart" / "openclipart_pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    days = [datetime(2000, 1, 1) + timedelta(days=i) for i in range(6000)]
+    prices = 100 * np.exp(np.cumsum(draw.normal(0, 0.01, 6000)))
+    for name, column, form in (("sp500", "Adj Close", "%m/%d/%Y"), ("wti", "DCOILWTICO", "%m/%d/%Y")):
+        lines = [f"{day.strftime(form)},{price:.2f}" for day, price in zip(days, prices, strict=True)]
+        zipped(folder / "series" / f"{name}.csv.gz", "\n".join([f"Date,{column}", *lines]))
+    lines = [f"20,{day.isoformat(' ')},{price:.0f}" for day, price in zip(days, prices, strict=True)]
+    zipped(folder / "series" / "CGM.csv.gz", "\n".join(["isig,datetime,glucose", *lines]))
+    columns = {"date": days, "delay": draw.integers(-9, 99, 6000), "distance": draw.integers(99, 999, 6000)}
+    columns |= {"origin": ["ATL"] * 6000, "destination": ["PHL"] * 6000}
+    parquet.write_table(pyarrow.table(columns), folder / "series" / "flights-3m.parquet")
+    for task in series.CLASSIFICATIONS:
+        for part in ("TRAIN", "TEST"):
+            rows = [",".join(f"{x:.3f}" for x in draw.normal(size=60 + i)) + f":{i % 3}" for i in range(12)]
+            (folder / "series" / f"{task}_{part}.ts").write_text("\n".join(["@data", *rows]))
+    return folder
+
+
+def first_cells(experiment, count):
+    """The experiment with the smoke cells of some variants only."""
+    cells = [cell for cell in experiment.cells("smoke") if cell["variant"] in MAIN]
+    groups = {cell.get("task"): cell for cell in cells if cell["variant"] == "pi"}
+    chosen = list(groups.values()) if count == 1 else cells
+    return replace(experiment, cells=lambda scale: chosen, rates=experiment.rates[:1])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_each_experiment_runs_at_toy_size(name, made_up, tmp_path):
+    rows = runner.run(first_cells(EXPERIMENTS[name], 1), "smoke", made_up, folder=tmp_path, seeds=1)
+    for row in rows:
+        assert math.isfinite(row["result"]["test"]) and row["result"]["parameters"] > 0
+        assert row["settings"]["variant"] == "pi"
+    again = EXPERIMENTS[name].measure(rows[0]["settings"], made_up)
+    if name != "cost":  # which measures time
+        assert again["test"] == rows[0]["result"]["test"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_variant_runs_in_processes(name, made_up, tmp_path, request):
+    if not request.config.getoption("--smoke"):
+        pytest.skip("make experiments-smoke runs it")
+    experiment = replace(EXPERIMENTS[name], rates=EXPERIMENTS[name].rates[:1])
+    rows = runner.run(experiment, "smoke", made_up, folder=tmp_path, workers=2, seeds=1)
+    assert len(rows) == len(experiment.cells("smoke"))
+    assert BASELINE in {row["settings"]["variant"] for row in rows} or name == "period_sweep"
+    assert Path(tmp_path / f"{name}.json").exists()

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pi_attention.cli.convert import Convert
 from pi_attention.cli.evaluate import Eval
+from pi_attention.cli.experiment import Experiment
 from pi_attention.cli.generate import Generate
 from pi_attention.cli.inspect import Inspect
 from pi_attention.cli.plan import Plan
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Any] = {
     "inspect": Inspect,
     "plan": Plan,
     "convert": Convert,
+    "experiment": Experiment,
 }
 
 

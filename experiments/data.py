@@ -1,0 +1,151 @@
+"""The data sets of the experiments, from a folder `data/`; docs/results.md says where each comes from.
+
+Nothing here is downloaded or committed. What is costly to prepare is kept beside the data, in `data/prepared`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as parquet
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from pi_attention.data.corpus import load_documents
+
+Documents = list[np.ndarray]
+
+
+def need(path: Path, how: str) -> Path:
+    """The path, or an error that says how to get it."""
+    if not path.exists():
+        raise FileNotFoundError(f"data={str(path)!r} does not exist: {how}.")
+    return path
+
+
+def prepared(data: Path, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays from `data/prepared/name.npz`, made first if they are not there."""
+    path = data / "prepared" / f"{name}.npz"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True, parents=True)
+        part = path.with_suffix(".part.npz")
+        np.savez(part, **make())
+        part.replace(path)
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def corpus(name: str, data: Path) -> list[str]:
+    """The documents of a text corpus: the bundled "shakespeare", or `data/NAME.parquet` with a column `text`."""
+    if name == "shakespeare":
+        return list(load_documents(name))
+    path = need(data / f"{name}.parquet", f"write the documents of the corpus {name!r} to it, one a row")
+    return parquet.read_table(path, columns=["text"])["text"].to_pylist()
+
+
+def bpe(name: str, vocabulary: int, data: Path) -> Tokenizer:
+    """Byte-level BPE of `vocabulary` entries (0 ends a document), trained on every tenth document of a corpus."""
+    path = data / "prepared" / f"{name}-{vocabulary}.json"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True, parents=True)
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<end>"], initial_alphabet=alphabet)
+        tokenizer.train_from_iterator(corpus(name, data)[::10], trainer)
+        tokenizer.save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+def documents(name: str, vocabulary: int, data: Path) -> dict[str, Documents]:
+    """Tokens of the training, validation and test documents (90 : 5 : 5, drawn by document), as uint16."""
+    split = np.array([9, 9, 9, 9, 9, 9, 9, 9, 9, 1, 9, 9, 9, 9, 9, 9, 9, 9, 9, 2])
+
+    def make() -> dict[str, np.ndarray]:
+        texts = corpus(name, data)
+        random.Random(0).shuffle(texts)
+        encoded = [np.array(e.ids, np.uint16) for e in bpe(name, vocabulary, data).encode_batch(texts)]
+        return {"tokens": np.concatenate(encoded), "ends": np.cumsum([len(e) for e in encoded])}
+
+    arrays = prepared(data, f"{name}-{vocabulary}", make)
+    pieces = np.split(arrays["tokens"], arrays["ends"][:-1])
+    parts = {"training": 9, "validation": 1, "test": 2}
+    return {part: [p for i, p in enumerate(pieces) if split[i % 20] == number] for part, number in parts.items()}
+
+
+def windows(pieces: Documents, length: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches [batch, length] of random windows inside single documents, each start equally likely."""
+    long = [piece for piece in pieces if len(piece) >= length]
+    if not long:
+        raise ValueError(f"no document has context={length} tokens: take a shorter context or longer documents.")
+    weights = torch.tensor([len(piece) - length + 1 for piece in long], dtype=torch.float64)
+    while True:
+        chosen = torch.multinomial(weights, batch, replacement=True, generator=generator).tolist()
+        starts = [int(torch.randint(len(long[i]) - length + 1, (), generator=generator)) for i in chosen]
+        rows = [long[i][start : start + length] for i, start in zip(chosen, starts, strict=True)]
+        yield torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def blocks(pieces: Documents, length: int, most: int) -> Tensor:
+    """The first `most` consecutive blocks [N, length] inside single documents, at most four of each."""
+    found = [
+        piece[start : start + length]
+        for piece in pieces
+        for start in range(0, min(len(piece), 4 * length) - length + 1, length)
+    ]
+    if not found:
+        raise ValueError(f"no held-out document has context={length} tokens: take a shorter context.")
+    return torch.from_numpy(np.stack(found[:most]).astype(np.int64))
+
+
+def squad(path: Path) -> list[dict[str, Any]]:
+    """Articles of a file in SQuAD's format: {"text", "questions": [{"question", "answers": [{"start", "text"}]}]}.
+
+    The paragraphs of an article are joined by newlines, and the answers' character offsets count from its beginning.
+    """
+    need(path, "SQuAD v1.1's dev-v1.1.json, or SQuADShifts' files, gzipped")
+    articles = []
+    for article in json.loads(gzip.decompress(path.read_bytes()))["data"]:
+        text, questions = "", []
+        for paragraph in article["paragraphs"]:
+            for entry in paragraph["qas"]:
+                answers = [{"start": len(text) + a["answer_start"], "text": a["text"]} for a in entry["answers"]]
+                questions.append({"question": entry["question"], "answers": answers})
+            text += paragraph["context"] + "\n"
+        articles.append({"text": text, "questions": questions})
+    return articles
+
+
+def captioned_images(data: Path) -> tuple[Tensor, list[str], list[str]]:
+    """Open Clip Art: images uint8 [N, 64, 64, 3], captions, and the drawings' names, which tell concepts apart."""
+    how = "put openclipart64.npz and openclipart_pairs.jsonl there"
+    lines = need(data / "openclipart" / "openclipart_pairs.jsonl", how).read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
+    with np.load(need(data / "openclipart" / "openclipart64.npz", how)) as arrays:
+        pixels = torch.from_numpy(arrays["x"][[pair["row"] for pair in pairs]])
+    return pixels, [pair["caption"] for pair in pairs], [pair["id"] for pair in pairs]
+
+
+def karpathy(listing: Path, images: Path, part: str) -> list[tuple[Path, list[str]]]:
+    """Image files and captions of a part ("train", "val", "test") of Flickr30K or MSCOCO by Karpathy's splits.
+
+    Args:
+        listing: `dataset_flickr30k.json` or `dataset_coco.json` (Karpathy & Fei-Fei, arXiv 1412.2306).
+        images: folder of the images; MSCOCO's have a `filepath` inside it.
+        part: for MSCOCO, "train" includes "restval", as is usual.
+    """
+    need(listing, "download Karpathy's caption splits")
+    parts = {"train", "restval"} if part == "train" else {part}
+    return [
+        (images / entry.get("filepath", "") / entry["filename"], [line["raw"] for line in entry["sentences"]])
+        for entry in json.loads(listing.read_text())["images"]
+        if entry["split"] in parts
+    ]

@@ -1,0 +1,118 @@
+"""Language modelling: perplexity of every variant on long documents, by position, and transferred to WikiText-103."""
+
+from __future__ import annotations
+
+import math
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.data import blocks, bpe, documents, need, windows
+from experiments.runner import Experiment, Result, Scale, Settings
+from experiments.training import DEVICE, fit, products
+from experiments.variants import MAIN, VARIANTS, config, prepare_gate
+from pi_attention.models import PiForCausalLM
+from pi_attention.nn import record_aux
+
+BUCKETS = 8
+SIZES: dict[Scale, Settings] = {
+    "smoke": {"corpus": "shakespeare", "vocabulary": 512, "hidden": 32, "layers": 2, "heads": 2, "steps": 2,
+              "tokens": 512, "blocks": 2},
+    "small": {"corpus": "linux", "vocabulary": 8192, "hidden": 256, "layers": 6, "heads": 4, "steps": 500,
+              "tokens": 32768, "blocks": 96},
+}  # fmt: skip
+"""`tokens` of a step, `blocks` of an evaluation."""
+
+
+@torch.no_grad()
+def losses(model: PiForCausalLM, held_out: Tensor) -> Tensor:
+    """The loss of predicting each token [N, length − 1] of blocks [N, length]."""
+    found = []
+    for block in held_out.split(max(1, 16384 // held_out.shape[1])):
+        ids = block.to(DEVICE)
+        with products():
+            logits = model(ids, use_cache=False).logits[:, :-1]
+        found.append(F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none").cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def gates(model: PiForCausalLM, block: Tensor) -> dict[str, Any]:
+    """The mean gate (share of the local band) of every layer and head, and by position in eighths, over one block."""
+    with record_aux(model) as aux, products():
+        model(block[None].to(DEVICE), use_cache=False)
+    values = torch.stack([calls[0].gate[0].float().cpu() for calls in aux.values()])  # [L, H, T]
+    by_position = torch.stack([part.mean() for part in values.tensor_split(BUCKETS, dim=-1)])
+    spread = values.std(dim=-1).mean()
+    return {"by head": values.mean(-1).tolist(), "by position": by_position.tolist(), "spread": float(spread)}
+
+
+def wikitext(settings: Settings, data: Path) -> tuple[Tensor, float]:
+    """Blocks of the real WikiText-103 test set in this tokenizer, and its tokens for each word token."""
+    text = need(data / "wikitext-103" / "wiki.test.tokens", "WikiText-103's test file").read_text()
+    ids = bpe(settings["corpus"], settings["vocabulary"], data).encode(text).ids
+    length = settings["context"]
+    kept = len(ids) // length * length
+    words = len(text.split()) + text.count("\n")  # <eos> for each line, as is the custom
+    return torch.tensor(ids[:kept]).view(-1, length), len(ids) / words
+
+
+def measure(settings: Settings, data: Path) -> Result:
+    """Train one variant; the result has perplexities a token."""
+    torch.manual_seed(settings["seed"])
+    generator = torch.Generator().manual_seed(1 + settings["seed"])
+    parts = documents(settings["corpus"], settings["vocabulary"], data)
+    context = settings["context"]
+    model = PiForCausalLM(config(settings, vocab_size=settings["vocabulary"])).to(DEVICE)
+    prepare_gate(model, settings["variant"])
+    drawn = windows(parts["training"], context, max(1, settings["tokens"] // context), generator)
+    batches = ({"input_ids": ids, "labels": ids} for ids in drawn)
+    last = fit(model, batches, steps=settings["steps"], rate=settings["rate"])
+    held_out = {part: blocks(parts[part], context, settings["blocks"]) for part in ("validation", "test")}
+    test = losses(model, held_out["test"])
+    result: Result = {
+        "validation": math.exp(float(losses(model, held_out["validation"]).mean())),
+        "test": math.exp(float(test.mean())),
+        "by position": [math.exp(float(part.mean())) for part in test.tensor_split(BUCKETS, dim=1)],
+        "training loss": last,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    if settings["corpus"] != "shakespeare":
+        other, ratio = wikitext(settings, data)
+        result["wikitext-103 word perplexity"] = math.exp(float(losses(model, other).mean()) * ratio)
+    if model.config.gate:
+        result["gate"] = gates(model, held_out["test"][0])
+    return result
+
+
+def prepare(settings: Settings, data: Path) -> None:
+    """Train the tokenizer and encode the corpus."""
+    documents(settings["corpus"], settings["vocabulary"], data)
+
+
+def cells(scale: Scale) -> list[Settings]:
+    """Every variant at the shortest context, the main ones at the longer."""
+    pattern = {"window": 64, "period": 64, "skips": 16}
+    lengths = [256] if scale == "smoke" else [2048, 8192]
+    chosen = zip(lengths, [MAIN if scale == "smoke" else VARIANTS, *repeat(MAIN, len(lengths) - 1)], strict=True)
+    return [
+        {"variant": variant, **pattern, "context": context, **SIZES[scale]}
+        for context, variants in chosen
+        for variant in variants
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="language_modelling",
+    title="Language modelling",
+    metric="test perplexity a token",
+    better="lower",
+    cells=cells,
+    measure=measure,
+    rates=(1e-3, 3e-3),
+    prepare=prepare,
+)

@@ -1,0 +1,157 @@
+"""Tables of docs/results.md from the result files; `python -m benchmarks.report` writes them into the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from experiments.intervals import interval
+from experiments.registry import EXPERIMENTS
+from experiments.runner import Experiment, Result, Settings, best_rate, load, without
+from experiments.variants import BASELINE
+
+Cell = tuple[Settings, list[dict[str, Any]]]
+Column = Callable[[list[Result]], str]
+
+
+def shown(values: list[float], digits: int) -> str:
+    """Mean ± half-width of the 95 % interval, over seeds."""
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def measured_cells(experiment: Experiment) -> list[Cell]:
+    """Settings without rate and seed, and the rows of all seeds at the best rate, in the order of the experiment."""
+    rows = load(experiment.name)
+    cells: list[Settings] = []
+    for row in rows:
+        cell = without(row["settings"], "rate", "seed")
+        if cell not in cells and row["settings"]["seed"] == 0:
+            cells.append(cell)
+    order = experiment.cells("small")
+    cells.sort(key=lambda cell: order.index(cell) if cell in order else len(order))
+    found = []
+    for cell in cells:
+        rate = best_rate(experiment, cell, rows)
+        of_cell = [
+            row for row in rows if without(row["settings"], "rate", "seed") == cell and row["settings"]["rate"] == rate
+        ]
+        found.append((cell, sorted(of_cell, key=lambda row: row["settings"]["seed"])))
+    return found
+
+
+def compared(name: str, columns: dict[str, Column] | None = None, digits: int = 3, by: str = "variant") -> str:
+    """A table for each group of cells that differ in `by` alone: the metric, and its difference from the baseline."""
+    from benchmarks.report import table
+
+    experiment, columns = EXPERIMENTS[name], columns or {}
+    cells = measured_cells(experiment)
+    if not cells:
+        return "Not measured yet."
+    groups: list[tuple[Settings, list[Cell]]] = []
+    for cell, rows in cells:
+        common = without(cell, by)
+        group = next((members for settings, members in groups if settings == common), None)
+        if group is None:
+            group = []
+            groups.append((common, group))
+        group.append((cell, rows))
+    parts = []
+    for common, members in groups:
+        baseline = next((rows for cell, rows in members if cell[by] == BASELINE), [])
+        base = {row["settings"]["seed"]: row["result"]["test"] for row in baseline}
+        lines = []
+        for cell, rows in members:
+            results = [row["result"] for row in rows]
+            gaps = [r["result"]["test"] - base[r["settings"]["seed"]] for r in rows if r["settings"]["seed"] in base]
+            gap = "–" if cell[by] == BASELINE or not gaps else shown(gaps, digits)
+            line = [str(cell[by]), shown([r["test"] for r in results], digits), gap, str(len(rows))]
+            line += [column(results) for column in columns.values()]
+            lines.append([*line, f"{rows[0]['settings']['rate']:g}"])
+        row = members[0][1][0]
+        device = f"{row['device']}, torch {row['torch']}, {row['date']}"
+        said = ", ".join(f"{key} {value}" for key, value in common.items() if not isinstance(value, list))
+        head = [by, experiment.metric, f"minus {BASELINE}", "seeds", *columns, "learning rate"]
+        parts.append(f"{said}. {device}.\n\n" + table(head, lines))
+    return "\n\n".join(parts)
+
+
+def mean_of(key: str, digits: int) -> Column:
+    """A column of the mean of one value of the results."""
+    return lambda results: shown([r[key] for r in results], digits) if all(key in r for r in results) else "–"
+
+
+def _gate(results: list[Result]) -> str:
+    gates = [r["gate"]["by head"] for r in results if "gate" in r]
+    if not gates:
+        return "–"
+    layers = zip(*[[sum(heads) / len(heads) for heads in gate] for gate in gates], strict=True)
+    return ", ".join(f"{sum(values) / len(values):.2f}" for values in layers)
+
+
+def _last_bucket(results: list[Result]) -> str:
+    return shown([r["by position"][-1] for r in results], 3)
+
+
+def _lags(near: bool) -> Column:
+    """Accuracy over the lags that a window sees, or over those beyond it."""
+
+    def column(results: list[Result]) -> str:
+        chosen = [[v for lag, v in r["by lag"].items() if (int(lag) < 32) == near] for r in results]
+        return shown([sum(values) / len(values) for values in chosen], 3)
+
+    return column
+
+
+def _ways(results: list[Result]) -> str:
+    return "; ".join(
+        " / ".join(f"{sum(r['recall'][way][k] for r in results) / len(results):.3f}" for k in ("R@1", "R@5", "R@10"))
+        for way in ("to text", "to image")
+    )
+
+
+def cost() -> str:
+    """Seconds, tokens a second and memory of real training steps of the large model."""
+    from benchmarks.report import table
+
+    lines, row = [], None
+    for cell, rows in measured_cells(EXPERIMENTS["cost"]):
+        row, result = rows[0], rows[0]["result"]
+        counted = result["forward + backward TFLOP of a step, without recomputation"]
+        lines.append(
+            [
+                f"{cell['context']:,}",
+                cell["variant"],
+                f"{result['parameters'] / 1e9:.2f} B",
+                f"{counted:,.0f}",
+                f"{result['test']:.2f}",
+                f"{result['tokens/s']:,.0f}",
+                f"{result['peak GiB']:.1f}",
+            ]
+        )
+    if row is None:
+        return "Not measured yet."
+    head = ["context", "attention", "parameters", "TFLOP counted", "seconds a step", "tokens/s", "peak GiB"]
+    return f"{row['device']}, torch {row['torch']}, {row['date']}.\n\n" + table(head, lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "language_modelling": lambda: compared(
+        "language_modelling",
+        {
+            "last eighth of the context": _last_bucket,
+            "WikiText-103 test, word perplexity": mean_of("wikitext-103 word perplexity", 0),
+            "mean gate by layer": _gate,
+        },
+    ),
+    "period_sweep": lambda: compared("period_sweep", {"context seen": mean_of("coverage", 2)}, by="period"),
+    "recall": lambda: compared(
+        "recall", {"lags below 32": _lags(True), "lags from 32": _lags(False), "context seen": mean_of("coverage", 2)}
+    ),
+    "listops": lambda: compared("listops"),
+    "retrieval_qa": lambda: compared("retrieval_qa", {"exact match": mean_of("exact match", 2)}, digits=2),
+    "image_text": lambda: compared("image_text", {"R@1 / 5 / 10 to text; to image": _ways}),
+    "series": lambda: compared("series"),
+    "cost": cost,
+}

@@ -1,0 +1,79 @@
+"""`pi-attention experiment`."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+
+def _part(name: str) -> Any:
+    try:
+        return importlib.import_module(f"experiments.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("experiments", f"experiments.{name}"):
+            raise
+        raise FileNotFoundError(
+            "the experiments are in the repository, not in the package: clone it, pip install -e '.[train]', and call "
+            "pi-attention in its root."
+        ) from error
+
+
+@dataclass
+class Experiment:
+    """The paper's experiments: list them, run one, or write their tables into docs/results.md."""
+
+    action: tyro.conf.Positional[Literal["list", "run", "report"]] = "list"
+    """What to do."""
+    name: tyro.conf.Positional[str] = ""
+    """Of the experiment to run; all when left out."""
+    scale: Literal["smoke", "small"] = "small"
+    """"small" is what the report shows; "smoke" shows that the code works, in a few seconds each on a CPU."""
+    data: Path = Path("data")
+    """Folder of the data sets; docs/results.md says what belongs there."""
+    results: Path | None = None
+    """Folder of the result files, where a finished row is not measured again; experiments/results by default."""
+    workers: int = 1
+    """Rows measured at the same time."""
+    seeds: int | None = None
+    """Seeds of each variant; as many as the experiment asks for by default."""
+    only: str = ""
+    """Run only the cells whose settings, as JSON, contain this text."""
+
+    def execute(self, console: Console) -> int:
+        """Run the command; 0 when it succeeds."""
+        experiments = _part("registry").EXPERIMENTS
+        runner = _part("runner")
+        folder = self.results or runner.RESULTS
+        if self.action == "list":
+            table = Table("name", "what", "measured by", "cells", "finished rows")
+            for name, entry in experiments.items():
+                finished = str(len(runner.load(name, folder)))
+                table.add_row(name, entry.title, entry.metric, str(len(entry.cells(self.scale))), finished)
+            console.print(table)
+            return 0
+        if self.action == "report":
+            _part("registry")
+            importlib.import_module("benchmarks.report").main()
+            return 0
+        if self.name and self.name not in experiments:
+            raise ValueError(f"name={self.name!r} is no experiment: use one of {sorted(experiments)}.")
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}.")
+        for entry in [experiments[self.name]] if self.name else experiments.values():
+            console.print(f"[bold]{entry.title}[/]")
+            runner.run(
+                entry,
+                self.scale,
+                self.data,
+                folder=folder,
+                workers=self.workers,
+                seeds=self.seeds,
+                only=self.only,
+            )
+        return 0
