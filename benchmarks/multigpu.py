@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -34,11 +33,26 @@ from pi_attention.training.train import enable_checkpointing
 PATTERN = PiPattern(256, 256, 16)
 
 
+class Gather(torch.autograd.Function):
+    """Rows [tokens, …] of every rank in order; the gradients are summed and scattered."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        every = rows.new_empty(dist.get_world_size(group) * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(every, rows.contiguous(), group)
+        return every
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        own = grad.new_empty(len(grad) // dist.get_world_size(ctx.group), *grad.shape[1:])
+        dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.group)
+        return own, None
+
+
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All shards of [B, G, T, D] in order; the gradient is summed and scattered."""
-    rows = x.permute(2, 0, 1, 3).contiguous()
-    new = getattr(collectives, "all_gather_single_autograd", None)  # the name from torch 2.13
-    return (new or collectives.all_gather_tensor_autograd)(rows, 0, group).permute(1, 2, 0, 3)
+    """All shards of [B, G, T, D] in order."""
+    return Gather.apply(x.permute(2, 0, 1, 3), group).permute(1, 2, 0, 3)
 
 
 class Case:
@@ -173,7 +187,8 @@ def training_step(total: int, device: torch.device, small: bool) -> dict[str, fl
     model.train()
     ranks, rank = dist.get_world_size(), dist.get_rank()
     tokens = total // ranks
-    attach(model, dist.group.WORLD, [tokens] * ranks)
+    group = dist.new_group()  # of its own: gloo confuses concurrent collectives of one group
+    attach(model, group, [tokens] * ranks)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if device.type == "cuda" else MixedPrecisionPolicy()
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
