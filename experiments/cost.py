@@ -6,6 +6,7 @@ state is small; the logits of a long sequence exist for a slice of tokens at a t
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from pathlib import Path
@@ -58,8 +59,7 @@ def measure(settings: Settings, data: Path) -> Result:
         optimizers[parameter].step()  # type: ignore[index]
         parameter.grad = None
 
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(update)
+    handles = [parameter.register_post_accumulate_grad_hook(update) for parameter in model.parameters()]
     ids = torch.randint(settings["vocabulary"], (1, settings["context"]), device=DEVICE)
     synchronise = torch.cuda.synchronize if DEVICE.type == "cuda" else (lambda: None)
     if DEVICE.type == "cuda":
@@ -75,8 +75,13 @@ def measure(settings: Settings, data: Path) -> Result:
         seconds.append(time.perf_counter() - begun)
     step = statistics.median(seconds[1:])
     count = sum(p.numel() for p in model.parameters())
+    for handle in handles:  # their closures hold the weights in a cycle
+        handle.remove()
+    optimizers.clear()
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else float("nan")
     flops = sum(model_flops(made.patterns(), settings["context"], made.sizes(), backward=True).values())
+    del model
+    gc.collect()
     return {
         "validation": step,
         "test": step,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from experiments.data import captioned_images
 from experiments.runner import Experiment, Result, Scale, Settings
-from experiments.training import DEVICE, fit, products
+from experiments.training import DEVICE, fit, products, segments
 from experiments.variants import MAIN, config, prepare_gate
 from pi_attention.models import PiConfig, PiModel
 
@@ -31,8 +31,9 @@ class Tower(nn.Module):
         self.project = nn.Linear(config.hidden_size, WIDTH, bias=False)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, T, …] -> [B, WIDTH]."""
-        hidden = self.body(inputs_embeds=self.embed(inputs), attention_mask=mask).last_hidden_state
+        """[B, T, …] with a mask [B, T] of what is no padding -> [B, WIDTH]."""
+        ids = None if mask is None else segments(mask)
+        hidden = self.body(inputs_embeds=self.embed(inputs), segment_ids=ids).last_hidden_state
         weight = torch.ones_like(hidden[..., 0]) if mask is None else mask.to(hidden.dtype)
         mean = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
         return F.normalize(self.project(mean).float(), dim=-1)
@@ -52,7 +53,7 @@ class TwoTowers(nn.Module):
         """Unit vectors of images uint8 [B, H, W, 3] and of caption bytes [B, CAPTION], zeros after the end."""
         side = pixels.shape[1] // self.patch
         patches = pixels.view(-1, side, self.patch, side, self.patch, 3).transpose(2, 3).flatten(3).flatten(1, 2)
-        return self.image(patches.float() / 127.5 - 1), self.text(captions, (captions != 0).long())
+        return self.image(patches.float() / 127.5 - 1), self.text(captions, captions != 0)
 
     def forward(self, pixels: Tensor, captions: Tensor) -> SimpleNamespace:
         """The loss of matching pairs."""

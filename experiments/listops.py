@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.data import prepared
 from experiments.runner import Experiment, Result, Scale, Settings
-from experiments.training import DEVICE, fit, products
+from experiments.training import DEVICE, fit, products, segments
 from experiments.variants import MAIN, config, prepare_gate
 from pi_attention.models import PiForSequenceClassification
 
@@ -98,8 +98,7 @@ def measure(settings: Settings, data: Path) -> Result:
 
     def batch_of(part: str, rows: Tensor) -> dict[str, Tensor]:
         ids = arrays[f"{part} ids"][rows]
-        ids = ids[:, : int((ids != PAD).sum(1).max())]
-        return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": arrays[f"{part} classes"][rows]}
+        return {"input_ids": ids, "segment_ids": segments(ids != PAD), "labels": arrays[f"{part} classes"][rows]}
 
     def batches() -> Iterator[dict[str, Tensor]]:
         while True:

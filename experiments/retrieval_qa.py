@@ -15,7 +15,7 @@ from torch import Tensor
 
 from experiments.data import bpe, squad
 from experiments.runner import Experiment, Result, Scale, Settings
-from experiments.training import DEVICE, fit, products
+from experiments.training import DEVICE, fit, products, segments
 from experiments.variants import MAIN, config, prepare_gate
 from pi_attention.models import PiForQuestionAnswering
 
@@ -90,15 +90,17 @@ class Articles:
 
 
 def batch_of(articles: Articles, questions: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Inputs and labels of questions, padded on the right."""
+    """Inputs and labels of questions, padded on the right to the whole context."""
     rows = [torch.tensor(articles.inputs(question)) for question in questions]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ids = torch.zeros(len(rows), articles.context, dtype=torch.long)
+    for place, row in zip(ids, rows, strict=True):
+        place[: len(row)] = row
     lengths = torch.tensor([len(row) for row in rows])
     spans = [articles.span(question, len(row)) for question, row in zip(questions, rows, strict=True)]
     assert all(span is not None for span in spans)
     first, last = torch.tensor(spans).unbind(dim=1)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    return {"input_ids": ids, "attention_mask": mask, "start_positions": first, "end_positions": last}
+    present = torch.arange(articles.context) < lengths[:, None]
+    return {"input_ids": ids, "segment_ids": segments(present), "start_positions": first, "end_positions": last}
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from experiments.data import need, prepared
 from experiments.runner import Experiment, Result, Scale, Settings
-from experiments.training import DEVICE, fit, products
+from experiments.training import DEVICE, fit, products, segments
 from experiments.variants import MAIN, config, prepare_gate
 from pi_attention.models import PiConfig, PiModel
 
@@ -130,22 +130,25 @@ class SeriesModel(nn.Module):
         self.classify = classify
 
     def forward(self, features: Tensor, targets: Tensor, mask: Tensor | None = None) -> SimpleNamespace:
-        """Loss and outputs of features [B, T, F]: mean squared error, or cross-entropy with the padding mask [B, T]."""
-        hidden = self.body(inputs_embeds=self.embed(features), attention_mask=mask).last_hidden_state
+        """Loss and outputs of features [B, T, F]: mean squared error, or cross-entropy with a mask [B, T], no padding."""
+        ids = None if mask is None else segments(mask)
+        hidden = self.body(inputs_embeds=self.embed(features), segment_ids=ids).last_hidden_state
         if not self.classify:
             outputs = self.head(hidden)
             return SimpleNamespace(loss=F.mse_loss(outputs.float(), targets), outputs=outputs)
         assert mask is not None
-        weight = mask / mask.sum(1, keepdim=True)
+        weight = mask / mask.sum(1, keepdim=True)  # False is padding
         outputs = self.head((hidden * weight[..., None]).sum(1))
         return SimpleNamespace(loss=F.cross_entropy(outputs.float(), targets), outputs=outputs)
 
 
-def padded(rows: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
-    """A batch of labelled series, padded on the right."""
-    features = nn.utils.rnn.pad_sequence([x for x, _ in rows], batch_first=True)
+def padded(rows: list[tuple[Tensor, int]], length: int) -> dict[str, Tensor]:
+    """A batch of labelled series, padded on the right to `length` steps."""
+    features = torch.zeros(len(rows), length, 1)
+    for row, (x, _) in zip(features, rows, strict=True):
+        row[: len(x)] = x
     lengths = torch.tensor([len(x) for x, _ in rows])
-    mask = (torch.arange(features.shape[1]) < lengths[:, None]).long()
+    mask = torch.arange(length) < lengths[:, None]
     return {"features": features, "targets": torch.tensor([label for _, label in rows]), "mask": mask}
 
 
@@ -213,12 +216,14 @@ def _classify(settings: Settings, data: Path, generator: torch.Generator) -> Res
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0)).tolist()
     validation = [training[i] for i in order[: len(order) // 5]]
     training = [training[i] for i in order[len(order) // 5 :]]
-    model = _made(settings, 1, 1 + max(label for _, label in training + test), classify=True)
+    every = training + validation + test
+    longest = max(len(x) for x, _ in every)
+    model = _made(settings, 1, 1 + max(label for _, label in every), classify=True)
 
     def batches() -> Iterator[dict[str, Tensor]]:
         while True:
             rows = torch.randint(len(training), (settings["batch"],), generator=generator).tolist()
-            yield padded([training[i] for i in rows])
+            yield padded([training[i] for i in rows], longest)
 
     final = fit(model, batches(), steps=settings["steps"], rate=settings["rate"])
 
@@ -226,7 +231,7 @@ def _classify(settings: Settings, data: Path, generator: torch.Generator) -> Res
     def error(rows: list[tuple[Tensor, int]]) -> float:
         wrong = 0
         for start in range(0, len(rows), 64):
-            batch = {name: value.to(DEVICE) for name, value in padded(rows[start : start + 64]).items()}
+            batch = {name: value.to(DEVICE) for name, value in padded(rows[start : start + 64], longest).items()}
             with products():
                 wrong += int((model(**batch).outputs.argmax(-1) != batch["targets"]).sum())
         return wrong / len(rows)

@@ -2,53 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import get_cosine_schedule_with_warmup
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EAGER = 3
+"""Steps before a CUDA graph of the step is captured."""
+
+Batch = dict[str, Tensor]
 
 
 def products() -> torch.autocast:
     """bf16 products on a GPU, fp32 on a CPU."""
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
+    # a cache of cast weights would outlive the capture of a graph
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda", cache_enabled=False)
 
 
-def moved(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def moved(batch: Batch) -> Batch:
     """A batch on the device."""
     return {name: value.to(DEVICE) for name, value in batch.items()}
 
 
-def fit(model: nn.Module, batches: Iterator[dict[str, Tensor]], *, steps: int, rate: float) -> float:
+def segments(present: Tensor) -> Tensor:
+    """Segment ids [B, T] of padded rows, which need no look at the data as a mask does."""
+    return torch.where(present, 0, -1).to(torch.int32)
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up over a tenth of the steps, then cosine decay to zero."""
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
+
+
+def captured(update: Callable[[Batch], Tensor], example: Batch) -> Callable[[Batch], Tensor]:
+    """`update` as a CUDA graph for batches of one shape: a step of a small model is bound by the host otherwise."""
+    inputs = {name: value.clone() for name, value in example.items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = update(inputs)
+
+    def replay(batch: Batch) -> Tensor:
+        for name, value in batch.items():
+            inputs[name].copy_(value)
+        graph.replay()
+        return result
+
+    return replay
+
+
+def fit(model: nn.Module, batches: Iterator[Batch], *, steps: int, rate: float) -> float:
     """Train in place and return the last step's loss.
 
-    AdamW with weight decay 0.1 on matrices, a tenth of the steps of linear warm-up, cosine decay to zero, gradients
-    clipped to norm 1.
+    AdamW with weight decay 0.1 on matrices, the schedule of `rate_at`, gradients clipped to norm 1.
 
     Args:
-        model: on the device; called with a batch as keyword arguments, returns an object with `loss`.
-        batches: at least `steps` of them.
+        model: on the device; called with a batch as keyword arguments, returns an object with `loss`; no
+            synchronisation with the host.
+        batches: at least `steps` of them, all of one shape.
         steps: optimizer steps.
         rate: peak learning rate.
     """
     model.train()
+    cuda = DEVICE.type == "cuda"
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.1},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=DEVICE.type == "cuda")
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
-    loss = torch.tensor(float("nan"))
-    for _ in range(steps):
+    peak = torch.tensor(rate, device=DEVICE) if cuda else rate
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=cuda, capturable=cuda)
+
+    def update(batch: Batch) -> Tensor:
+        optimizer.zero_grad()
         with products():
-            loss = model(**moved(next(batches))).loss
+            loss = model(**batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        return loss.detach()
+
+    step = update
+    loss = torch.tensor(math.nan)
+    stream = torch.cuda.Stream() if cuda else None  # what is captured must not have run on the default stream before
+    for number in range(steps):
+        for group in optimizer.param_groups:
+            if cuda:
+                group["lr"].fill_(rate * rate_at(number, steps))
+            else:
+                group["lr"] = rate * rate_at(number, steps)
+        batch = moved(next(batches))
+        if cuda and number < EAGER:
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                loss = update(batch)
+            torch.cuda.synchronize()
+            continue
+        if cuda and number == EAGER:
+            optimizer.zero_grad()
+            step = captured(update, batch)
+        loss = step(batch)
     model.eval()
     return loss.item()

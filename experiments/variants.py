@@ -70,12 +70,13 @@ def config(settings: Settings, **more: Any) -> PiConfig:
         "num_attention_heads": heads,
         "max_position_embeddings": context,
         "qk_norm": True,
+        "use_cache": False,
     }
     fields = {"window": w, "period": period, "skips": m} | sizes | more | chosen[variant]
     made = PiConfig(**fields)
     if not made.gate:  # the two layers of the gate, with biases
         gate = (made.hidden_size + 1) * GATE_WIDTH + (GATE_WIDTH + 1) * heads
-        made.intermediate_size += round(gate / (3 * made.hidden_size))
+        made.intermediate_size += 8 * round(gate / (24 * made.hidden_size))  # a width that tensor cores like
     return made
 
 
