@@ -42,14 +42,23 @@ def sequences(batch: int, context: int, pairs: int, generator: torch.Generator) 
     return ids, labels
 
 
-def at_lag(batch: int, context: int, lag: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Input ids [batch, context] that end in a key whose value stands `lag` tokens before it, and these values."""
+def at_lag(batch: int, context: int, lag: int, pairs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Input ids [batch, context] that end in a key whose value stands `lag` tokens before it, and these values.
+
+    The other `pairs` − 1 keys stand with their values at random places.
+    """
     ids = KEYS + VALUES + torch.randint(FILLER, (batch, context), generator=generator)
-    key = torch.randint(KEYS, (batch,), generator=generator)
-    value = KEYS + torch.randint(VALUES, (batch,), generator=generator)
-    ids[:, -1] = ids[:, -1 - lag - 1] = key
-    ids[:, -1 - lag] = value
-    return ids, value
+    keys = torch.rand(batch, KEYS, generator=generator).argsort(dim=1)[:, :pairs]
+    values = KEYS + torch.randint(VALUES, (batch, pairs), generator=generator)
+    order = torch.rand(batch, context // 2 - 1, generator=generator)
+    shown = context - 2 - lag
+    order[:, max(0, shown // 2) : (shown + 1) // 2 + 1] = 2.0  # keep the place of the pair that is asked for
+    slots = 2 * order.argsort(dim=1)[:, : pairs - 1]
+    ids.scatter_(1, slots, keys[:, 1:])
+    ids.scatter_(1, slots + 1, values[:, 1:])
+    ids[:, -1] = ids[:, shown] = keys[:, 0]
+    ids[:, shown + 1] = values[:, 0]
+    return ids, values[:, 0]
 
 
 def measure(settings: Settings, data: Path) -> Result:
@@ -76,7 +85,7 @@ def measure(settings: Settings, data: Path) -> Result:
 
     by_lag = {}
     for lag in settings["lags"]:
-        ids, value = at_lag(128, context - 1, lag, generator)
+        ids, value = at_lag(128, context - 1, lag, pairs, generator)
         filled = torch.cat([ids, value[:, None]], dim=1)
         labels = torch.where(torch.arange(context) == context - 1, filled, IGNORE)
         by_lag[str(lag)] = accuracy(filled, labels)
@@ -95,7 +104,7 @@ def measure(settings: Settings, data: Path) -> Result:
 
 def cells(scale: Scale) -> list[Settings]:
     """Every variant at a pattern without holes and at one with holes; lags on and beside multiples of the period."""
-    common = {"hidden": 64, "layers": 4, "heads": 4, "context": 512, "pairs": 12, "steps": 1500, "batch": 64}
+    common = {"hidden": 64, "layers": 4, "heads": 4, "context": 512, "pairs": 4, "steps": 4000, "batch": 64}
     common["lags"] = [4, 15, 16, 32, 41, 64, 73, 128, 137, 256, 265, 400]
     shapes = [(16, 16, 8), (4, 64, 4)]
     if scale == "smoke":

@@ -88,8 +88,12 @@ def test_recall_sequences_ask_for_what_was_shown():
         key, value = ids[row, position - 1], labels[row, position]
         shown = int((ids[row] == key).nonzero()[0])
         assert shown < position - 1 and ids[row, shown + 1] == value == ids[row, position]
-    ids, values = recall.at_lag(8, 64, 17, torch.Generator().manual_seed(0))
-    assert torch.equal(ids[:, -18], values) and torch.equal(ids[:, -19], ids[:, -1])
+    for lag in (1, 2, 17, 61):
+        ids, values = recall.at_lag(8, 64, lag, 5, torch.Generator().manual_seed(0))
+        assert torch.equal(ids[:, -1 - lag], values) and torch.equal(ids[:, -2 - lag], ids[:, -1])
+        is_key = ids < recall.KEYS
+        assert (is_key.sum(1) == 6).all()  # five keys, one of them asked for
+        assert ((ids == ids[:, -1:]).sum(1) == 2).all()
 
 
 def value_of(tokens):
