@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ BUCKETS = 8
 SIZES: dict[Scale, Settings] = {
     "smoke": {"corpus": "shakespeare", "vocabulary": 512, "hidden": 32, "layers": 2, "heads": 2, "steps": 2,
               "tokens": 512, "blocks": 2},
+    "laptop": {"corpus": "shakespeare", "vocabulary": 1024, "hidden": 128, "layers": 4, "heads": 4, "steps": 200,
+               "tokens": 4096, "blocks": 24},
     "small": {"corpus": "linux", "vocabulary": 8192, "hidden": 256, "layers": 6, "heads": 4, "steps": 500,
               "tokens": 32768, "blocks": 96},
 }  # fmt: skip
@@ -97,11 +98,10 @@ def prepare(settings: Settings, data: Path) -> None:
 def cells(scale: Scale) -> list[Settings]:
     """Every variant at the shortest context, the main ones at the longer."""
     pattern = {"window": 64, "period": 64, "skips": 16}
-    lengths = [256] if scale == "smoke" else [2048, 8192]
-    chosen = zip(lengths, [MAIN if scale == "smoke" else VARIANTS, *repeat(MAIN, len(lengths) - 1)], strict=True)
+    compared = {"smoke": {256: MAIN}, "laptop": {1024: MAIN}, "small": {2048: VARIANTS, 8192: MAIN}}
     return [
         {"variant": variant, **pattern, "context": context, **SIZES[scale]}
-        for context, variants in chosen
+        for context, variants in compared[scale].items()
         for variant in variants
     ]
 

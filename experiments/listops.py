@@ -123,6 +123,8 @@ def measure(settings: Settings, data: Path) -> Result:
 
 def cells(scale: Scale) -> list[Settings]:
     """The main variants; the pattern covers every context in four layers."""
+    if scale == "laptop":
+        return []
     sizes = {"hidden": 128, "layers": 4, "heads": 4, "context": LONGEST, "examples": 32000, "held out": 2000,
              "batch": 32, "steps": 1500, "window": 64, "period": 64, "skips": 16}  # fmt: skip
     if scale == "smoke":

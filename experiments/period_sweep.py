@@ -9,7 +9,7 @@ from experiments.runner import Experiment, Result, Scale, Settings
 from pi_attention.pattern import PiPattern
 from pi_attention.receptive_field import receptive_field
 
-CONTEXT: dict[Scale, int] = {"smoke": 256, "small": 2048}
+CONTEXT: dict[Scale, int] = {"smoke": 256, "laptop": 1024, "small": 2048}
 
 
 def measure(settings: Settings, data: Path) -> Result:

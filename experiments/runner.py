@@ -23,15 +23,15 @@ RESULTS = Path(__file__).parent / "results"
 
 Settings = dict[str, Any]
 Result = dict[str, Any]
-Scale = Literal["smoke", "small"]
+Scale = Literal["smoke", "laptop", "small"]
 
 
 @dataclass(frozen=True)
 class Experiment:
     """One table of docs/results.md.
 
-    `cells` gives the settings of a scale: "smoke" shows in seconds on a CPU that the code works, "small" is what is
-    reported. `measure` takes a row's settings and the folder of the data, and returns at least "validation" and "test",
+    `cells` gives the settings of a scale: "smoke" shows in seconds on a CPU that the code works, "laptop" takes about an
+    hour there, "small" minutes to hours on a GPU; an experiment has no cells at a scale that does not suit it. `measure` takes a row's settings and the folder of the data, and returns at least "validation" and "test",
     of which `better` says which direction is good. `prepare` readies the data of a cell, once, before the rows run.
     """
 
@@ -83,7 +83,7 @@ def run(
 
     Args:
         experiment: what to run.
-        scale: "smoke" or "small".
+        scale: of the cells.
         data: folder of the data sets.
         folder: of the result files.
         workers: rows measured at the same time, each in a process; small models do not fill a GPU.
@@ -93,7 +93,7 @@ def run(
     folder.mkdir(exist_ok=True, parents=True)
     cells = [cell for cell in experiment.cells(scale) if only in json.dumps(cell)]
     if not cells:
-        raise ValueError(f"only={only!r} leaves no cell of {experiment.name}.")
+        raise ValueError(f"scale={scale!r} with only={only!r} leaves no cell of {experiment.name}.")
     done = load(experiment.name, folder)
     if experiment.prepare is not None:
         for cell in cells:

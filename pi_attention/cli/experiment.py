@@ -32,8 +32,8 @@ class Experiment:
     """What to do."""
     name: tyro.conf.Positional[str] = ""
     """Of the experiment to run; all when left out."""
-    scale: Literal["smoke", "small"] = "small"
-    """"small" is what the report shows; "smoke" shows that the code works, in a few seconds each on a CPU."""
+    scale: Literal["smoke", "laptop", "small"] = "small"
+    """"smoke" shows that the code works, in seconds on a CPU; "laptop" takes about an hour there; "small" needs a GPU."""
     data: Path = Path("data")
     """Folder of the data sets; docs/results.md says what belongs there."""
     results: Path | None = None
