@@ -209,6 +209,61 @@ def streaming() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def speed() -> str:
+    """Prefill and decoding of a converted model beside the dense original."""
+    parts = []
+    for file in sorted(RESULTS.glob("speed-*.json")):
+        result = json.loads(file.read_text())
+        by_context: dict[int, list[dict[str, Any]]] = {}
+        for row in result["speed"]:
+            by_context.setdefault(row["context"], []).append(row)
+        rows = []
+        for context, (dense, ours) in by_context.items():
+            cells = [f"{context:,}"]
+            for kind in ("prefill tokens/s", "decode tokens/s"):
+                cells += [f"{dense[kind]:,.0f}", f"{ours[kind]:,.0f}", f"{ours[kind] / dense[kind]:.2f}×"]
+            rows.append(cells)
+        machine = result["machine"]
+        described = f"{result['model']}; {result['device']}, batch 1, bf16, torch {machine['torch']}, {machine['date']}"
+        head = ["context", "prefill, dense", "converted", "", "decode, dense", "converted", ""]
+        parts.append(described + "; tokens a second.\n\n" + table(head, rows))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def multigpu() -> str:
+    """The halo exchange beside an all-gather and dense Ring Attention on several GPUs, and a training step."""
+    parts = []
+    for file in sorted(RESULTS.glob("multigpu-*.json")):
+        result = json.loads(file.read_text())
+        rows = []
+        for row in result["operator"]:
+            cells = [f"{row['S']:,}", f"{row['halo rows']:,}"]
+            for kind in ("no exchange", "halo", "all-gather", "dense ring"):
+                found = row.get(kind)
+                cells.append(f"{found['ms']:.1f} ms, {found['peak MiB'] / 1024:.1f} GiB" if found else "–")
+            rows.append(cells)
+        head = ["tokens in all", "halo, rows a rank", "no exchange", "halo", "all-gather", "dense Ring Attention"]
+        errors = ", ".join(f"{kind} {error:.1e}" for kind, error in result["largest relative error"].items())
+        machine = result["machine"]
+        described = (
+            f"{result['ranks']} × {result['device']}, torch {machine['torch']}, {machine['date']}; w, π, m = "
+            f"{result['pattern']}, H = {result['H']}, D = {result['D']}, bf16; forward + backward of the operator. "
+            f"Checked before against one GPU, largest relative error of outputs and gradients: {errors}."
+        )
+        parts.append(described + "\n\n" + table(head, rows))
+        steps = [
+            [f"{r['S']:,}", f"{r['seconds']:.2f} s", f"{r['tokens/s']:,.0f}", f"{r['peak GiB']:.1f} GiB"]
+            for r in result["training step"]
+        ]
+        count = result["training step"][0]["parameters"] / 1e9
+        parts.append(
+            f"A training step (forward, backward, AdamW) of {count:.2f} B parameters on the same GPUs, FSDP2 and "
+            "context parallelism over both, activations recomputed:\n\n"
+            + table(["tokens of the sequence", "a step", "tokens/s", "peak a GPU"], steps)
+        )
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def coverage() -> str:
     """Exact receptive fields of the examples."""
     from benchmarks.theory import PATTERNS, fields
@@ -280,6 +335,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "conversion": conversion,
     "streaming": streaming,
+    "speed": speed,
+    "multigpu": multigpu,
     "support": support,
     "coverage": coverage,
     "influence": influence,

@@ -30,9 +30,10 @@ Scale = Literal["smoke", "laptop", "small"]
 class Experiment:
     """One table of docs/results.md.
 
-    `cells` gives the settings of a scale: "smoke" shows in seconds on a CPU that the code works, "laptop" takes about an
-    hour there, "small" minutes to hours on a GPU; an experiment has no cells at a scale that does not suit it. `measure` takes a row's settings and the folder of the data, and returns at least "validation" and "test",
-    of which `better` says which direction is good. `prepare` readies the data of a cell, once, before the rows run.
+    `cells` gives the settings of a scale: "smoke" shows in seconds on a CPU that the code works, "laptop" takes about
+    an hour there, "small" minutes to hours on a GPU; where a scale does not suit, there are no cells. `measure` takes a
+    row's settings and the folder of the data, and returns at least "validation" and "test", of which `better` says
+    which direction is good. `prepare` readies the data of a cell, once, before the rows run.
     """
 
     name: str

@@ -130,7 +130,7 @@ class SeriesModel(nn.Module):
         self.classify = classify
 
     def forward(self, features: Tensor, targets: Tensor, mask: Tensor | None = None) -> SimpleNamespace:
-        """Loss and outputs of features [B, T, F]: mean squared error, or cross-entropy with a mask [B, T], no padding."""
+        """Loss and outputs of features [B, T, F]: mean squared error, or, with a mask [B, T], cross-entropy."""
         ids = None if mask is None else segments(mask)
         hidden = self.body(inputs_embeds=self.embed(features), segment_ids=ids).last_hidden_state
         if not self.classify:

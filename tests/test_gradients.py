@@ -2,7 +2,7 @@ import pytest
 import torch
 from problems import Case
 
-from pi_attention import PiPattern
+from pi_attention import PiPattern, pi_attention
 
 SMALL = [
     Case(PiPattern(3, 4, 2), T=11, S=11, B=1, H=2, G=1, D=2),
@@ -68,3 +68,12 @@ def test_an_infinite_gate_has_finite_gradients(impl):
     gate = torch.full_like(gate, -torch.inf).requires_grad_()
     grads = torch.autograd.grad(case.run(impl, (query, key, value, gate)).sum(), (query, key, value, gate))
     assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "blocked"])
+@pytest.mark.parametrize("length", [1, 5, 8, 9, 16])
+def test_a_gate_that_fuses_nothing_has_a_zero_gradient(impl, length):
+    """No gradient at all would make ranks of sharded training disagree on what they reduce."""
+    query, gate = torch.randn(1, 2, length, 4, requires_grad=True), torch.randn(1, 2, length, requires_grad=True)
+    pi_attention(query, query, query, PiPattern(8, 8, 2), gate=gate, impl=impl).sum().backward()
+    assert torch.equal(gate.grad[..., :8], torch.zeros(1, 2, min(8, length)))

@@ -33,7 +33,7 @@ class Experiment:
     name: tyro.conf.Positional[str] = ""
     """Of the experiment to run; all when left out."""
     scale: Literal["smoke", "laptop", "small"] = "small"
-    """"smoke" shows that the code works, in seconds on a CPU; "laptop" takes about an hour there; "small" needs a GPU."""
+    """"smoke" shows that the code works, in seconds on a CPU; "laptop" takes an hour there; "small" needs a GPU."""
     data: Path = Path("data")
     """Folder of the data sets; docs/results.md says what belongs there."""
     results: Path | None = None

@@ -127,7 +127,9 @@ def pi_attention(
     fusion = "mass" if gate is None else fusion
 
     if impl == "auto" and not return_aux and covers_everything(pattern, key.shape[2]):
-        return dense_attention(query, key, value, pattern, starts, scale)
+        out = dense_attention(query, key, value, pattern, starts, scale)
+        # An empty sum: the gate, which fuses nothing here, gets a zero gradient like everywhere, and not none at all.
+        return out if gate is None or not gate.requires_grad else out + gate[..., :0].sum().to(out.dtype)
     attend = _implementation(impl, query)
     out, lse_local, lse_skip = attend(query, key, value, pattern, gate=gate, fusion=fusion, starts=starts, scale=scale)
     if not return_aux:
