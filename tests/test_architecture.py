@@ -45,6 +45,7 @@ ORDER = [
     "distributed.plan",
     "distributed.exchange",
     "distributed.context",
+    "distributed.layout",
     "distributed",
     "models.configuration_pi",
     "models.static_cache",

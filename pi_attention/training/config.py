@@ -113,6 +113,12 @@ class RunSettings:
     """Steps between two checkpoints; Ctrl-C saves one as well."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
+    parallel: str = ""
+    """Under torchrun: ranks that work on different sequences (dp), share heads (tp), share a sequence (cp), such as
+    "dp=2,tp=1,cp=4". A run resumes at any layout of the same blocks a step."""
+    zero: Literal[2, 3] = 3
+    """With parallel: 3 shards parameters, gradients and optimizer over the ranks; 2 keeps parameters between forward
+    and backward."""
 
 
 @dataclass

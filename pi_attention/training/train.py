@@ -39,7 +39,7 @@ def train(config: TrainConfig, console: Console) -> bool:
     out = config.run.out
     checkpoint = None
     if config.run.resume:
-        config, checkpoint = _settings_to_resume(out)
+        config, checkpoint = settings_to_resume(out), last_checkpoint(out)
     elif (out / SETTINGS).exists():
         raise FileExistsError(
             f"out={str(out)!r} holds a run already: choose another folder, delete it, or use --resume."
@@ -84,12 +84,13 @@ def train(config: TrainConfig, console: Console) -> bool:
     return True
 
 
-def _settings_to_resume(out: Path) -> tuple[TrainConfig, Path | None]:
+def settings_to_resume(out: Path) -> TrainConfig:
+    """The settings of the run in a folder."""
     if not (out / SETTINGS).exists():
         raise FileNotFoundError(f"out={str(out)!r} holds no run to resume: leave out --resume, or give its folder.")
     config = load_yaml(TrainConfig, out / SETTINGS)
     config.run.out, config.run.resume = out, False
-    return config, last_checkpoint(out)
+    return config
 
 
 def load_blocks(config: TrainConfig, tokenizer: Any) -> tuple[PackedBlocks, PackedBlocks]:

@@ -1,0 +1,227 @@
+"""Train over many ranks under torchrun: data, tensor and context parallel, FSDP2, checkpoints that any layout loads.
+
+torchrun --nproc-per-node 4 -m pi_attention.cli train --parallel dp=2,cp=2
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from transformers import get_cosine_schedule_with_warmup, set_seed
+
+from pi_attention.data.packing import PackedBlocks
+from pi_attention.data.tokenizers import load_tokenizer
+from pi_attention.distributed.layout import Layout, Parallel, of_rank
+from pi_attention.models import PiForCausalLM
+from pi_attention.training.checkpoints import PARTIAL
+from pi_attention.training.config import TrainConfig, save_yaml
+from pi_attention.training.progress import METRICS, read_metrics
+from pi_attention.training.train import (
+    MODEL,
+    SETTINGS,
+    enable_checkpointing,
+    load_blocks,
+    model_config,
+    settings_to_resume,
+    write_report,
+)
+
+
+def blocks_of_step(step: int, count: int, blocks: int, seed: int) -> list[int]:
+    """The blocks of an optimizer step: each epoch is a new permutation, the same for every layout."""
+    first = step * count
+    chosen: list[int] = []
+    for number in range(first, first + count):
+        epoch, place = divmod(number, blocks)
+        chosen.append(int(torch.randperm(blocks, generator=torch.Generator().manual_seed(seed + epoch))[place]))
+    return chosen
+
+
+def clip_gradients(model: nn.Module, most: float) -> None:
+    """Scale all gradients so that their norm over all ranks is at most `most`."""
+    squares: Tensor | None = None
+    for parameter in model.parameters():
+        grad = parameter.grad
+        if grad is not None:
+            norm = torch.linalg.vector_norm(grad)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            squares = norm.square() if squares is None else squares + norm.square()
+    if squares is None:
+        return
+    factor = (most / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+
+
+def newest(run: Path) -> Path | None:
+    """The last complete checkpoint of a run's folder."""
+    found = sorted(run.glob("sharded-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return found[-1] if found else None
+
+
+def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
+    """Write a checkpoint of all ranks; it has its name only when it is complete."""
+    staging = run / PARTIAL
+    if dist.get_rank() == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+    dist.barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    state_dict_saver.save({"model": weights, "optimizer": moments}, checkpoint_id=staging)
+    if dist.get_rank() == 0:
+        final = run / f"sharded-{step}"
+        shutil.rmtree(final, ignore_errors=True)
+        staging.replace(final)
+        while len(list(run.glob("sharded-*"))) > keep:
+            shutil.rmtree(min(run.glob("sharded-*"), key=lambda path: int(path.name.rpartition("-")[2])))
+    dist.barrier()
+
+
+def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load a checkpoint of any layout into this one; the step it was made after."""
+    weights, moments = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    state_dict_loader.load(state, checkpoint_id=checkpoint)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def start() -> torch.device:
+    """Join the process group that torchrun describes; this rank's device.
+
+    Raises:
+        ValueError: the process was not started by torchrun.
+    """
+    if "RANK" not in os.environ:
+        raise ValueError(
+            "parallel needs several processes: torchrun --nproc-per-node N -m pi_attention.cli train --parallel …"
+        )
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl")
+    return device
+
+
+def train_over_ranks(config: TrainConfig, console: Console) -> None:
+    """Train, or resume at any layout, and fill the run folder as `train` does; called by every rank of torchrun."""
+    out = config.run.out
+    if config.run.resume:
+        asked, config = config, settings_to_resume(out)
+        before = _blocks_a_step(config)
+        config.run.parallel, config.run.zero = asked.run.parallel, asked.run.zero
+        config.optimizer.batch_size = asked.optimizer.batch_size
+        config.optimizer.gradient_accumulation = asked.optimizer.gradient_accumulation
+        if _blocks_a_step(config) != before:
+            raise ValueError(
+                f"a step of the run has {before} blocks, but batch_size · gradient_accumulation · dp is now "
+                f"{_blocks_a_step(config)}: choose them so that their product is {before}."
+            )
+    elif (out / SETTINGS).exists():
+        raise FileExistsError(
+            f"out={str(out)!r} holds a run already: choose another folder, delete it, or use --resume."
+        )
+    config.check()
+    device = start()
+    try:
+        first = dist.get_rank() == 0
+        console = console if first else Console(quiet=True)
+        set_seed(config.run.seed)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        training, validation = load_blocks(config, tokenizer)
+        model = PiForCausalLM(model_config(config, tokenizer))
+        if config.optimizer.gradient_checkpointing:
+            enable_checkpointing(model)
+        dist.barrier()  # every rank has seen that the folder holds no run
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+            save_yaml(config, out / SETTINGS)
+        weights = _steps(config, model.to(device), training, validation, console)
+        if first:
+            whole = PiForCausalLM(model_config(config, tokenizer))
+            whole.load_state_dict(weights)
+            whole.save_pretrained(out / MODEL)
+            tokenizer.save_pretrained(out / MODEL)
+            write_report(config, whole, tokenizer, validation, console)
+        dist.barrier()  # no rank leaves while another still talks to it
+    finally:
+        dist.destroy_process_group()
+
+
+def _blocks_a_step(config: TrainConfig) -> int:
+    o = config.optimizer
+    return o.batch_size * o.gradient_accumulation * Layout.parse(config.run.parallel).dp
+
+
+def _steps(
+    config: TrainConfig, model: PiForCausalLM, training: PackedBlocks, validation: PackedBlocks, console: Console
+) -> dict[str, Any]:
+    """All steps from the last checkpoint on; the whole weights on the first rank, nothing on the others."""
+    o, run = config.optimizer, config.run
+    layout, device = Layout.parse(run.parallel), model.device
+    bf16 = device.type == "cuda" and o.precision != "fp32"
+    parallel = Parallel(model.train(), layout.mesh(device.type), zero=run.zero, bf16=bf16)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=o.learning_rate, betas=(0.9, 0.95), weight_decay=o.weight_decay, foreach=False
+    )
+    checkpoint = newest(run.out)
+    first = 0 if checkpoint is None else load(checkpoint, model, optimizer)
+    schedule = get_cosine_schedule_with_warmup(optimizer, o.warmup_steps, o.steps, last_epoch=first - 1)
+    count = _blocks_a_step(config)
+    metrics = run.out / METRICS
+    if parallel.is_first:
+        kept = [line for line in read_metrics(run.out) if line["step"] <= first]
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def block_of(blocks: PackedBlocks, index: int) -> dict[str, Tensor]:
+        return {name: value[None].to(device) for name, value in blocks[index].items()}
+
+    def report(step: int, **values: float) -> None:
+        if parallel.is_first:
+            with metrics.open("a") as lines:
+                lines.write(json.dumps({"step": step} | values) + "\n")
+            console.print(f"step {step}/{o.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+
+    @torch.no_grad()
+    def validate() -> float:
+        held_out = range(min(run.eval_blocks, len(validation)))
+        losses = [parallel.loss(block_of(validation, i), blocks=len(held_out)) for i in held_out]
+        return parallel.mean(torch.stack(losses).sum()) / layout.dp  # every group computes all blocks
+
+    for step in range(first, o.steps):
+        losses = []
+        chosen = blocks_of_step(step, count, len(training), run.seed)
+        for index in of_rank(chosen, parallel.mesh["dp"].get_local_rank(), layout.dp):
+            loss = parallel.loss(block_of(training, index), blocks=count)
+            loss.backward()
+            losses.append(loss.detach())
+        clip_gradients(model, o.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        mean, done = parallel.mean(torch.stack(losses).sum()), step + 1
+        if step == first or done % run.log_every == 0:
+            report(done, loss=mean)
+        if done % run.eval_every == 0 or done == o.steps:
+            report(done, eval_loss=validate())
+        if done % run.save_every == 0 or done == o.steps:
+            save(run.out, done, model, optimizer, run.keep_checkpoints)
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
