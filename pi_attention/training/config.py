@@ -116,6 +116,8 @@ class RunSettings:
     parallel: str = ""
     """Under torchrun: ranks that work on different sequences (dp), share heads (tp), share a sequence (cp), such as
     "dp=2,tp=1,cp=4". A run resumes at any layout of the same blocks a step."""
+    patience: int = 600
+    """With parallel: seconds that a rank waits for the others before the run ends with an error."""
     zero: Literal[2, 3] = 3
     """With parallel: 3 shards parameters, gradients and optimizer over the ranks; 2 keeps parameters between forward
     and backward."""
@@ -142,6 +144,7 @@ class TrainConfig:
             "eval_blocks": self.run.eval_blocks,
             "save_every": self.run.save_every,
             "keep_checkpoints": self.run.keep_checkpoints,
+            "patience": self.run.patience,
         }
         for name, value in positive.items():
             if value < 1:

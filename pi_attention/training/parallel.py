@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,9 @@ from pi_attention.training.train import (
     settings_to_resume,
     write_report,
 )
+
+ANSWER = 10
+"""Seconds that a rank has to say that it lives, once an exchange has failed."""
 
 
 def blocks_of_step(step: int, count: int, blocks: int, seed: int) -> list[int]:
@@ -102,8 +108,11 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def start() -> torch.device:
+def start(patience: int) -> torch.device:
     """Join the process group that torchrun describes; this rank's device.
+
+    Args:
+        patience: seconds that an exchange may take.
 
     Raises:
         ValueError: the process was not started by torchrun.
@@ -113,12 +122,30 @@ def start() -> torch.device:
             "parallel needs several processes: torchrun --nproc-per-node N -m pi_attention.cli train --parallel …"
         )
     if not torch.cuda.is_available():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(seconds=patience))
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl")
+    dist.init_process_group("nccl", timeout=timedelta(seconds=patience))
     return device
+
+
+@contextmanager
+def naming_the_missing() -> Iterator[None]:
+    """Turn a failed exchange into an error that names the ranks which do not answer.
+
+    Raises:
+        RuntimeError: an exchange failed, or took longer than the process group's timeout.
+    """
+    watch = dist.new_group(backend="gloo", timeout=timedelta(seconds=ANSWER))
+    try:
+        yield
+    except RuntimeError as error:
+        try:
+            dist.monitored_barrier(watch, timedelta(seconds=ANSWER), wait_all_ranks=True)
+        except RuntimeError as missing:
+            raise RuntimeError(f"rank {dist.get_rank()} waited in vain: {missing}") from error
+        raise
 
 
 def train_over_ranks(config: TrainConfig, console: Console) -> None:
@@ -140,8 +167,8 @@ def train_over_ranks(config: TrainConfig, console: Console) -> None:
             f"out={str(out)!r} holds a run already: choose another folder, delete it, or use --resume."
         )
     config.check()
-    device = start()
-    try:
+    device = start(config.run.patience)
+    with naming_the_missing():
         first = dist.get_rank() == 0
         console = console if first else Console(quiet=True)
         set_seed(config.run.seed)
@@ -162,8 +189,7 @@ def train_over_ranks(config: TrainConfig, console: Console) -> None:
             tokenizer.save_pretrained(out / MODEL)
             write_report(config, whole, tokenizer, validation, console)
         dist.barrier()  # no rank leaves while another still talks to it
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _blocks_a_step(config: TrainConfig) -> int:
@@ -183,8 +209,11 @@ def _steps(
         model.parameters(), lr=o.learning_rate, betas=(0.9, 0.95), weight_decay=o.weight_decay, foreach=False
     )
     checkpoint = newest(run.out)
+    schedule = get_cosine_schedule_with_warmup(optimizer, o.warmup_steps, o.steps)
     first = 0 if checkpoint is None else load(checkpoint, model, optimizer)
-    schedule = get_cosine_schedule_with_warmup(optimizer, o.warmup_steps, o.steps, last_epoch=first - 1)
+    if first:  # a rate is a function of the step alone
+        schedule.last_epoch = first - 1
+        schedule.step()
     count = _blocks_a_step(config)
     metrics = run.out / METRICS
     if parallel.is_first:
