@@ -47,6 +47,7 @@ ORDER = [
     "distributed.context",
     "distributed.layout",
     "distributed",
+    "bill",
     "models.configuration_pi",
     "models.static_cache",
     "models.caching",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +18,9 @@ from pi_attention.accounting import (
     dense_flops,
     roofline_seconds,
 )
+from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks
 from pi_attention.devices import DEVICES
+from pi_attention.pattern import PiPattern
 from pi_attention.planner import Plan as Found
 from pi_attention.planner import plan
 from pi_attention.receptive_field import receptive_field
@@ -48,6 +50,12 @@ class Plan:
     """First tokens that every query sees, beside the budget."""
     device: str | None = None
     """Expected time on a device with a committed benchmark: h200."""
+    gpus: int | None = None
+    """Also print the bill of training on one sequence of this context over so many GPUs: memory and bytes of a rank."""
+    model: Literal["1b", "8b", "70b"] = "8b"
+    """Shape of the model that the bill is made for."""
+    memory: int = 80
+    """GiB of a GPU, for the fewest GPUs that the bill names."""
     json: bool = False
     """Print JSON alone."""
     out: Path | None = None
@@ -66,6 +74,8 @@ class Plan:
         periods = self.heads if self.head_schedule else 1
         found = plan(self.context, self.layers, heads=periods, budget=budget, hops=self.hops, sinks=self.sinks)
         figures = self.figures(found)
+        if self.gpus is not None:
+            figures["bill"] = self.bill(found.pattern, self.gpus)
         if self.out is not None:
             sizes = {"layers": self.layers, "heads": self.heads, "kv_heads": self.kv_heads or self.heads}
             model = sizes | {"hidden_size": self.heads * self.head_dim} | figures["pattern"]
@@ -79,6 +89,8 @@ class Plan:
         for name, value in self._rows(found, figures):
             table.add_row(name, value)
         console.print(table)
+        if self.gpus is not None:
+            console.print(self._bill_table(figures["bill"]))
         arguments = ", ".join(f"{name}={value}" for name, value in figures["pattern"].items())
         console.print(f"PiConfig({arguments})", highlight=False, soft_wrap=True)
         return 0
@@ -109,6 +121,31 @@ class Plan:
         if self.device is not None:
             figures["seconds a layer"] = self._seconds(flops, kv_heads)
         return figures
+
+    def bill(self, pattern: PiPattern, gpus: int) -> dict[str, dict[str, Any]]:
+        """What a rank holds and receives for a training step, by the way that keys reach it."""
+        sizes, memory = MODELS[self.model], self.memory << 30
+        found: dict[str, dict[str, Any]] = {}
+        for way in WAYS:
+            made = bill(sizes, pattern, self.context, gpus, way)
+            fewest = fewest_ranks(sizes, pattern, self.context, memory, way)
+            found[way] = asdict(made) | {"bytes": made.bytes, f"fewest GPUs of {self.memory} GiB": fewest}
+        return found
+
+    def _bill_table(self, bills: dict[str, dict[str, Any]]) -> Table:
+        table = Table(title=f"A training step of the {self.model} model over {self.gpus} GPUs, a rank")
+        for name in ("", *bills):
+            table.add_column(name, justify="left" if not name else "right")
+        for name in next(iter(bills.values())):
+            if name.startswith("fewest"):
+                cells = ["more than 4,096" if b[name] is None else f"{b[name]:,}" for b in bills.values()]
+            elif name == "flops":
+                cells = [f"{b[name] / 1e12:,.0f} TFLOP" for b in bills.values()]
+            else:
+                cells = [f"{b[name] / 2**30:,.2f} GiB" for b in bills.values()]
+            label = {"bytes": "memory at the peak", "sent": "received, a layer", "keys": "keys of others, a layer"}
+            table.add_row(label.get(name, name), *cells)
+        return table
 
     def _seconds(self, flops: int, kv_heads: int) -> dict[str, float]:
         """Expected time of the operator in one layer: the floor times what the benchmark measured over it."""

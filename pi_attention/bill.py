@@ -1,0 +1,128 @@
+"""The GPU bill of one long sequence: memory a rank, bytes between ranks, and how many GPUs it takes at least.
+
+A sequence is sharded over all ranks, parameters, gradients and AdamW's state too (ZeRO-3, fp32 with bf16 copies for the
+products), and activations are recomputed layer by layer. Three ways to give a shard the keys that it needs are
+compared: our halo, an all-gather, and dense Ring Attention (arXiv 2310.01889).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from pi_attention.accounting import Sizes, model_flops
+from pi_attention.distributed.plan import halo_plan
+from pi_attention.pattern import PiPattern
+
+Way = Literal["halo", "all-gather", "dense ring"]
+WAYS: tuple[Way, ...] = ("halo", "all-gather", "dense ring")
+
+STATE_BYTES = 16
+"""Of a parameter: fp32 weight and gradient, two fp32 moments."""
+LOGIT_BYTES = 16
+"""Of a logit: bf16 value and gradient, and the loss's fp32 copy, log-softmax and gradient."""
+
+MODELS = {
+    "1b": Sizes(2048, 5632, 20, 16, 16, 128, 32000, 2048, 32),
+    "8b": Sizes(4096, 14336, 32, 32, 8, 128, 128256, 4096, 32),
+    "70b": Sizes(8192, 28672, 80, 64, 8, 128, 128256, 8192, 32),
+}
+"""Shapes of that many parameters, those of Llama 3 for 8b and 70b (arXiv 2407.21783), by the name that the command
+line takes."""
+
+
+def layer_parameters(sizes: Sizes) -> int:
+    """Weights of one layer's products."""
+    attention = (2 * sizes.num_attention_heads + 2 * sizes.num_key_value_heads) * sizes.head_dim
+    gate = (sizes.gate_features + sizes.num_attention_heads) * sizes.gate_width
+    return sizes.hidden_size * (attention + 3 * sizes.intermediate_size) + gate
+
+
+def parameters(sizes: Sizes) -> int:
+    """Weights of the model, one embedding for input and output."""
+    return sizes.num_hidden_layers * layer_parameters(sizes) + sizes.vocab_size * sizes.hidden_size
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What one rank holds and sends for a training step.
+
+    Args:
+        state: bytes of parameters, gradients and optimizer.
+        gathered: bytes of the whole bf16 weights of two layers, one in use and one on its way.
+        activations: bytes of the hidden states kept between layers.
+        layer: bytes of one layer's activations while it is recomputed.
+        logits: bytes.
+        keys: bytes of keys and values of other ranks in one layer.
+        sent: bytes that a rank receives for one layer, forward and backward.
+        flops: operations of a step, the recomputation included.
+    """
+
+    state: int
+    gathered: int
+    activations: int
+    layer: int
+    logits: int
+    keys: int
+    sent: int
+    flops: int
+
+    @property
+    def bytes(self) -> int:
+        """At the peak: either the logits or a layer, on top of what stays."""
+        return self.state + self.gathered + self.activations + max(self.logits, self.layer + self.keys)
+
+
+def bill(sizes: Sizes, pattern: PiPattern, context: int, ranks: int, way: Way = "halo") -> Bill:
+    """The bill of the rank that needs most.
+
+    Args:
+        sizes: of the model.
+        pattern: of every layer; "dense ring" attends to everything instead.
+        context: tokens of the sequence.
+        ranks: that share it.
+        way: how keys reach the ranks.
+
+    Raises:
+        ValueError: ranks or way are wrong.
+    """
+    if not 1 <= ranks <= context:
+        raise ValueError(f"ranks={ranks} must be from 1 to context={context}.")
+    if way not in WAYS:
+        raise ValueError(f"way={way!r} is unknown: use one of {list(WAYS)}.")
+    tokens = -(-context // ranks)
+    row = 2 * sizes.num_key_value_heads * sizes.head_dim * 2  # key and value in bf16
+    others = context - tokens
+    if way == "halo":
+        ends = [min(context, tokens * rank) for rank in range(ranks + 1)]
+        plan = halo_plan(pattern, [b - a for a, b in pairwise(ends)])
+        halo = max(halo.rows for halo in plan.halos)
+        keys, sent = max(halo.length for halo in plan.halos) * row, 2 * halo * row
+    elif way == "all-gather":
+        keys, sent = context * row, 2 * others * row
+    else:  # two blocks in flight; backward, their gradients travel too, in fp32, and one step more to come home
+        keys = 2 * tokens * row if ranks > 1 else 0
+        sent = others * row + others * row + (context if ranks > 1 else 0) * 2 * row
+    attended = PiPattern(context, 1, 0) if way == "dense ring" else pattern
+    patterns = [attended] * sizes.num_hidden_layers
+    flops = sum(model_flops(patterns, context, sizes, backward=True).values())
+    flops += sum(model_flops(patterns, context, sizes).values())
+    features = 2 * (sizes.num_attention_heads + sizes.num_key_value_heads) * sizes.head_dim + 4 * sizes.hidden_size
+    return Bill(
+        state=STATE_BYTES * parameters(sizes) // ranks,
+        gathered=2 * 2 * layer_parameters(sizes) if ranks > 1 else 2 * layer_parameters(sizes),
+        activations=2 * tokens * sizes.hidden_size * sizes.num_hidden_layers,
+        layer=2 * 2 * tokens * (features + 3 * sizes.intermediate_size),
+        logits=LOGIT_BYTES * tokens * sizes.vocab_size,
+        keys=keys,
+        sent=sent,
+        flops=flops // ranks,
+    )
+
+
+def fewest_ranks(sizes: Sizes, pattern: PiPattern, context: int, memory: int, way: Way) -> int | None:
+    """The fewest ranks, a power of two up to 4,096, on which the step fits into so many bytes a GPU."""
+    counts = (1 << power for power in range(13))
+    fits = (n for n in counts if n <= context and bill(sizes, pattern, context, n, way).bytes <= memory)
+    return next(fits, None)

@@ -1,0 +1,59 @@
+"""The GPU bill: its bytes are those of real exchanges, its memory near what was measured, its claims what they are."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pi_attention import PiPattern
+from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks, parameters
+from pi_attention.distributed import halo_plan
+from pi_attention.distributed.exchange import route
+from pi_attention.models import PiConfig, PiForCausalLM
+
+PATTERN = PiPattern(256, 256, 16)
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def test_parameters_are_those_of_a_model():
+    with torch.device("meta"):
+        config = PiConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16,
+                          vocab_size=32000, tie_word_embeddings=True)  # fmt: skip
+        model = PiForCausalLM(config)
+    assert parameters(MODELS["1b"]) == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_halo_s_bytes_are_those_that_the_exchange_receives(ranks):
+    sizes = MODELS["1b"]
+    context = 16384
+    plan = halo_plan(PATTERN, [context // ranks] * ranks)
+    received = [sum(route(plan, rank).received) for rank in range(ranks)]
+    row = 2 * sizes.num_key_value_heads * sizes.head_dim * 2
+    assert bill(sizes, PATTERN, context, ranks).sent == 2 * max(received) * row
+
+
+def test_memory_is_near_what_two_gpus_measured():
+    result = json.loads((RESULTS / "multigpu-2xnvidia-h100-80gb-hbm3.json").read_text())
+    for row in result["training step"]:
+        predicted = bill(MODELS["1b"], PATTERN, row["S"], result["ranks"]).bytes / 2**30
+        assert 0.75 < predicted / row["peak GiB"] < 1.05, (row["S"], predicted)
+
+
+def test_what_half_the_gpus_means():
+    """Against dense Ring Attention memory needs as many GPUs; what is saved is time."""
+    sizes, context = MODELS["8b"], 1 << 20
+    fewest = {way: fewest_ranks(sizes, PATTERN, context, 80 << 30, way) for way in WAYS}
+    assert fewest["halo"] == fewest["dense ring"] <= fewest["all-gather"]
+    ours, ring = (bill(sizes, PATTERN, context, 64, way) for way in ("halo", "dense ring"))
+    assert ring.flops > 10 * ours.flops and ring.sent > 50 * ours.sent
+
+
+def test_one_rank_receives_nothing_and_wrong_arguments_are_named():
+    for way in WAYS:
+        assert bill(MODELS["1b"], PATTERN, 4096, 1, way).sent == 0
+    with pytest.raises(ValueError, match="ranks=0"):
+        bill(MODELS["1b"], PATTERN, 4096, 0)
+    with pytest.raises(ValueError, match="way='other'"):
+        bill(MODELS["1b"], PATTERN, 4096, 2, "other")
