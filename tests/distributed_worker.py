@@ -130,6 +130,25 @@ def check_repeatable(group):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def check_compiled(group):
+    """One graph over the exchange, with the outputs and gradients of the eager call."""
+    ranks = dist.get_world_size(group)
+    halo = HaloContext(group, [16] * ranks, PiPattern(4, 5, 6))
+    tensors, grad = whole_tensors(0, 16 * ranks, 2, 2, "gate")
+
+    def attend(query, key, value, gate):
+        return halo.attention(query, key, value, gate=gate)
+
+    found = []
+    for run in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        mine = [halo.shard(x, 2).clone().requires_grad_() for x in tensors]
+        out = run(*mine)
+        out.backward(halo.shard(grad, 2))
+        found.append([out, *(x.grad for x in mine)])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+
+
 def work(rank, ranks, folder, seeds):
     """All checks of one process."""
     torch.set_num_threads(1)
@@ -142,6 +161,8 @@ def work(rank, ranks, folder, seeds):
             check_operator(group, seed)
             check_exchange(group, seed)
         check_repeatable(group)
+        if ranks == 2:
+            check_compiled(group)
         shards = [60 // ranks] * (ranks - 1)
         for options in ({}, {"period": [3, 5, 7, 9], "sinks": 2, "num_key_value_heads": 2}, {"fusion": "mass"}):
             check_model(group, [*shards, 60 - sum(shards)], options)
