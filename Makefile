@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test test-oldest test-all test-gpu lint docs clean
+.PHONY: demo test test-oldest test-all test-gpu experiments-smoke lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/pi-attention train --out $(RUN)

@@ -64,8 +64,8 @@ class Case:
         self.tokens, self.total = total // self.ranks, total
         generator = torch.Generator(device).manual_seed(0)
         shape = 4, 1, heads, total, dim
-        # every rank draws the whole sequence for the check; for large ones its own shard suffices
-        whole = shape if total <= 1 << 15 else (4, 1, heads, self.tokens, dim)
+        # every rank draws the whole of a short sequence, for the check; of a long one its own shard
+        whole = shape if total <= 1 << 14 else (4, 1, heads, self.tokens, dim)
         self.whole = torch.randn(whole, generator=generator, device=device).to(dtype)
         self.gate = torch.randn(1, heads, whole[3], generator=generator, device=device)
 

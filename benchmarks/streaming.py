@@ -3,7 +3,7 @@
     python -m benchmarks.streaming MODEL_DIR --text FILE [--tokens 200000] [--train-text FILE --steps 60]
 
 Perplexity by position while the text streams through the bounded cache in chunks, bytes of the cache; then tokens a
-second of prefill and of decoding at several contexts. Writes results/streaming-<name>.json.
+second of prefill and of decoding at several contexts. Writes results/streaming-<name>.json and speed-<name>.json.
 """
 
 from __future__ import annotations
@@ -91,15 +91,17 @@ def main() -> None:
     tokens = tokens[: options.tokens + 1]
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     result: dict[str, Any] = {"model": options.model.name, "text": options.text.name, "device": device}
-    result |= {"tokens": len(tokens) - 1, "streaming": [], "speed": []}
+    result["tokens"] = len(tokens) - 1
+
+    rows: dict[str, list[dict[str, Any]]] = {"streaming": [], "speed": []}
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(DEVICE)
 
     def keep(kind: str, row: dict[str, Any]) -> None:
         print(row, flush=True)
-        result[kind].append(row)
-        write(f"streaming-{options.model.name}", result)
+        rows[kind].append(row)
+        write(f"{kind}-{options.model.name}", result | {kind: rows[kind]})
 
     for name, pattern in PATTERNS.items() if options.tokens else ():
         model = convert(load(), pattern)

@@ -84,7 +84,7 @@ def split(names: list[str]) -> dict[str, Tensor]:
 
 def recalls(scores: Tensor, at: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
     """R@k of score matrices [N, N] whose matches lie on the diagonal."""
-    rank = (scores > scores.diagonal()[:, None]).sum(1)
+    rank = (~(scores < scores.diagonal()[:, None])).sum(1) - 1  # a tie, or a score that is no number, is a miss
     return {f"R@{k}": float((rank < k).float().mean()) for k in at}
 
 
@@ -98,9 +98,10 @@ def measure(settings: Settings, data: Path) -> Result:
     model = prepare_gate(TwoTowers(made, settings["patch"]).to(DEVICE), settings["variant"])
 
     def batches() -> Iterator[dict[str, Tensor]]:
-        while True:
+        while True:  # whole batches only
             order = torch.randperm(len(parts["training"]), generator=generator)
-            for rows in parts["training"][order].split(settings["batch"])[:-1]:
+            count = len(order) // settings["batch"] * settings["batch"]
+            for rows in parts["training"][order[:count]].split(settings["batch"]):
                 yield {"pixels": pixels[rows], "captions": ids[rows]}
 
     last = fit(model, batches(), steps=settings["steps"], rate=settings["rate"])

@@ -40,7 +40,7 @@ T_975 = [
         "2.042",
     ]
 ]
-"""97.5 % quantiles for 1, 2, … degrees of freedom; the normal distribution's beyond."""
+"""97.5 % quantiles for 1, 2, … degrees of freedom; 2.0 beyond, which is larger by at most 2 %."""
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -48,5 +48,5 @@ def interval(values: list[float]) -> tuple[float, float]:
     mean, freedom = statistics.fmean(values), len(values) - 1
     if freedom == 0:
         return mean, math.nan
-    quantile = T_975[freedom - 1] if freedom <= len(T_975) else 1.96
+    quantile = T_975[freedom - 1] if freedom <= len(T_975) else 2.0
     return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))

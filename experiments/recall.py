@@ -34,7 +34,11 @@ def sequences(batch: int, context: int, pairs: int, generator: torch.Generator) 
     labels = torch.full_like(ids, IGNORE)
     keys = draw(pairs, KEYS)
     values = KEYS + torch.randint(VALUES, (batch, pairs), generator=generator)
-    slots = 2 * draw(2 * pairs, context // 2).view(batch, pairs, 2).sort(dim=2).values
+    places = draw(2 * pairs, context - 2 * pairs).sort(dim=1).values + torch.arange(
+        2 * pairs
+    )  # room for two tokens each
+    shuffled = places.gather(1, draw(2 * pairs, 2 * pairs))
+    slots = shuffled.view(batch, pairs, 2).sort(dim=2).values
     for slot in slots.unbind(dim=2):  # shown, then asked
         ids.scatter_(1, slot, keys)
         ids.scatter_(1, slot + 1, values)
@@ -50,10 +54,11 @@ def at_lag(batch: int, context: int, lag: int, pairs: int, generator: torch.Gene
     ids = KEYS + VALUES + torch.randint(FILLER, (batch, context), generator=generator)
     keys = torch.rand(batch, KEYS, generator=generator).argsort(dim=1)[:, :pairs]
     values = KEYS + torch.randint(VALUES, (batch, pairs), generator=generator)
-    order = torch.rand(batch, context // 2 - 1, generator=generator)
     shown = context - 2 - lag
-    order[:, max(0, shown // 2) : (shown + 1) // 2 + 1] = 2.0  # keep the place of the pair that is asked for
-    slots = 2 * order.argsort(dim=1)[:, : pairs - 1]
+    odd = shown % 2  # the places of all pairs are shifted by one where that of the pair asked for is odd
+    order = torch.rand(batch, (context - 1 - odd) // 2, generator=generator)
+    order[:, shown // 2] = 2.0
+    slots = odd + 2 * order.argsort(dim=1)[:, : pairs - 1]
     ids.scatter_(1, slots, keys[:, 1:])
     ids.scatter_(1, slots + 1, values[:, 1:])
     ids[:, -1] = ids[:, shown] = keys[:, 0]

@@ -69,8 +69,8 @@ def compared(name: str, columns: dict[str, Column] | None = None, digits: int = 
             line = [str(cell[by]), shown([r["test"] for r in results], digits), gap, str(len(rows))]
             line += [column(results) for column in columns.values()]
             lines.append([*line, f"{rows[0]['settings']['rate']:g}"])
-        row = members[0][1][0]
-        device = f"{row['device']}, torch {row['torch']}, {row['date']}"
+        measured = {f"{row['device']}, torch {row['torch']}, {row['date']}" for _, rows in members for row in rows}
+        device = "; ".join(sorted(measured))
         said = ", ".join(f"{key} {value}" for key, value in common.items() if not isinstance(value, list))
         head = [by, experiment.metric, f"minus {BASELINE}", "seeds", *columns, "learning rate"]
         parts.append(f"{said}. {device}.\n\n" + table(head, lines))
@@ -95,11 +95,11 @@ def _last_bucket(results: list[Result]) -> str:
 
 
 def _lags(near: bool) -> Column:
-    """Accuracy over the lags that a window sees, or over those beyond it."""
+    """Accuracy over the lags below 32, or over the others."""
 
     def column(results: list[Result]) -> str:
         chosen = [[v for lag, v in r["by lag"].items() if (int(lag) < 32) == near] for r in results]
-        return shown([sum(values) / len(values) for values in chosen], 3)
+        return shown([sum(values) / len(values) for values in chosen], 3) if all(chosen) else "–"
 
     return column
 

@@ -113,9 +113,8 @@ def answer(model: PiForQuestionAnswering, articles: Articles, question: dict[str
     start, end = out.start_logits[0, begin:].float(), out.end_logits[0, begin:].float()
     width = min(ANSWER, len(end))
     padded = torch.cat([end, end.new_full((width - 1,), float("-inf"))])
-    best, offset = (start[:, None] + padded.unfold(0, width, 1)).flatten().max(0).indices.item(), width
-    first = best // offset
-    return articles.text(question, begin + first, begin + first + best % offset)
+    first, more = divmod(int((start[:, None] + padded.unfold(0, width, 1)).argmax()), width)
+    return articles.text(question, begin + first, begin + first + more)
 
 
 def measure(settings: Settings, data: Path) -> Result:

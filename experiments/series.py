@@ -197,13 +197,15 @@ def _forecast(settings: Settings, data: Path, generator: torch.Generator) -> Res
         squares, power = [], []
         for start, end in series:
             length, half = end - start, context // 2
-            for at in range(start + int(first * length), start + int(last * length) - half, half):
-                begin = max(start, at - half)
+            stop = start + int(last * length)
+            for at in range(start + int(first * length), stop, half):
+                begin, count = max(start, at - half), min(half, stop - at)
                 got = rows_at([begin])
                 with products():
                     outputs = model(got["features"].to(DEVICE), got["targets"].to(DEVICE)).outputs
-                wanted = got["targets"][0, at - begin : at - begin + half]
-                squares.append((outputs[0, at - begin : at - begin + half].float().cpu() - wanted).square())
+                judged = slice(at - begin, at - begin + count)
+                wanted = got["targets"][0, judged]
+                squares.append((outputs[0, judged].float().cpu() - wanted).square())
                 power.append(wanted)
         return float(torch.cat(squares).mean() / torch.cat(power).var(0).mean())
 

@@ -40,8 +40,8 @@ def layer_parameters(sizes: Sizes) -> int:
 
 
 def parameters(sizes: Sizes) -> int:
-    """Weights of the model, one embedding for input and output."""
-    return sizes.num_hidden_layers * layer_parameters(sizes) + sizes.vocab_size * sizes.hidden_size
+    """Weights of the model, with an embedding for the input and one for the output."""
+    return sizes.num_hidden_layers * layer_parameters(sizes) + 2 * sizes.vocab_size * sizes.hidden_size
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Bill:
 
     Args:
         state: bytes of parameters, gradients and optimizer.
-        gathered: bytes of the whole bf16 weights of two layers, one in use and one on its way.
+        gathered: bytes of whole bf16 weights: the embeddings, a layer in use and one on its way.
         activations: bytes of the hidden states kept between layers.
         layer: bytes of one layer's activations while it is recomputed.
         logits: bytes.
-        keys: bytes of keys and values of other ranks in one layer.
-        sent: bytes that a rank receives for one layer, forward and backward.
-        flops: operations of a step, the recomputation included.
+        keys: bytes of keys and values of other ranks in one layer, and of the gradients that go back to them.
+        received: bytes that a rank receives for one layer, forward and backward.
+        flops: operations of a step, the recomputation of the layers included.
     """
 
     state: int
@@ -65,7 +65,7 @@ class Bill:
     layer: int
     logits: int
     keys: int
-    sent: int
+    received: int
     flops: int
 
     @property
@@ -98,25 +98,27 @@ def bill(sizes: Sizes, pattern: PiPattern, context: int, ranks: int, way: Way = 
         ends = [min(context, tokens * rank) for rank in range(ranks + 1)]
         plan = halo_plan(pattern, [b - a for a, b in pairwise(ends)])
         halo = max(halo.rows for halo in plan.halos)
-        keys, sent = max(halo.length for halo in plan.halos) * row, 2 * halo * row
+        keys = 2 * max(halo.length - (halo.own[1] - halo.own[0]) for halo in plan.halos) * row
+        received = 2 * halo * row
     elif way == "all-gather":
-        keys, sent = context * row, 2 * others * row
+        keys, received = 2 * others * row, 2 * others * row
     else:  # two blocks in flight; backward, their gradients travel too, in fp32, and one step more to come home
-        keys = 2 * tokens * row if ranks > 1 else 0
-        sent = others * row + others * row + (context if ranks > 1 else 0) * 2 * row
+        several = ranks > 1
+        keys = several * (2 * tokens * row + 2 * tokens * 2 * row)
+        received = 2 * others * row + several * context * 2 * row
     attended = PiPattern(context, 1, 0) if way == "dense ring" else pattern
     patterns = [attended] * sizes.num_hidden_layers
     flops = sum(model_flops(patterns, context, sizes, backward=True).values())
-    flops += sum(model_flops(patterns, context, sizes).values())
+    flops += sum(flops for part, flops in model_flops(patterns, context, sizes).items() if part != "head")
     features = 2 * (sizes.num_attention_heads + sizes.num_key_value_heads) * sizes.head_dim + 4 * sizes.hidden_size
     return Bill(
         state=STATE_BYTES * parameters(sizes) // ranks,
-        gathered=2 * 2 * layer_parameters(sizes) if ranks > 1 else 2 * layer_parameters(sizes),
+        gathered=2 * (2 * layer_parameters(sizes) + 2 * sizes.vocab_size * sizes.hidden_size),
         activations=2 * tokens * sizes.hidden_size * sizes.num_hidden_layers,
         layer=2 * 2 * tokens * (features + 3 * sizes.intermediate_size),
         logits=LOGIT_BYTES * tokens * sizes.vocab_size,
         keys=keys,
-        sent=sent,
+        received=received,
         flops=flops // ranks,
     )
 

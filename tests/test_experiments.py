@@ -88,6 +88,12 @@ def test_recall_sequences_ask_for_what_was_shown():
         key, value = ids[row, position - 1], labels[row, position]
         shown = int((ids[row] == key).nonzero()[0])
         assert shown < position - 1 and ids[row, shown + 1] == value == ids[row, position]
+
+    ids, labels = recall.sequences(64, 64, 5, torch.Generator().manual_seed(0))
+    lags = set()
+    for row, position in (labels != recall.IGNORE).nonzero().tolist():
+        lags.add(position - 1 - int((ids[row] == ids[row, position - 1]).nonzero()[0]) - 1)
+    assert {lag % 2 for lag in lags} == {0, 1} and len(lags) > 40
     for lag in (1, 2, 17, 61):
         ids, values = recall.at_lag(8, 64, lag, 5, torch.Generator().manual_seed(0))
         assert torch.equal(ids[:, -1 - lag], values) and torch.equal(ids[:, -2 - lag], ids[:, -1])
@@ -142,6 +148,8 @@ def test_squad_s_scores():
 def test_recall_at_k():
     scores = torch.tensor([[3.0, 1, 0], [5, 4, 1], [2, 3, 1]])
     assert image_text.recalls(scores, (1, 2, 3)) == pytest.approx({"R@1": 1 / 3, "R@2": 2 / 3, "R@3": 1.0})
+    for nothing in (torch.zeros(3, 3), torch.full((3, 3), torch.nan)):
+        assert image_text.recalls(nothing, (1, 2)) == {"R@1": 0.0, "R@2": 0.0}
 
 
 def test_drawings_of_a_theme_stay_in_one_part():

@@ -16,8 +16,10 @@ import torch
 
 from pi_attention.distributed import Layout
 from pi_attention.models import PiForCausalLM
-from pi_attention.training.config import TrainConfig
+from pi_attention.training.config import TrainConfig, save_yaml
 from pi_attention.training.parallel import blocks_of_step, train_over_ranks
+from pi_attention.training.train import SETTINGS as SETTINGS_FILE
+from pi_attention.training.train import train
 
 SETTINGS = """
 --context 128 --hidden-size 32 --layers 2 --heads 4 --window 16 --period 16 --skips 4 --steps 4 --eval-every 4
@@ -66,7 +68,9 @@ def trained(folder, out, ranks, *options):
 def test_layouts_train_the_same_and_resume_each_other(folder):
     alone = trained(folder, "alone", 1, "--parallel", "dp=1", "--batch-size", "4")
     assert len(alone) == 4 and alone[4] < alone[1]
-    spread = trained(folder, "spread", 4, "--parallel", "dp=2,cp=2", "--batch-size", "2")
+    refused = launched(folder, "spread", 1, "--parallel", "dp=2")
+    assert "needs 2 ranks" in refused.communicate(timeout=120)[0] and not (folder / "spread").exists()
+    spread = trained(folder, "spread", 4, "--parallel", "dp=2,cp=2", "--batch-size", "2", "--zero", "2")
     assert spread == pytest.approx(alone, abs=1e-5)
     shutil.rmtree(folder / "spread" / "sharded-4")  # as if it had been killed after the checkpoint of step 2
     resumed = trained(folder, "spread", 4, "--resume", "--parallel", "tp=2,cp=2", "--batch-size", "4")
@@ -98,9 +102,21 @@ def test_a_rank_that_dies_or_stops_ends_the_others_and_is_named(folder, how):
             os.kill(of_rank[1], signal.SIGKILL)
     assert process.returncode != 0
     if how == signal.SIGSTOP:
-        assert re.search(r"rank 0 waited in vain.*[Rr]anks? 1\b", said), said[-3000:]
+        assert re.search(r"rank 0 failed, and not all ranks answer.*[Rr]anks? 1\b", said), said[-3000:]
     else:
         assert re.search(r"rank +: 1 ", said) and "SIGKILL" in said, said[-3000:]
+
+
+def test_a_run_is_not_resumed_in_the_other_mode(tmp_path):
+    config = TrainConfig()
+    config.run.out, config.run.parallel = tmp_path, "dp=2"
+    save_yaml(config, tmp_path / SETTINGS_FILE)
+    config.run.resume = True
+    with pytest.raises(ValueError, match="resume it under torchrun"):
+        train(config, None)
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ValueError, match="resume it without --parallel"):
+        train_over_ranks(config, None)
 
 
 def test_every_layout_sees_the_same_blocks():

@@ -58,14 +58,18 @@ class Experiment:
             console.print(table)
             return 0
         if self.action == "report":
-            _part("registry")
+            if self.results is not None:
+                raise ValueError("results must be left out with report: the page shows experiments/results.")
             importlib.import_module("benchmarks.report").main()
             return 0
         if self.name and self.name not in experiments:
             raise ValueError(f"name={self.name!r} is no experiment: use one of {sorted(experiments)}.")
         if self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}.")
-        for entry in [experiments[self.name]] if self.name else experiments.values():
+        if self.seeds is not None and self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}.")
+        chosen = [experiments[self.name]] if self.name else [e for e in experiments.values() if e.cells(self.scale)]
+        for entry in chosen:
             console.print(f"[bold]{entry.title}[/]")
             runner.run(
                 entry,

@@ -70,6 +70,10 @@ class Plan:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}.")
+        if self.gpus is not None and not 1 <= self.gpus <= self.context:
+            raise ValueError(f"gpus must be from 1 to context={self.context}, got {self.gpus}.")
+        if self.memory < 1:
+            raise ValueError(f"memory must be at least 1 GiB, got {self.memory}.")
         budget = 256 if self.budget is None and self.hops is None else self.budget
         periods = self.heads if self.head_schedule else 1
         found = plan(self.context, self.layers, heads=periods, budget=budget, hops=self.hops, sinks=self.sinks)
@@ -138,12 +142,14 @@ class Plan:
             table.add_column(name, justify="left" if not name else "right")
         for name in next(iter(bills.values())):
             if name.startswith("fewest"):
-                cells = ["more than 4,096" if b[name] is None else f"{b[name]:,}" for b in bills.values()]
+                cells = [
+                    "more than 4,096, or than tokens" if b[name] is None else f"{b[name]:,}" for b in bills.values()
+                ]
             elif name == "flops":
                 cells = [f"{b[name] / 1e12:,.0f} TFLOP" for b in bills.values()]
             else:
                 cells = [f"{b[name] / 2**30:,.2f} GiB" for b in bills.values()]
-            label = {"bytes": "memory at the peak", "sent": "received, a layer", "keys": "keys of others, a layer"}
+            label = {"bytes": "memory at the peak", "received": "received, a layer", "keys": "keys of others, a layer"}
             table.add_row(label.get(name, name), *cells)
         return table
 

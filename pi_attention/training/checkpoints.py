@@ -19,7 +19,7 @@ def last_checkpoint(run: Path) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Have the files on the disk before their folder gets its name."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -63,7 +63,7 @@ class AtomicTrainer(Trainer):
 
     def _publish(self, staging: Path, run: Path) -> None:
         (written,) = staging.glob("checkpoint-*")
-        _sync(written)
+        sync(written)
         final = run / written.name
         if final.exists():  # the same step again, after a resume
             shutil.rmtree(final)

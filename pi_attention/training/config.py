@@ -110,7 +110,7 @@ class RunSettings:
     eval_blocks: int = 16
     """Blocks of a validation during training."""
     save_every: int = 100
-    """Steps between two checkpoints; Ctrl-C saves one as well."""
+    """Steps between two checkpoints; Ctrl-C saves one as well (not with parallel)."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
     parallel: str = ""

@@ -32,7 +32,7 @@ from pi_attention.data.packing import PackedBlocks
 from pi_attention.data.tokenizers import load_tokenizer
 from pi_attention.distributed.layout import Layout, Parallel, of_rank
 from pi_attention.models import PiForCausalLM
-from pi_attention.training.checkpoints import PARTIAL
+from pi_attention.training.checkpoints import PARTIAL, last_checkpoint, sync
 from pi_attention.training.config import TrainConfig, save_yaml
 from pi_attention.training.progress import METRICS, read_metrics
 from pi_attention.training.train import (
@@ -91,6 +91,7 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
     weights, moments = get_state_dict(model, optimizer)
     state_dict_saver.save({"model": weights, "optimizer": moments}, checkpoint_id=staging)
     if dist.get_rank() == 0:
+        sync(staging)
         final = run / f"sharded-{step}"
         shutil.rmtree(final, ignore_errors=True)
         staging.replace(final)
@@ -140,11 +141,13 @@ def naming_the_missing() -> Iterator[None]:
     watch = dist.new_group(backend="gloo", timeout=timedelta(seconds=ANSWER))
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         try:
             dist.monitored_barrier(watch, timedelta(seconds=ANSWER), wait_all_ranks=True)
         except RuntimeError as missing:
-            raise RuntimeError(f"rank {dist.get_rank()} waited in vain: {missing}") from error
+            raise RuntimeError(f"rank {dist.get_rank()} failed, and not all ranks answer: {missing}") from error
         raise
 
 
@@ -153,8 +156,14 @@ def train_over_ranks(config: TrainConfig, console: Console) -> None:
     out = config.run.out
     if config.run.resume:
         asked, config = config, settings_to_resume(out)
+        if last_checkpoint(out) is not None:
+            raise ValueError(f"out={str(out)!r} holds a run of one process: resume it without --parallel and torchrun.")
         before = _blocks_a_step(config)
-        config.run.parallel, config.run.zero = asked.run.parallel, asked.run.zero
+        config.run.parallel, config.run.zero, config.run.patience = (
+            asked.run.parallel,
+            asked.run.zero,
+            asked.run.patience,
+        )
         config.optimizer.batch_size = asked.optimizer.batch_size
         config.optimizer.gradient_accumulation = asked.optimizer.gradient_accumulation
         if _blocks_a_step(config) != before:
@@ -167,8 +176,12 @@ def train_over_ranks(config: TrainConfig, console: Console) -> None:
             f"out={str(out)!r} holds a run already: choose another folder, delete it, or use --resume."
         )
     config.check()
+    layout = Layout.parse(config.run.parallel)
+    if config.optimizer.compile:
+        raise ValueError("compile=True is not supported with parallel: leave one of them out.")
     device = start(config.run.patience)
     with naming_the_missing():
+        mesh = layout.mesh(device.type)
         first = dist.get_rank() == 0
         console = console if first else Console(quiet=True)
         set_seed(config.run.seed)
@@ -177,19 +190,21 @@ def train_over_ranks(config: TrainConfig, console: Console) -> None:
         model = PiForCausalLM(model_config(config, tokenizer))
         if config.optimizer.gradient_checkpointing:
             enable_checkpointing(model)
+        bf16 = device.type == "cuda" and config.optimizer.precision != "fp32"
+        parallel = Parallel(model.to(device).train(), mesh, zero=config.run.zero, bf16=bf16)
         dist.barrier()  # every rank has seen that the folder holds no run
         if first:
             out.mkdir(parents=True, exist_ok=True)
             save_yaml(config, out / SETTINGS)
-        weights = _steps(config, model.to(device), training, validation, console)
-        if first:
-            whole = PiForCausalLM(model_config(config, tokenizer))
-            whole.load_state_dict(weights)
-            whole.save_pretrained(out / MODEL)
-            tokenizer.save_pretrained(out / MODEL)
-            write_report(config, whole, tokenizer, validation, console)
+        weights = _steps(config, parallel, training, validation, console)
         dist.barrier()  # no rank leaves while another still talks to it
     dist.destroy_process_group()
+    if first:
+        whole = PiForCausalLM(model_config(config, tokenizer))
+        whole.load_state_dict(weights)
+        whole.save_pretrained(out / MODEL)
+        tokenizer.save_pretrained(out / MODEL)
+        write_report(config, whole, tokenizer, validation, console)
 
 
 def _blocks_a_step(config: TrainConfig) -> int:
@@ -198,15 +213,21 @@ def _blocks_a_step(config: TrainConfig) -> int:
 
 
 def _steps(
-    config: TrainConfig, model: PiForCausalLM, training: PackedBlocks, validation: PackedBlocks, console: Console
+    config: TrainConfig, parallel: Parallel, training: PackedBlocks, validation: PackedBlocks, console: Console
 ) -> dict[str, Any]:
     """All steps from the last checkpoint on; the whole weights on the first rank, nothing on the others."""
     o, run = config.optimizer, config.run
-    layout, device = Layout.parse(run.parallel), model.device
-    bf16 = device.type == "cuda" and o.precision != "fp32"
-    parallel = Parallel(model.train(), layout.mesh(device.type), zero=run.zero, bf16=bf16)
+    model, ranks = parallel.model, parallel.mesh["dp"].size()
+    device = next(model.parameters()).device
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}  # as the Trainer, decay neither norms nor biases
+    for name, parameter in model.named_parameters():
+        groups["norm" not in name and "bias" not in name].append(parameter)
+    decays = {True: o.weight_decay, False: 0.0}
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=o.learning_rate, betas=(0.9, 0.95), weight_decay=o.weight_decay, foreach=False
+        [{"params": members, "weight_decay": decays[decayed]} for decayed, members in groups.items() if members],
+        lr=o.learning_rate,
+        betas=(0.9, 0.95),
+        foreach=False,
     )
     checkpoint = newest(run.out)
     schedule = get_cosine_schedule_with_warmup(optimizer, o.warmup_steps, o.steps)
@@ -233,12 +254,12 @@ def _steps(
     def validate() -> float:
         held_out = range(min(run.eval_blocks, len(validation)))
         losses = [parallel.loss(block_of(validation, i), blocks=len(held_out)) for i in held_out]
-        return parallel.mean(torch.stack(losses).sum()) / layout.dp  # every group computes all blocks
+        return parallel.mean(torch.stack(losses).sum()) / ranks  # every group computes all blocks
 
     for step in range(first, o.steps):
         losses = []
         chosen = blocks_of_step(step, count, len(training), run.seed)
-        for index in of_rank(chosen, parallel.mesh["dp"].get_local_rank(), layout.dp):
+        for index in of_rank(chosen, parallel.mesh["dp"].get_local_rank(), ranks):
             loss = parallel.loss(block_of(training, index), blocks=count)
             loss.backward()
             losses.append(loss.detach())

@@ -40,6 +40,11 @@ def train(config: TrainConfig, console: Console) -> bool:
     checkpoint = None
     if config.run.resume:
         config, checkpoint = settings_to_resume(out), last_checkpoint(out)
+        if config.run.parallel:
+            raise ValueError(
+                f"out={str(out)!r} holds a run of parallel={config.run.parallel!r}: resume it under torchrun, with "
+                "--parallel."
+            )
     elif (out / SETTINGS).exists():
         raise FileExistsError(
             f"out={str(out)!r} holds a run already: choose another folder, delete it, or use --resume."
