@@ -29,7 +29,8 @@ def sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint's name ends in."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -69,6 +70,6 @@ class AtomicTrainer(Trainer):
             shutil.rmtree(final)
         written.replace(final)
         staging.rmdir()
-        checkpoints = sorted(run.glob("checkpoint-*"), key=_step)
+        checkpoints = sorted(run.glob("checkpoint-*"), key=step_of)
         for old in checkpoints[: -(self.args.save_total_limit or len(checkpoints))]:
             shutil.rmtree(old)

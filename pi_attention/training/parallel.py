@@ -5,12 +5,12 @@ torchrun --nproc-per-node 4 -m pi_attention.cli train --parallel dp=2,cp=2
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,16 @@ from pi_attention.data.packing import PackedBlocks
 from pi_attention.data.tokenizers import load_tokenizer
 from pi_attention.distributed.layout import Layout, Parallel, of_rank
 from pi_attention.models import PiForCausalLM
-from pi_attention.training.checkpoints import PARTIAL, last_checkpoint, sync
+from pi_attention.training.checkpoints import PARTIAL, last_checkpoint, step_of, sync
 from pi_attention.training.config import TrainConfig, save_yaml
-from pi_attention.training.progress import METRICS, read_metrics
+from pi_attention.training.progress import append_metrics, drop_metrics_after
 from pi_attention.training.train import (
     MODEL,
     SETTINGS,
     enable_checkpointing,
     load_blocks,
     model_config,
+    refuse_to_overwrite,
     settings_to_resume,
     write_report,
 )
@@ -49,14 +50,15 @@ ANSWER = 10
 """Seconds that a rank has to say that it lives, once an exchange has failed."""
 
 
+@lru_cache(maxsize=2)
+def _order(blocks: int, seed: int) -> list[int]:
+    return torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def blocks_of_step(step: int, count: int, blocks: int, seed: int) -> list[int]:
     """The blocks of an optimizer step: each epoch is a new permutation, the same for every layout."""
-    first = step * count
-    chosen: list[int] = []
-    for number in range(first, first + count):
-        epoch, place = divmod(number, blocks)
-        chosen.append(int(torch.randperm(blocks, generator=torch.Generator().manual_seed(seed + epoch))[place]))
-    return chosen
+    numbers = range(step * count, (step + 1) * count)
+    return [_order(blocks, seed + number // blocks)[number % blocks] for number in numbers]
 
 
 def clip_gradients(model: nn.Module, most: float) -> None:
@@ -76,10 +78,9 @@ def clip_gradients(model: nn.Module, most: float) -> None:
             parameter.grad.mul_(factor)
 
 
-def newest(run: Path) -> Path | None:
-    """The last complete checkpoint of a run's folder."""
-    found = sorted(run.glob("sharded-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return found[-1] if found else None
+def checkpoints_of(run: Path) -> list[Path]:
+    """The complete checkpoints of a run's folder, oldest first."""
+    return sorted(run.glob("sharded-*"), key=step_of)
 
 
 def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
@@ -95,8 +96,8 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
         final = run / f"sharded-{step}"
         shutil.rmtree(final, ignore_errors=True)
         staging.replace(final)
-        while len(list(run.glob("sharded-*"))) > keep:
-            shutil.rmtree(min(run.glob("sharded-*"), key=lambda path: int(path.name.rpartition("-")[2])))
+        for old in checkpoints_of(run)[:-keep]:
+            shutil.rmtree(old)
     dist.barrier()
 
 
@@ -106,7 +107,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     state_dict_loader.load(state, checkpoint_id=checkpoint)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return int(checkpoint.name.rpartition("-")[2])
+    return step_of(checkpoint)
 
 
 def start(patience: int) -> torch.device:
@@ -171,10 +172,8 @@ def train_over_ranks(config: TrainConfig, console: Console) -> None:
                 f"a step of the run has {before} blocks, but batch_size · gradient_accumulation · dp is now "
                 f"{_blocks_a_step(config)}: choose them so that their product is {before}."
             )
-    elif (out / SETTINGS).exists():
-        raise FileExistsError(
-            f"out={str(out)!r} holds a run already: choose another folder, delete it, or use --resume."
-        )
+    else:
+        refuse_to_overwrite(out)
     config.check()
     layout = Layout.parse(config.run.parallel)
     if config.optimizer.compile:
@@ -229,25 +228,22 @@ def _steps(
         betas=(0.9, 0.95),
         foreach=False,
     )
-    checkpoint = newest(run.out)
+    checkpoints = checkpoints_of(run.out)
     schedule = get_cosine_schedule_with_warmup(optimizer, o.warmup_steps, o.steps)
-    first = 0 if checkpoint is None else load(checkpoint, model, optimizer)
+    first = load(checkpoints[-1], model, optimizer) if checkpoints else 0
     if first:  # a rate is a function of the step alone
         schedule.last_epoch = first - 1
         schedule.step()
     count = _blocks_a_step(config)
-    metrics = run.out / METRICS
     if parallel.is_first:
-        kept = [line for line in read_metrics(run.out) if line["step"] <= first]
-        metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        drop_metrics_after(run.out, first)
 
     def block_of(blocks: PackedBlocks, index: int) -> dict[str, Tensor]:
         return {name: value[None].to(device) for name, value in blocks[index].items()}
 
     def report(step: int, **values: float) -> None:
         if parallel.is_first:
-            with metrics.open("a") as lines:
-                lines.write(json.dumps({"step": step} | values) + "\n")
+            append_metrics(run.out, step, values)
             console.print(f"step {step}/{o.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
     @torch.no_grad()

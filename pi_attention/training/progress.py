@@ -22,22 +22,31 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def drop_metrics_after(run: Path, step: int) -> None:
+    """Leave out the lines of steps that a resumed run does again."""
+    kept = [line for line in read_metrics(run) if line["step"] <= step]
+    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def append_metrics(run: Path, step: int, values: dict[str, Any]) -> None:
+    """Add a line."""
+    with (run / METRICS).open("a") as lines:
+        lines.write(json.dumps({"step": step} | values) + "\n")
+
+
 class MetricsFile(TrainerCallback):
     """Append every log entry to metrics.jsonl; after a resume, drop the lines beyond the checkpoint first."""
 
     def __init__(self, run: Path) -> None:
-        self.file = run / METRICS
+        self.run = run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        kept = [line for line in read_metrics(self.file.parent) if line["step"] <= state.global_step]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if state.is_world_process_zero:
+            drop_metrics_after(self.run, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            with self.file.open("a") as lines:
-                lines.write(json.dumps({"step": state.global_step} | logs) + "\n")
+            append_metrics(self.run, state.global_step, logs)
 
 
 class ProgressBar(TrainerCallback):

@@ -45,10 +45,8 @@ def train(config: TrainConfig, console: Console) -> bool:
                 f"out={str(out)!r} holds a run of parallel={config.run.parallel!r}: resume it under torchrun, with "
                 "--parallel."
             )
-    elif (out / SETTINGS).exists():
-        raise FileExistsError(
-            f"out={str(out)!r} holds a run already: choose another folder, delete it, or use --resume."
-        )
+    else:
+        refuse_to_overwrite(out)
     config.check()
 
     set_seed(config.run.seed)
@@ -87,6 +85,14 @@ def train(config: TrainConfig, console: Console) -> bool:
     if trainer.is_world_process_zero():
         write_report(config, trainer.model, tokenizer, validation, console)
     return True
+
+
+def refuse_to_overwrite(out: Path) -> None:
+    """Raise FileExistsError for a folder that holds a run."""
+    if (out / SETTINGS).exists():
+        raise FileExistsError(
+            f"out={str(out)!r} holds a run already: choose another folder, delete it, or use --resume."
+        )
 
 
 def settings_to_resume(out: Path) -> TrainConfig:
