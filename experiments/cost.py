@@ -99,7 +99,7 @@ def cells(scale: Scale) -> list[Settings]:
         return []
     pattern = {"window": 256, "period": 256, "skips": 16}
     sizes = {"hidden": 4096, "layers": 56, "heads": 32, "kv heads": 8, "vocabulary": 32000, "steps": 3}
-    lengths = [8192, 32768]
+    lengths = [8192, 32768, 131072]
     if scale == "smoke":
         pattern = {"window": 16, "period": 16, "skips": 4}
         sizes = {"hidden": 32, "layers": 2, "heads": 2, "kv heads": 1, "vocabulary": 100, "steps": 2}

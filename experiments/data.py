@@ -36,7 +36,7 @@ def prepared(data: Path, name: str, make: Callable[[], dict[str, np.ndarray]]) -
     if not path.exists():
         path.parent.mkdir(exist_ok=True, parents=True)
         part = path.with_suffix(".part.npz")
-        np.savez(part, **make())
+        np.savez_compressed(part, **make())
         part.replace(path)
     with np.load(path) as arrays:
         return dict(arrays)
@@ -124,14 +124,52 @@ def squad(path: Path) -> list[dict[str, Any]]:
     return articles
 
 
-def captioned_images(data: Path) -> tuple[Tensor, list[str], list[str]]:
-    """Open Clip Art: images uint8 [N, 64, 64, 3], captions, and the drawings' names, which tell concepts apart."""
+Captioned = tuple[Tensor, list[str], list[str]]
+"""Images uint8 [N, 64, 64, 3], captions, and names: what stands before their first "_" tells concepts apart."""
+
+
+def open_clip_art(data: Path) -> Captioned:
+    """Drawings of Open Clip Art with their titles."""
     how = "put openclipart64.npz and openclipart_pairs.jsonl there"
     lines = need(data / "openclipart" / "openclipart_pairs.jsonl", how).read_text().splitlines()
     pairs = [json.loads(line) for line in lines]
     with np.load(need(data / "openclipart" / "openclipart64.npz", how)) as arrays:
         pixels = torch.from_numpy(arrays["x"][[pair["row"] for pair in pairs]])
-    return pixels, [pair["caption"] for pair in pairs], [pair["id"] for pair in pairs]
+    return pixels, [pair["caption"] for pair in pairs], [pair["id"].rpartition("/")[2] for pair in pairs]
+
+
+def emoji(data: Path) -> Captioned:
+    """Emoji without skin tones in the designs of Google and Twitter, on white, with their labels and tags."""
+    from PIL import Image
+
+    folder = data / "emoji"
+    how = "put emojibase-data's en/compact.json there, and emoji-datasource's img/VENDOR/64 as VENDOR/64"
+    entries = json.loads(need(folder / "compact.json", how).read_text())
+
+    def make() -> dict[str, np.ndarray]:
+        pixels, of_entry, vendors = [], [], []
+        for vendor in ("google", "twitter"):
+            files = {path.stem.replace("-fe0f", ""): path for path in need(folder / vendor / "64", how).glob("*.png")}
+            for number, entry in enumerate(entries):
+                path = files.get(entry["hexcode"].lower().replace("-fe0f", ""))
+                if path is None:
+                    continue
+                drawn = Image.open(path).convert("RGBA")
+                canvas = Image.new("RGBA", (64, 64), "white")
+                canvas.alpha_composite(drawn.resize((64, 64)))
+                pixels.append(np.asarray(canvas.convert("RGB")))
+                of_entry.append(number)
+                vendors.append(vendor)
+        return {"pixels": np.stack(pixels), "entries": np.array(of_entry), "vendors": np.array(vendors)}
+
+    arrays = prepared(data, "emoji", make)
+    chosen = [entries[number] for number in arrays["entries"]]
+    captions = [", ".join([entry["label"], *entry.get("tags", [])]) for entry in chosen]
+    names = [f"{entry['hexcode']}_{vendor}" for entry, vendor in zip(chosen, arrays["vendors"], strict=True)]
+    return torch.from_numpy(arrays["pixels"]), captions, names
+
+
+IMAGES: dict[str, Callable[[Path], Captioned]] = {"openclipart": open_clip_art, "emoji": emoji}
 
 
 def karpathy(listing: Path, images: Path, part: str) -> list[tuple[Path, list[str]]]:

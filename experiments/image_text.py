@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.data import captioned_images
+from experiments.data import IMAGES
 from experiments.runner import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE, fit, products, segments
-from experiments.variants import MAIN, config, prepare_gate
+from experiments.variants import MAIN, config, specialise
 from pi_attention.models import PiConfig, PiModel
 
 CAPTION = 64  # bytes
@@ -74,10 +74,11 @@ def caption_bytes(captions: list[str]) -> Tensor:
 
 def split(names: list[str]) -> dict[str, Tensor]:
     """Rows for training, validation and test (80 : 10 : 10): all drawings of a theme's name stay together."""
-    themes = sorted({name.rpartition("/")[2].split("_")[0] for name in names})
+    of_name = [name.split("_")[0] for name in names]
+    themes = sorted(set(of_name))
     order = torch.randperm(len(themes), generator=torch.Generator().manual_seed(0)).tolist()
     tenth = {theme: 10 * place // len(themes) for theme, place in zip(themes, order, strict=True)}
-    of_row = torch.tensor([tenth[name.rpartition("/")[2].split("_")[0]] for name in names])
+    of_row = torch.tensor([tenth[theme] for theme in of_name])
     parts = {"validation": of_row == 8, "test": of_row == 9, "training": of_row < 8}
     return {part: chosen.nonzero()[:, 0] for part, chosen in parts.items()}
 
@@ -92,10 +93,13 @@ def measure(settings: Settings, data: Path) -> Result:
     """Train the towers; recall of held-out drawings both ways, averaged in "test" and "validation" (R@1)."""
     torch.manual_seed(settings["seed"])
     generator = torch.Generator().manual_seed(1 + settings["seed"])
-    pixels, captions, names = captioned_images(data)
+    pixels, captions, names = IMAGES[settings["images"]](data)
     ids, parts = caption_bytes(captions), split(names)
+    for part in ("validation", "test"):  # one image of each caption, since equal captions cannot be told apart
+        rows = parts[part].tolist()
+        parts[part] = torch.tensor(sorted({captions[row]: row for row in reversed(rows)}.values()))
     made = config(settings, vocab_size=1, causal=False)
-    model = prepare_gate(TwoTowers(made, settings["patch"]).to(DEVICE), settings["variant"])
+    model = specialise(TwoTowers(made, settings["patch"]).to(DEVICE), settings)
 
     def batches() -> Iterator[dict[str, Tensor]]:
         while True:  # whole batches only
@@ -130,7 +134,7 @@ def cells(scale: Scale) -> list[Settings]:
     if scale == "smoke":
         sizes |= {"hidden": 16, "layers": 1, "heads": 2, "context": 64, "patch": 8, "batch": 4, "steps": 2}
         sizes |= {"held out": 16, "window": 8, "period": 8, "skips": 4}
-    return [{"variant": variant, **sizes} for variant in MAIN]
+    return [{"images": images, "variant": variant, **sizes} for images in IMAGES for variant in MAIN]
 
 
 EXPERIMENT = Experiment(

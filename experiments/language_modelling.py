@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from experiments.data import blocks, bpe, documents, need, windows
 from experiments.runner import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE, fit, products
-from experiments.variants import MAIN, VARIANTS, config, prepare_gate
+from experiments.variants import BASELINE, MAIN, RANDOM_BLOCKS, VARIANTS, config, specialise
 from pi_attention.models import PiForCausalLM
 from pi_attention.nn import record_aux
 
@@ -27,6 +28,9 @@ SIZES: dict[Scale, Settings] = {
               "tokens": 32768, "blocks": 96},
 }  # fmt: skip
 """`tokens` of a step, `blocks` of an evaluation."""
+LONGER: Settings = SIZES["small"] | {"corpus": "prose", "hidden": 512, "layers": 8, "heads": 8}
+LONG: Settings = SIZES["small"] | {"steps": 4000}
+LARGE: Settings = SIZES["small"] | {"hidden": 768, "layers": 14, "heads": 12, "steps": 1000}
 
 
 @torch.no_grad()
@@ -69,7 +73,7 @@ def measure(settings: Settings, data: Path) -> Result:
     parts = documents(settings["corpus"], settings["vocabulary"], data)
     context = settings["context"]
     model = PiForCausalLM(config(settings, vocab_size=settings["vocabulary"])).to(DEVICE)
-    prepare_gate(model, settings["variant"])
+    specialise(model, settings)
     drawn = windows(parts["training"], context, max(1, settings["tokens"] // context), generator)
     batches = ({"input_ids": ids, "labels": ids} for ids in drawn)
     last = fit(model, batches, steps=settings["steps"], rate=settings["rate"])
@@ -95,15 +99,34 @@ def prepare(settings: Settings, data: Path) -> None:
     documents(settings["corpus"], settings["vocabulary"], data)
 
 
+PATTERN: Settings = {"window": 64, "period": 64, "skips": 16}
+
+
 def cells(scale: Scale) -> list[Settings]:
-    """Every variant at the shortest context, the main ones at the longer."""
-    pattern = {"window": 64, "period": 64, "skips": 16}
-    compared = {"smoke": {256: MAIN}, "laptop": {1024: MAIN}, "small": {2048: VARIANTS, 8192: MAIN}}
+    """Every variant at the shortest context, the main ones at a longer one, with larger models and other documents."""
+    groups: dict[Scale, list[tuple[int, Settings, tuple[str, ...]]]] = {
+        "smoke": [(256, SIZES["smoke"], (*MAIN, RANDOM_BLOCKS))],
+        "laptop": [(1024, SIZES["laptop"], MAIN)],
+        "small": [(2048, SIZES["small"], (*VARIANTS, RANDOM_BLOCKS)), (8192, LONGER, MAIN)],
+    }
     return [
-        {"variant": variant, **pattern, "context": context, **SIZES[scale]}
-        for context, variants in compared[scale].items()
+        {"variant": variant, **PATTERN, "context": context, **sizes}
+        for context, sizes, variants in groups[scale]
         for variant in variants
     ]
+
+
+def long_cells(scale: Scale) -> list[Settings]:
+    """Eight times the tokens, where the first comparison stops early."""
+    sizes = {"smoke": SIZES["smoke"], "small": LONG}.get(scale)
+    variants = ("dense", BASELINE, "pi", "pi, mass gate")
+    return [{"variant": v, **PATTERN, "context": 2048 if scale == "small" else 256, **sizes} for v in variants if sizes]
+
+
+def large_cells(scale: Scale) -> list[Settings]:
+    """The main variants with 112 M parameters."""
+    sizes = {"smoke": SIZES["smoke"], "small": LARGE}.get(scale)
+    return [{"variant": v, **PATTERN, "context": 8192 if scale == "small" else 256, **sizes} for v in MAIN if sizes]
 
 
 EXPERIMENT = Experiment(
@@ -115,4 +138,18 @@ EXPERIMENT = Experiment(
     measure=measure,
     rates=(1e-3, 3e-3),
     prepare=prepare,
+)
+LONG_EXPERIMENT = replace(
+    EXPERIMENT,
+    name="language_modelling_long",
+    title="Language modelling, eight times the tokens",
+    cells=long_cells,
+    rates=(3e-3,),
+)
+LARGE_EXPERIMENT = replace(
+    EXPERIMENT,
+    name="language_modelling_large",
+    title="Language modelling with 112 M parameters",
+    cells=large_cells,
+    rates=(1e-3,),
 )

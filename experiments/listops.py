@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from experiments.classification import PAD, classify
 from experiments.data import prepared
 from experiments.runner import Experiment, Result, Scale, Settings
-from experiments.training import DEVICE, fit, products, segments
-from experiments.variants import MAIN, config, prepare_gate
-from pi_attention.models import PiForSequenceClassification
+from experiments.variants import MAIN
 
-PAD, END = 0, 1
+END = PAD + 1
 OPERATORS = {2: min, 3: max, 4: lambda values: int(statistics.median(values)), 5: lambda values: sum(values) % 10}
 DIGIT = 6  # tokens 6 … 15 are the digits
 VOCABULARY = 16
@@ -90,35 +86,7 @@ def dataset(settings: Settings, data: Path) -> dict[str, np.ndarray]:
 
 def measure(settings: Settings, data: Path) -> Result:
     """Train a classifier of one variant; the result has accuracies."""
-    torch.manual_seed(settings["seed"])
-    generator = torch.Generator().manual_seed(1 + settings["seed"])
-    arrays = {name: torch.from_numpy(array).long() for name, array in dataset(settings, data).items()}
-    made = config(settings, vocab_size=VOCABULARY, pad_token_id=PAD, num_labels=10, causal=False)
-    model = prepare_gate(PiForSequenceClassification(made).to(DEVICE), settings["variant"])
-
-    def batch_of(part: str, rows: Tensor) -> dict[str, Tensor]:
-        ids = arrays[f"{part} ids"][rows]
-        return {"input_ids": ids, "segment_ids": segments(ids != PAD), "labels": arrays[f"{part} classes"][rows]}
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        while True:
-            for rows in torch.randperm(settings["examples"], generator=generator).split(settings["batch"]):
-                yield batch_of("training", rows)
-
-    last = fit(model, batches(), steps=settings["steps"], rate=settings["rate"])
-
-    @torch.no_grad()
-    def accuracy(part: str) -> float:
-        right = 0
-        for rows in torch.arange(settings["held out"]).split(settings["batch"]):
-            batch = {name: value.to(DEVICE) for name, value in batch_of(part, rows).items()}
-            with products():
-                right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
-        return right / settings["held out"]
-
-    count = sum(p.numel() for p in model.parameters())
-    found = {part: accuracy(part) for part in ("validation", "test")}
-    return {**found, "training loss": last, "parameters": count}
+    return classify(settings, dataset(settings, data), vocabulary=VOCABULARY, classes=10)
 
 
 def cells(scale: Scale) -> list[Settings]:
@@ -126,7 +94,7 @@ def cells(scale: Scale) -> list[Settings]:
     if scale == "laptop":
         return []
     sizes = {"hidden": 128, "layers": 4, "heads": 4, "context": LONGEST, "examples": 32000, "held out": 2000,
-             "batch": 32, "steps": 1500, "window": 64, "period": 64, "skips": 16}  # fmt: skip
+             "batch": 32, "steps": 3000, "window": 64, "period": 64, "skips": 16}  # fmt: skip
     if scale == "smoke":
         sizes |= {"hidden": 32, "layers": 2, "heads": 2, "context": 200, "examples": 40, "held out": 20, "batch": 4}
         sizes |= {"steps": 2, "window": 8, "period": 8, "skips": 4}

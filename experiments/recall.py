@@ -1,7 +1,8 @@
 """Recall at a distance: where do the holes of a pattern show? Multi-query associative recall with lags under control.
 
-A sequence holds pairs of a key and a value among filler tokens; later a key comes again, and its value is to be
-predicted. The lag from the query to the value is drawn freely in training; tests put a single query at each lag.
+A token says a key and its value; later the key alone is asked for, and its value is to be predicted. Between them is
+filler. The lag from the question to the pair is drawn freely in training; tests put one question at each lag. With
+a single pair this is passkey retrieval.
 """
 
 from __future__ import annotations
@@ -15,55 +16,52 @@ from torch import Tensor
 
 from experiments.runner import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE, fit, products
-from experiments.variants import VARIANTS, config, prepare_gate
+from experiments.variants import MAIN, PLANNED, VARIANTS, config, specialise
 from pi_attention.models import PiForCausalLM
 from pi_attention.receptive_field import receptive_field
 
 KEYS, VALUES, FILLER = 16, 16, 8
-VOCABULARY = KEYS + VALUES + FILLER
+PAIR = KEYS + VALUES  # the first of the tokens that say a key and a value
+REST = PAIR + KEYS * VALUES  # the first filler
+VOCABULARY = REST + FILLER
 IGNORE = -100
 
 
-def sequences(batch: int, context: int, pairs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Input ids and labels [batch, context]: `pairs` keys with values, each asked for once at a random later place."""
+def _distinct(batch: int, count: int, most: int, generator: torch.Generator) -> Tensor:
+    """`count` different numbers below `most` for each row, in random order."""
+    return torch.rand(batch, most, generator=generator).argsort(dim=1)[:, :count]
 
-    def draw(count: int, most: int) -> Tensor:
-        return torch.rand(batch, most, generator=generator).argsort(dim=1)[:, :count]
 
-    ids = KEYS + VALUES + torch.randint(FILLER, (batch, context), generator=generator)
+def sequences(batch: int, context: int, pairs: int, asks: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Input ids and labels [batch, context]: `pairs` keys with values, each asked for `asks` times at later places."""
+    ids = REST + torch.randint(FILLER, (batch, context), generator=generator)
     labels = torch.full_like(ids, IGNORE)
-    keys = draw(pairs, KEYS)
-    values = KEYS + torch.randint(VALUES, (batch, pairs), generator=generator)
-    places = draw(2 * pairs, context - 2 * pairs).sort(dim=1).values + torch.arange(
-        2 * pairs
-    )  # room for two tokens each
-    shuffled = places.gather(1, draw(2 * pairs, 2 * pairs))
-    slots = shuffled.view(batch, pairs, 2).sort(dim=2).values
-    for slot in slots.unbind(dim=2):  # shown, then asked
+    keys = _distinct(batch, pairs, KEYS, generator)
+    values = torch.randint(VALUES, (batch, pairs), generator=generator)
+    places = _distinct(batch, pairs * (1 + asks), context - 1, generator)
+    slots = places.view(batch, pairs, 1 + asks).sort(dim=2).values
+    ids.scatter_(1, slots[:, :, 0], PAIR + keys * VALUES + values)
+    for slot in slots[:, :, 1:].unbind(dim=2):
         ids.scatter_(1, slot, keys)
-        ids.scatter_(1, slot + 1, values)
-    labels.scatter_(1, slots[:, :, 1] + 1, values)  # the model shifts labels: predicted at the key
+        labels.scatter_(1, slot + 1, KEYS + values)  # the model shifts labels: predicted at the question
     return ids, labels
 
 
 def at_lag(batch: int, context: int, lag: int, pairs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Input ids [batch, context] that end in a key whose value stands `lag` tokens before it, and these values.
+    """Input ids [batch, context] that end in a question whose pair stands `lag` tokens before, and the labels to come.
 
-    The other `pairs` − 1 keys stand with their values at random places.
+    The other `pairs` − 1 pairs stand at random places.
     """
-    ids = KEYS + VALUES + torch.randint(FILLER, (batch, context), generator=generator)
-    keys = torch.rand(batch, KEYS, generator=generator).argsort(dim=1)[:, :pairs]
-    values = KEYS + torch.randint(VALUES, (batch, pairs), generator=generator)
-    shown = context - 2 - lag
-    odd = shown % 2  # the places of all pairs are shifted by one where that of the pair asked for is odd
-    order = torch.rand(batch, (context - 1 - odd) // 2, generator=generator)
-    order[:, shown // 2] = 2.0
-    slots = odd + 2 * order.argsort(dim=1)[:, : pairs - 1]
-    ids.scatter_(1, slots, keys[:, 1:])
-    ids.scatter_(1, slots + 1, values[:, 1:])
-    ids[:, -1] = ids[:, shown] = keys[:, 0]
-    ids[:, shown + 1] = values[:, 0]
-    return ids, values[:, 0]
+    ids = REST + torch.randint(FILLER, (batch, context), generator=generator)
+    keys = _distinct(batch, pairs, KEYS, generator)
+    values = torch.randint(VALUES, (batch, pairs), generator=generator)
+    shown = context - 1 - lag
+    others = _distinct(batch, pairs - 1, context - 2, generator)
+    others += others >= shown
+    slots = torch.cat([torch.full((batch, 1), shown), others], dim=1)
+    ids.scatter_(1, slots, PAIR + keys * VALUES + values)
+    ids[:, -1] = keys[:, 0]
+    return ids, KEYS + values[:, 0]
 
 
 def measure(settings: Settings, data: Path) -> Result:
@@ -72,56 +70,76 @@ def measure(settings: Settings, data: Path) -> Result:
     generator = torch.Generator().manual_seed(1 + settings["seed"])
     context, pairs = settings["context"], settings["pairs"]
     made = config(settings, vocab_size=VOCABULARY)
-    model = prepare_gate(PiForCausalLM(made).to(DEVICE), settings["variant"])
+    model = specialise(PiForCausalLM(made).to(DEVICE), settings)
 
     def batches() -> Iterator[dict[str, Tensor]]:
         while True:
-            ids, labels = sequences(settings["batch"], context, pairs, generator)
+            ids, labels = sequences(settings["batch"], context, pairs, settings["asks"], generator)
             yield {"input_ids": ids, "labels": labels}
 
     last = fit(model, batches(), steps=settings["steps"], rate=settings["rate"])
 
     @torch.no_grad()
     def accuracy(ids: Tensor, labels: Tensor) -> float:
-        with products():
-            guess = model(ids.to(DEVICE), use_cache=False).logits[:, :-1].argmax(-1).cpu()
-        asked = labels[:, 1:] != IGNORE
-        return float((guess == labels[:, 1:])[asked].float().mean())
+        right = torch.tensor(0)
+        rows = max(1, 65536 // context)
+        for row, label in zip(ids.split(rows), labels.split(rows), strict=True):
+            with products():
+                guess = model(row.to(DEVICE), use_cache=False).logits[:, :-1].argmax(-1).cpu()
+            right = right + ((guess == label[:, 1:]) & (label[:, 1:] != IGNORE)).sum()
+        return float(right / (labels[:, 1:] != IGNORE).sum())
 
     by_lag = {}
-    for lag in settings["lags"]:
+    for lag in (lag for kind in settings["lags"].values() for lag in kind):
         ids, value = at_lag(128, context - 1, lag, pairs, generator)
         filled = torch.cat([ids, value[:, None]], dim=1)
         labels = torch.where(torch.arange(context) == context - 1, filled, IGNORE)
         by_lag[str(lag)] = accuracy(filled, labels)
-    held_out = [accuracy(*sequences(128, context, pairs, generator)) for _ in range(2)]
+    held_out = [accuracy(*sequences(128, context, pairs, settings["asks"], generator)) for _ in range(2)]
     field = receptive_field(made.patterns(), context)
     return {
         "validation": held_out[0],
         "test": held_out[1],
         "by lag": by_lag,
-        "over lags": statistics.fmean(by_lag.values()),
+        **{kind: statistics.fmean(by_lag[str(lag)] for lag in lags) for kind, lags in settings["lags"].items()},
         "coverage": field.covered() / context,
         "training loss": last,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 
+def lags(context: int, window: int, period: int) -> dict[str, list[int]]:
+    """Lags inside the window, and far ones to three quarters of the context, on and beside multiples of the period."""
+    aligned = sorted({max(1, context * share // 16 // period) * period for share in (1, 2, 4, 8, 12)})
+    return {
+        "near": [1, window // 2, window - 1],
+        "aligned": aligned,
+        "beside": [lag + period // 2 + 1 for lag in aligned],
+    }
+
+
 def cells(scale: Scale) -> list[Settings]:
-    """Every variant at a pattern without holes and at one with holes; lags on and beside multiples of the period."""
+    """Every variant where four layers cover the context and where they leave holes; passkeys in longer contexts."""
     if scale == "laptop":
         return []
-    common = {"hidden": 64, "layers": 4, "heads": 4, "context": 512, "pairs": 4, "steps": 4000, "batch": 64}
-    common["lags"] = [4, 15, 16, 32, 41, 64, 73, 128, 137, 256, 265, 400]
-    shapes = [(16, 16, 8), (4, 64, 4)]
+    common = {"hidden": 64, "layers": 4, "heads": 4}
     if scale == "smoke":
-        common |= {"hidden": 32, "layers": 2, "heads": 2, "context": 64, "pairs": 4, "steps": 2, "batch": 4}
-        common["lags"] = [3, 17]
-        shapes = [(8, 8, 4)]
+        common = {"hidden": 32, "layers": 2, "heads": 2, "steps": 2}
+        shapes = [(8, 8, 4, {"context": 64, "pairs": 4, "asks": 3, "batch": 4}, (*VARIANTS, PLANNED))]
+    else:
+        recall = {"context": 512, "pairs": 4, "asks": 7, "batch": 64, "steps": 1500}
+        shapes = [
+            (16, 16, 8, recall, (*VARIANTS, PLANNED)),
+            (4, 64, 4, recall, (*MAIN, "pi, geometric heads", PLANNED)),
+        ]
+        for context in (1024, 8192, 32768):
+            passkey = {"context": context, "pairs": 1, "asks": 31, "batch": 32768 // context, "steps": 1000}
+            shapes.append((64, 64, 16, passkey, (*MAIN, "pi, geometric heads", PLANNED)))
     return [
-        {"variant": variant, "window": w, "period": period, "skips": m, **common}
-        for w, period, m in shapes
-        for variant in VARIANTS
+        {"variant": variant, "window": w, "period": period, "skips": m, **common, **task}
+        | {"lags": lags(task["context"], w, period)}
+        for w, period, m, task, variants in shapes
+        for variant in variants
     ]
 
 

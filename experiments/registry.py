@@ -7,6 +7,7 @@ from experiments import (
     image_text,
     language_modelling,
     listops,
+    lra,
     period_sweep,
     recall,
     retrieval_qa,
@@ -14,5 +15,19 @@ from experiments import (
 )
 from experiments.runner import Experiment
 
-MODULES = (language_modelling, period_sweep, recall, listops, retrieval_qa, image_text, series, cost)
-EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in MODULES}
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        language_modelling.EXPERIMENT,
+        language_modelling.LONG_EXPERIMENT,
+        language_modelling.LARGE_EXPERIMENT,
+        period_sweep.EXPERIMENT,
+        recall.EXPERIMENT,
+        listops.EXPERIMENT,
+        lra.EXPERIMENT,
+        retrieval_qa.EXPERIMENT,
+        image_text.EXPERIMENT,
+        series.EXPERIMENT,
+        cost.EXPERIMENT,
+    )
+}

@@ -41,7 +41,9 @@ def measured_cells(experiment: Experiment) -> list[Cell]:
     return found
 
 
-def compared(name: str, columns: dict[str, Column] | None = None, digits: int = 3, by: str = "variant") -> str:
+def compared(
+    name: str, columns: dict[str, Column] | None = None, digits: int = 3, by: tuple[str, ...] = ("variant",)
+) -> str:
     """A table for each group of cells that differ in `by` alone: the metric, and its difference from the baseline."""
     from benchmarks.report import table
 
@@ -51,7 +53,7 @@ def compared(name: str, columns: dict[str, Column] | None = None, digits: int = 
         return "Not measured yet."
     groups: list[tuple[Settings, list[Cell]]] = []
     for cell, rows in cells:
-        common = without(cell, by)
+        common = without(cell, *by, "lags")
         group = next((members for settings, members in groups if settings == common), None)
         if group is None:
             group = []
@@ -59,20 +61,23 @@ def compared(name: str, columns: dict[str, Column] | None = None, digits: int = 
         group.append((cell, rows))
     parts = []
     for common, members in groups:
-        baseline = next((rows for cell, rows in members if cell[by] == BASELINE), [])
+        baseline = next((rows for cell, rows in members if cell.get("variant") == BASELINE), [])
         base = {row["settings"]["seed"]: row["result"]["test"] for row in baseline}
         lines = []
         for cell, rows in members:
             results = [row["result"] for row in rows]
             gaps = [r["result"]["test"] - base[r["settings"]["seed"]] for r in rows if r["settings"]["seed"] in base]
-            gap = "–" if cell[by] == BASELINE or not gaps else shown(gaps, digits)
-            line = [str(cell[by]), shown([r["test"] for r in results], digits), gap, str(len(rows))]
+            line = [*(str(cell[name]) for name in by), shown([r["test"] for r in results], digits)]
+            if base:
+                line.append("–" if cell["variant"] == BASELINE or not gaps else shown(gaps, digits))
+            line.append(str(len(rows)))
             line += [column(results) for column in columns.values()]
             lines.append([*line, f"{rows[0]['settings']['rate']:g}"])
         measured = {f"{row['device']}, torch {row['torch']}, {row['date']}" for _, rows in members for row in rows}
         device = "; ".join(sorted(measured))
         said = ", ".join(f"{key} {value}" for key, value in common.items() if not isinstance(value, list))
-        head = [by, experiment.metric, f"minus {BASELINE}", "seeds", *columns, "learning rate"]
+        gap = [f"minus {BASELINE}"] if base else []
+        head = [*by, experiment.metric, *gap, "seeds", *columns, "learning rate"]
         parts.append(f"{said}. {device}.\n\n" + table(head, lines))
     return "\n\n".join(parts)
 
@@ -94,14 +99,14 @@ def _last_bucket(results: list[Result]) -> str:
     return shown([r["by position"][-1] for r in results], 3)
 
 
-def _lags(near: bool) -> Column:
-    """Accuracy over the lags below 32, or over the others."""
-
-    def column(results: list[Result]) -> str:
-        chosen = [[v for lag, v in r["by lag"].items() if (int(lag) < 32) == near] for r in results]
-        return shown([sum(values) / len(values) for values in chosen], 3) if all(chosen) else "–"
-
-    return column
+def language_modelling(name: str) -> str:
+    """Perplexities, at the end of the context and on other text too, and the gates."""
+    columns = {
+        "last eighth of the context": _last_bucket,
+        "WikiText-103 test, word perplexity": mean_of("wikitext-103 word perplexity", 0),
+        "mean gate by layer": _gate,
+    }
+    return compared(name, columns)
 
 
 def _ways(results: list[Result]) -> str:
@@ -137,19 +142,23 @@ def cost() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "language_modelling": lambda: compared(
-        "language_modelling",
+    "language_modelling": lambda: language_modelling("language_modelling"),
+    "language_modelling_long": lambda: language_modelling("language_modelling_long"),
+    "language_modelling_large": lambda: language_modelling("language_modelling_large"),
+    "period_sweep": lambda: compared(
+        "period_sweep", {"context seen": mean_of("coverage", 2)}, by=("window", "period", "skips")
+    ),
+    "recall": lambda: compared(
+        "recall",
         {
-            "last eighth of the context": _last_bucket,
-            "WikiText-103 test, word perplexity": mean_of("wikitext-103 word perplexity", 0),
-            "mean gate by layer": _gate,
+            "lags in the window": mean_of("near", 2),
+            "far, multiples of π": mean_of("aligned", 2),
+            "far, others": mean_of("beside", 2),
+            "context seen": mean_of("coverage", 2),
         },
     ),
-    "period_sweep": lambda: compared("period_sweep", {"context seen": mean_of("coverage", 2)}, by="period"),
-    "recall": lambda: compared(
-        "recall", {"lags below 32": _lags(True), "lags from 32": _lags(False), "context seen": mean_of("coverage", 2)}
-    ),
     "listops": lambda: compared("listops"),
+    "lra": lambda: compared("lra"),
     "retrieval_qa": lambda: compared("retrieval_qa", {"exact match": mean_of("exact match", 2)}, digits=2),
     "image_text": lambda: compared("image_text", {"R@1 / 5 / 10 to text; to image": _ways}),
     "series": lambda: compared("series"),

@@ -1,7 +1,11 @@
-"""RetrievalQA: find the answer's span in a whole article. Trained on SQuADShifts, tested on SQuAD's articles."""
+"""RetrievalQA: find the answer's span in a whole article. Trained on SQuADShifts, tested on SQuAD's articles.
+
+Each model is first trained as a language model of the same variant, on documents of other kinds.
+"""
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import string
@@ -13,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.data import bpe, squad
+from experiments.data import bpe, documents, squad, windows
 from experiments.runner import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE, fit, products, segments
-from experiments.variants import MAIN, config, prepare_gate
-from pi_attention.models import PiForQuestionAnswering
+from experiments.variants import MAIN, config, specialise
+from pi_attention.models import PiForCausalLM, PiForQuestionAnswering
 
 TRAINING = ("new_wiki_v1.0", "nyt_v1.0", "reddit_v1.0")
 TEST = "squaddev_v1.1"
@@ -117,6 +121,19 @@ def answer(model: PiForQuestionAnswering, articles: Articles, question: dict[str
     return articles.text(question, begin + first, begin + first + more)
 
 
+def pretrain(model: PiForQuestionAnswering, settings: Settings, data: Path) -> float:
+    """Give the model the weights of a causal language model of its variant; returns that one's training perplexity."""
+    pretrained = config(settings, vocab_size=settings["vocabulary"])
+    language_model = specialise(PiForCausalLM(pretrained).to(DEVICE), settings)
+    parts = documents(settings["corpus"], settings["vocabulary"], data)
+    generator = torch.Generator().manual_seed(1 + settings["seed"])
+    drawn = windows(parts["training"], settings["context"], settings["batch"], generator)
+    batches = ({"input_ids": ids, "labels": ids} for ids in drawn)
+    last = fit(language_model, batches, steps=settings["pretraining"], rate=settings["rate"])
+    model.base_model.load_state_dict(language_model.model.state_dict())
+    return math.exp(last)
+
+
 def measure(settings: Settings, data: Path) -> Result:
     """Train a span finder of one variant; EM and F1 in percent on whole articles of SQuAD."""
     torch.manual_seed(settings["seed"])
@@ -129,7 +146,8 @@ def measure(settings: Settings, data: Path) -> Result:
     asked = [q for q in training.questions if training.span(q, len(training.inputs(q))) is not None]
     test = Articles(squad(data / "squad" / f"{TEST}.json.gz")[: settings["articles"]], tokenizer, context)
     made = config(settings, vocab_size=settings["vocabulary"], causal=False)
-    model = prepare_gate(PiForQuestionAnswering(made).to(DEVICE), settings["variant"])
+    model = specialise(PiForQuestionAnswering(made).to(DEVICE), settings)
+    perplexity = pretrain(model, settings, data)
 
     def batches() -> Iterator[dict[str, Tensor]]:
         while True:
@@ -150,26 +168,27 @@ def measure(settings: Settings, data: Path) -> Result:
         "test": test_f1,
         "exact match": test_em,
         "answers within the context": found / (len(chosen) - half),
+        "pretraining perplexity": perplexity,
         "training loss": last,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 
 def prepare(settings: Settings, data: Path) -> None:
-    """Train the tokenizer."""
-    bpe(settings["corpus"], settings["vocabulary"], data)
+    """Train the tokenizer and encode the corpus."""
+    documents(settings["corpus"], settings["vocabulary"], data)
 
 
 def cells(scale: Scale) -> list[Settings]:
     """The main variants on contexts of 8,192 tokens."""
     if scale == "laptop":
         return []
-    sizes = {"corpus": "linux", "vocabulary": 8192, "files": 3, "articles": 100_000, "held out": 400}
-    sizes |= {"hidden": 256, "layers": 6, "heads": 4, "context": 8192, "batch": 8, "steps": 600}
+    sizes = {"corpus": "prose", "vocabulary": 8192, "files": 3, "articles": 100_000, "held out": 400}
+    sizes |= {"hidden": 256, "layers": 6, "heads": 4, "context": 8192, "batch": 8, "pretraining": 500, "steps": 800}
     sizes |= {"window": 64, "period": 64, "skips": 32}
     if scale == "smoke":
         sizes |= {"corpus": "shakespeare", "vocabulary": 512, "files": 1, "articles": 3, "held out": 2}
-        sizes |= {"hidden": 16, "layers": 1, "heads": 2, "context": 512, "batch": 2, "steps": 2}
+        sizes |= {"hidden": 16, "layers": 1, "heads": 2, "context": 512, "batch": 2, "pretraining": 1, "steps": 2}
         sizes |= {"window": 16, "period": 16, "skips": 4}
     return [{"variant": variant, **sizes} for variant in MAIN]
 

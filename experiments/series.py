@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from experiments.data import need, prepared
 from experiments.runner import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE, fit, products, segments
-from experiments.variants import MAIN, config, prepare_gate
+from experiments.variants import MAIN, config, specialise
 from pi_attention.models import PiConfig, PiModel
 
 FOLDER = "series"
@@ -164,7 +164,7 @@ def measure(settings: Settings, data: Path) -> Result:
 def _made(settings: Settings, features: int, outputs: int, *, classify: bool) -> SeriesModel:
     made = config(settings, vocab_size=1, causal=not classify)
     model = SeriesModel(made, features, outputs, classify=classify).to(DEVICE)
-    return prepare_gate(model, settings["variant"])
+    return specialise(model, settings)
 
 
 def _forecast(settings: Settings, data: Path, generator: torch.Generator) -> Result:

@@ -6,12 +6,19 @@ without a gate saves in parameters goes into the width of its feed-forward netwo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from experiments.runner import Settings
 from pi_attention.models import PiConfig
+from pi_attention.nn import PiAttention
 from pi_attention.nn.gate import GATE_WIDTH
 from pi_attention.pattern import coprime_periods, geometric_periods
+from pi_attention.planner import plan
 
 BASELINE = "ring-local, same keys"
 VARIANTS = (
@@ -27,6 +34,10 @@ VARIANTS = (
     "window + sinks",
     "dilated",
 )
+PLANNED = "pi, planned"
+"""The periods that the planner chooses for the context, the layers and the keys."""
+RANDOM_BLOCKS = "window + sinks + random blocks"
+"""As in BigBird (arXiv 2007.14062): a window, the first keys, and blocks of earlier keys drawn at random."""
 MAIN = ("dense", BASELINE, "pi", "pi, coprime heads")
 """The variants of experiments that do not study the gate."""
 
@@ -62,8 +73,12 @@ def config(settings: Settings, **more: Any) -> PiConfig:
             "gate": False,
         },
     }
+    if variant == PLANNED:
+        planned = plan(context, settings["layers"], heads=heads, budget=w + m).pattern
+        chosen[PLANNED] = {"window": planned.window, "skips": planned.skips, "period": list(planned.periods)}
+    chosen[RANDOM_BLOCKS] = chosen["dense"]  # `specialise` puts the mask in
     if variant not in chosen:
-        raise ValueError(f"variant={variant!r} is unknown: use one of {list(VARIANTS)}.")
+        raise ValueError(f"variant={variant!r} is unknown: use one of {list(chosen)}.")
     sizes = {
         "hidden_size": settings["hidden"],
         "num_hidden_layers": settings["layers"],
@@ -80,11 +95,47 @@ def config(settings: Settings, **more: Any) -> PiConfig:
     return made
 
 
-def prepare_gate(model: Any, variant: str) -> Any:
-    """The model, with every gate fixed at one half where the variant says so."""
-    if variant == "pi, fixed half":
+def specialise(model: Any, settings: Settings) -> Any:
+    """The model with what no configuration says: a gate fixed at one half, or the mask of random blocks.
+
+    Args:
+        model: made from `config(settings)`.
+        settings: of the row; its seed draws the blocks.
+    """
+    if settings["variant"] == "pi, fixed half":
         for name, parameter in model.named_parameters():
             if ".gate." in name:
                 parameter.data.zero_()
                 parameter.requires_grad_(False)
+    elif settings["variant"] == RANDOM_BLOCKS:
+        generator = torch.Generator().manual_seed(settings["seed"])
+        layers = [module for module in model.modules() if isinstance(module, PiAttention)]
+        for layer in layers:
+            mask = random_blocks(settings["context"], settings["window"], settings["skips"], generator)
+            layer._attend = partial(_masked, mask.to(layer.q_proj.weight.device))  # type: ignore[method-assign]
     return model
+
+
+SIDE = 4
+"""Keys of a random block; as many are sinks."""
+
+
+def random_blocks(length: int, window: int, skips: int, generator: torch.Generator) -> Tensor:
+    """Mask [length, length] of a window, `SIDE` sinks, and random blocks that make up `skips` keys a query with them.
+
+    The queries of a block of `window` tokens share their random blocks, which lie before the window.
+    """
+    number = torch.arange(length)
+    query, key = number[:, None], number
+    mask = (query - key < window) | (key < SIDE)
+    for start in range(window, length, window):
+        places = (start - window + 1) // SIDE  # whole blocks before every window of these queries
+        chosen = 1 + torch.randperm(max(0, places - 1), generator=generator)[: skips // SIDE - 1]  # 0 are the sinks
+        mask[start : start + window] |= torch.isin(key // SIDE, chosen)
+    return mask & (key <= query)
+
+
+def _masked(mask: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Any, segment_ids: Any) -> Tensor:
+    assert gate is None and segment_ids is None
+    tokens = query.shape[2]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:tokens, :tokens])

@@ -13,11 +13,12 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from PIL import Image
 
-from experiments import data, image_text, listops, recall, retrieval_qa, runner, series
+from experiments import data, image_text, listops, lra, recall, retrieval_qa, runner, series
 from experiments.intervals import interval
 from experiments.registry import EXPERIMENTS
-from experiments.variants import BASELINE, MAIN, VARIANTS, config, prepare_gate
+from experiments.variants import BASELINE, MAIN, RANDOM_BLOCKS, SIDE, VARIANTS, config, random_blocks, specialise
 from pi_attention.models import PiForCausalLM
 
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "window": 16, "period": 16, "skips": 8, "context": 256}
@@ -39,10 +40,29 @@ def test_variants_have_the_same_parameters_and_keys():
 
 def test_the_fixed_gate_is_one_half_and_stays():
     variant = "pi, fixed half"
-    model = prepare_gate(PiForCausalLM(config({"variant": variant, **SIZES}, vocab_size=50)), variant)
+    settings = {"variant": variant, **SIZES}
+    model = specialise(PiForCausalLM(config(settings, vocab_size=50)), settings)
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".gate." in name)
     logits = model.model.layers[0].self_attn.gate(torch.randn(1, 9, 64))
     assert torch.equal(logits, torch.zeros_like(logits))
+
+
+def test_random_blocks_have_the_keys_of_the_others():
+    mask = random_blocks(256, window=16, skips=12, generator=torch.Generator().manual_seed(0))
+    query = torch.arange(256)
+    assert not mask.triu(1).any() and mask[SIDE:, :SIDE].all()
+    assert (mask[64:].sum(1) == 16 + 12).all()
+    assert all(mask[q, q - 15 : q + 1].all() for q in query[16:].tolist())
+    settings = {"variant": RANDOM_BLOCKS, "seed": 0, **SIZES, "layers": 1}
+    torch.manual_seed(0)
+    model = specialise(PiForCausalLM(config(settings, vocab_size=50)), settings)
+    seen = random_blocks(256, 16, 8, torch.Generator().manual_seed(0))[200]
+    ids = torch.randint(50, (1, 256))
+    for position, reaches in ((int((~seen[:185]).nonzero()[7]), False), (int(seen.nonzero()[5]), True)):
+        other = ids.clone()
+        other[0, position] = (ids[0, position] + 1) % 50
+        same = torch.equal(model(ids, use_cache=False).logits[0, 200], model(other, use_cache=False).logits[0, 200])
+        assert same != reaches
 
 
 def toy(measure):
@@ -82,24 +102,21 @@ def test_interval_is_student_s():
 
 
 def test_recall_sequences_ask_for_what_was_shown():
-    ids, labels = recall.sequences(4, 64, 5, torch.Generator().manual_seed(0))
-    assert int((labels != recall.IGNORE).sum()) == 20
-    for row, position in (labels != recall.IGNORE).nonzero().tolist():
-        key, value = ids[row, position - 1], labels[row, position]
-        shown = int((ids[row] == key).nonzero()[0])
-        assert shown < position - 1 and ids[row, shown + 1] == value == ids[row, position]
-
-    ids, labels = recall.sequences(64, 64, 5, torch.Generator().manual_seed(0))
+    ids, labels = recall.sequences(32, 64, 5, 3, torch.Generator().manual_seed(0))
+    assert int((labels != recall.IGNORE).sum()) == 32 * 15
     lags = set()
     for row, position in (labels != recall.IGNORE).nonzero().tolist():
-        lags.add(position - 1 - int((ids[row] == ids[row, position - 1]).nonzero()[0]) - 1)
+        key, value = ids[row, position - 1], labels[row, position] - recall.KEYS
+        shown = (ids[row] == recall.PAIR + key * recall.VALUES + value).nonzero()
+        assert key < recall.KEYS and shown.numel() == 1 and shown < position - 1
+        lags.add(position - 1 - int(shown))
     assert {lag % 2 for lag in lags} == {0, 1} and len(lags) > 40
     for lag in (1, 2, 17, 61):
         ids, values = recall.at_lag(8, 64, lag, 5, torch.Generator().manual_seed(0))
-        assert torch.equal(ids[:, -1 - lag], values) and torch.equal(ids[:, -2 - lag], ids[:, -1])
-        is_key = ids < recall.KEYS
-        assert (is_key.sum(1) == 6).all()  # five keys, one of them asked for
-        assert ((ids == ids[:, -1:]).sum(1) == 2).all()
+        assert torch.equal(ids[:, -1 - lag], recall.PAIR + ids[:, -1] * recall.VALUES + values - recall.KEYS)
+        is_pair = (ids >= recall.PAIR) & (ids < recall.REST)
+        assert (is_pair.sum(1) == 5).all() and ((ids < recall.PAIR).sum(1) == 1).all()
+        assert all(len(set(((row[row >= recall.PAIR] - recall.PAIR) // recall.VALUES).tolist())) >= 5 for row in ids)
 
 
 def value_of(tokens):
@@ -153,7 +170,7 @@ def test_recall_at_k():
 
 
 def test_drawings_of_a_theme_stay_in_one_part():
-    parts = image_text.split([f"animals/theme{i % 40}_drawing_{i}" for i in range(400)])
+    parts = image_text.split([f"theme{i % 40}_drawing_{i}" for i in range(400)])
     assert sum(map(len, parts.values())) == 400
     themes = {part: {int(row) % 40 for row in rows} for part, rows in parts.items()}
     assert not themes["training"] & themes["test"] and not themes["validation"] & themes["test"]
@@ -178,6 +195,26 @@ def test_missing_data_is_named(tmp_path):
         data.corpus("linux", tmp_path)
 
 
+def test_reviews_and_images_are_read(made_up):
+    ids, positive = lra.reviews(made_up, 12)
+    assert ids.shape == (40, 12) and positive.tolist() == [0, 1] * 20
+    assert bytes((ids[7] - 1).astype(np.uint8).tolist()) == b"review numbe"
+    pixels, classes = lra.images(made_up, "train")
+    assert pixels.shape == (30, 784) and len(classes) == 30 and pixels.min() >= 1
+    settings = {"task": "text", "context": 8, "examples": 30, "held out": 5}
+    arrays = lra.dataset(settings, made_up)
+    assert [len(arrays[f"{part} ids"]) for part in ("training", "validation", "test")] == [30, 5, 5]
+    assert len(np.unique(np.concatenate([arrays["training ids"], arrays["test ids"]]), axis=0)) <= 35
+    with pytest.raises(ValueError, match="more than the 40"):
+        lra.dataset(settings | {"examples": 36}, made_up)
+
+
+def test_emoji_have_labels_on_white(made_up):
+    pixels, captions, names = data.emoji(made_up)
+    assert pixels.shape == (120, 64, 64, 3) and captions[3] == captions[63] == "face 3, round"
+    assert names[3] == "1F603_google" and names[63] == "1F603_twitter"
+
+
 def zipped(path, text):
     with gzip.open(path, "wt") as file:
         file.write(text)
@@ -188,7 +225,7 @@ def made_up(tmp_path):
     """A folder with data of the real formats and tiny contents."""
     draw = np.random.default_rng(0)
     folder = tmp_path / "data"
-    for name in ("squad", "openclipart", "series"):
+    for name in ("squad", "openclipart", "series", "emoji/google/64", "emoji/twitter/64", "fashion-mnist"):
         (folder / name).mkdir(parents=True)
     text = "The river runs past the old mill. " * 40
     asked = {"question": "What does the river pass?", "answers": [{"answer_start": 24, "text": "old mill"}]}
@@ -199,6 +236,19 @@ def made_up(tmp_path):
     np.savez(folder / "openclipart" / "openclipart64.npz", x=pixels)
     pairs = [{"row": i, "caption": f"a thing {i}", "id": f"things/theme{i % 30}_{i}"} for i in range(120)]
     (folder / "openclipart" / "openclipart_pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    emoji = [{"hexcode": f"1F{600 + i}", "label": f"face {i}", "tags": ["round"]} for i in range(60)]
+    (folder / "emoji" / "compact.json").write_text(json.dumps(emoji))
+    for vendor in ("google", "twitter"):
+        for entry, image in zip(emoji, pixels, strict=False):
+            Image.fromarray(image).save(folder / "emoji" / vendor / "64" / f"{entry['hexcode'].lower()}-fe0f.png")
+    for part, count in (("train", 30), ("t10k", 10)):
+        for name, header, shape in (("images-idx3", 16, (count, 784)), ("labels-idx1", 8, (count,))):
+            values = bytes(header) + draw.integers(0, 10, shape, dtype=np.uint8).tobytes()
+            (folder / "fashion-mnist" / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(values))
+    lines = [f"review number {i},{i % 2},imdb" for i in range(40)]
+    (folder / "reviews.csv").write_text("\n".join(["text,label,source", *lines, lines[0], "other,1,elsewhere"]))
+    (folder / "wikitext-103").mkdir()
+    (folder / "wikitext-103" / "wiki.test.tokens").write_text("once upon a time " * 200)
     days = [datetime(2000, 1, 1) + timedelta(days=i) for i in range(6000)]
     prices = 100 * np.exp(np.cumsum(draw.normal(0, 0.01, 6000)))
     for name, column, form in (("sp500", "Adj Close", "%m/%d/%Y"), ("wti", "DCOILWTICO", "%m/%d/%Y")):
@@ -219,7 +269,7 @@ def made_up(tmp_path):
 def first_cells(experiment, count):
     """The experiment with the smoke cells of some variants only."""
     cells = [cell for cell in experiment.cells("smoke") if cell["variant"] in MAIN]
-    groups = {cell.get("task"): cell for cell in cells if cell["variant"] == "pi"}
+    groups = {cell.get("task", cell.get("images")): cell for cell in cells if cell["variant"] == "pi"}
     chosen = list(groups.values()) if count == 1 else cells
     return replace(experiment, cells=lambda scale: chosen, rates=experiment.rates[:1])
 

@@ -158,7 +158,8 @@ class PiAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            weights = self.q_norm.weight.dtype  # autocast projects in another one, and a norm of two dtypes is slow
+            query, key = self.q_norm(query.to(weights)), self.k_norm(key.to(weights))
         past = 0 if cache is None else cache.length
         if position_embeddings is None and self.rope_theta is not None:
             position = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device)[None]

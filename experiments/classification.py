@@ -1,0 +1,57 @@
+"""Classification of token sequences, which ListOps and the other tasks of the Long Range Arena share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.runner import Result, Settings
+from experiments.training import DEVICE, fit, products, segments
+from experiments.variants import config, specialise
+from pi_attention.models import PiForSequenceClassification
+
+PAD = 0
+
+
+def classify(settings: Settings, arrays: dict[str, np.ndarray], *, vocabulary: int, classes: int) -> Result:
+    """Train a bidirectional classifier of one variant; "validation" and "test" are accuracies.
+
+    Args:
+        settings: of the row; "batch", "steps", "rate", "seed" beside those of `config`.
+        arrays: "training ids" [N, T], padded on the right with PAD, and "training classes" [N]; the same for
+            "validation" and "test".
+        vocabulary: number of ids.
+        classes: number of classes.
+    """
+    torch.manual_seed(settings["seed"])
+    generator = torch.Generator().manual_seed(1 + settings["seed"])
+    made = config(settings, vocab_size=vocabulary, pad_token_id=PAD, num_labels=classes, causal=False)
+    model = specialise(PiForSequenceClassification(made).to(DEVICE), settings)
+
+    def batch_of(part: str, rows: Tensor) -> dict[str, Tensor]:
+        ids = torch.from_numpy(arrays[f"{part} ids"][rows.numpy()]).long()
+        labels = torch.from_numpy(arrays[f"{part} classes"][rows.numpy()]).long()
+        return {"input_ids": ids, "segment_ids": segments(ids != PAD), "labels": labels}
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        count, batch = len(arrays["training ids"]), settings["batch"]
+        while True:  # whole batches only
+            for rows in torch.randperm(count, generator=generator)[: count // batch * batch].split(batch):
+                yield batch_of("training", rows)
+
+    last = fit(model, batches(), steps=settings["steps"], rate=settings["rate"])
+
+    @torch.no_grad()
+    def accuracy(part: str) -> float:
+        right, count = 0, len(arrays[f"{part} ids"])
+        for rows in torch.arange(count).split(settings["batch"]):
+            batch = {name: value.to(DEVICE) for name, value in batch_of(part, rows).items()}
+            with products():
+                right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
+        return right / count
+
+    found = {part: accuracy(part) for part in ("validation", "test")}
+    return {**found, "training loss": last, "parameters": sum(p.numel() for p in model.parameters())}
