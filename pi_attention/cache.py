@@ -32,8 +32,6 @@ class LayerCache:
 
     length: int
     """Tokens seen so far, kept or not."""
-    after: int = 0
-    """Keys returned that follow the last new token: none."""
 
     def __init__(self, pattern: PiPattern) -> None:
         if not pattern.causal:
@@ -109,6 +107,22 @@ class LayerCache:
             starts = segment_starts(segment_ids)[:, self.length]
         key, value = self.update(key, value, starts)
         return key, value, None if segment_ids is None else self.select(segment_ids)
+
+    def resume(self, key: Tensor, value: Tensor, length: int) -> None:
+        """As if `length` tokens of one segment had been seen, elsewhere.
+
+        Args:
+            key: [B, G, kept, D] of the last tokens, as many as the pattern reaches, with the sinks before them.
+            value: like key.
+            length: tokens seen.
+        """
+        reach, sinks = self.pattern.reach, self.pattern.sinks
+        last = length if reach is None else min(length, reach)
+        slots = min(sinks, length - last)
+        empty = key.new_zeros(2, *key.shape[:2], sinks - slots, key.shape[3])
+        self.reset()
+        self._buffer = torch.cat([empty, torch.stack([key, value])], dim=3)
+        self._end, self.length = sinks + last, length
 
     def select(self, per_token: Tensor, empty: int = -1) -> Tensor:
         """The entries of `per_token` [B, length] for the keys last returned; `empty` for empty sink slots."""

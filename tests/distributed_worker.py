@@ -3,6 +3,7 @@
 import os
 import random
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,9 +12,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from pi_attention import PiPattern, pi_attention
-from pi_attention.distributed import HaloContext, attach
+from pi_attention.distributed import HaloContext, Layout, Parallel, attach, prefill
 from pi_attention.distributed.exchange import Extend, route
 from pi_attention.models import PiConfig, PiForCausalLM
+
+LAYOUTS = {
+    2: [Layout(cp=2)],
+    4: [Layout(tp=2, cp=2), Layout(dp=2, tp=2), Layout(dp=2, cp=2)],
+    8: [Layout(dp=2, tp=2, cp=2)],
+}
 
 
 def draw(seed, ranks):
@@ -21,6 +28,9 @@ def draw(seed, ranks):
     random.seed(seed)
     lengths = [random.choice([0, 1, 3, 9, 16, 25]) for _ in range(ranks)]
     lengths[random.randrange(ranks)] += 5
+    near = seed % 3 == 0  # shards longer than the reach: most queries see no other shard's keys
+    if near:
+        lengths = [length + 40 for length in lengths]
     total = sum(lengths)
     documents = [0, *sorted(random.sample(range(1, total), min(total - 1, random.choice([0, 0, 2, 4]))))]
     causal = random.random() < 0.7
@@ -30,6 +40,8 @@ def draw(seed, ranks):
         random.randint(1, 12), periods, random.choice([0, 1, 3, None]), causal=causal,
         sinks=random.choice([0, 0, 2]) if causal else 0,
     )  # fmt: skip
+    if near:
+        pattern = replace(pattern, causal=True, skips=random.choice([0, 1]), sinks=0)
     groups = random.choice([g for g in (1, 2, 4) if heads % g == 0])
     return pattern, lengths, documents, heads, groups, random.choice(["gate", "mass", None])
 
@@ -42,7 +54,7 @@ def whole_tensors(seed, total, heads, groups, fusion):
 
 
 def check_operator(group, seed):
-    """Outputs and all gradients of the shards are those of the whole; bytes are those of the plan."""
+    """Outputs and all gradients of the shards are those of the whole; returns whether the exchange overlapped."""
     pattern, lengths, documents, heads, groups, fusion = draw(seed, dist.get_world_size(group))
     tensors, grad = whole_tensors(seed, sum(lengths), heads, groups, fusion)
     whole = [x.clone().requires_grad_() for x in tensors]
@@ -58,6 +70,7 @@ def check_operator(group, seed):
     for x, y in zip(mine, whole, strict=True):
         given = torch.zeros_like(x) if x.grad is None else x.grad
         torch.testing.assert_close(given, halo.shard(y.grad, 2), rtol=1e-11, atol=1e-12)
+    return 0 < halo._first_at_home < len(range(*halo.halo.own))
 
 
 def check_exchange(group, seed):
@@ -81,7 +94,7 @@ def check_exchange(group, seed):
     assert torch.equal(rows.grad, uses)
 
 
-def check_model(group, lengths, options):
+def check_model(group, lengths, options, *, marked=False):
     """Loss and gradients of a sharded model, summed over the ranks, are those of one process."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -100,7 +113,8 @@ def check_model(group, lengths, options):
     for sharded in (False, True):
         model.load_state_dict(initial)
         if sharded:
-            attach(model, group, lengths, documents)
+            ids_of = torch.bucketize(torch.arange(total), torch.tensor(documents), right=True).int()[None]
+            attach(model, group, lengths, **({"segment_ids": ids_of} if marked else {"documents": documents}))
         cut = HaloContext(group, lengths, PiPattern(1, 1, 0)).shard if sharded else lambda x, dim=1: x
         history = []
         for _ in range(3):
@@ -149,6 +163,86 @@ def check_compiled(group):
         torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
 
 
+def check_documents_compile_once(group):
+    """Other documents change segment ids alone: nothing is compiled anew."""
+    total = 32 * dist.get_world_size(group)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model, alone = (PiForCausalLM(PiConfig(**sizes, window=6, period=5, skips=3)).double() for _ in range(2))
+    alone.load_state_dict(model.state_dict())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    ids, positions = torch.randint(50, (1, total)), torch.arange(total)[None]
+    for number, start in enumerate((40, 17, 3)):
+        segments = (positions >= start).int()
+        attach(model, group, [32] * dist.get_world_size(group), segment_ids=segments)
+        cut = model.model.layers[0].self_attn.halo.shard
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            got = compiled(cut(ids), position_ids=cut(positions), segment_ids=cut(segments), use_cache=False).logits
+        want = alone(ids, position_ids=positions, segment_ids=segments, use_cache=False).logits
+        torch.testing.assert_close(got, cut(want), rtol=1e-10, atol=1e-10)
+
+
+def check_prefill(group, options):
+    """A prompt prefilled by all ranks goes on as one that a single process reads."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = PiForCausalLM(PiConfig(**sizes | {"window": 6, "period": 5, "skips": 3} | options)).double().eval()
+    ids = torch.randint(50, (2, 61))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(ids, **options)
+    cache = prefill(model, ids, group)
+    assert cache.get_seq_length() == 60
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), want)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[:, -1]
+        last = model(ids[:, -1:], past_key_values=prefill(model, ids, group)).logits[:, -1]
+    torch.testing.assert_close(last, whole, rtol=1e-10, atol=1e-10)
+
+
+def check_layout(layout, options):
+    """The loss curve of a layout is that of one process."""
+    steps, blocks, tokens = 3, 2 * layout.dp, 48
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "qk_norm": True}
+    config = PiConfig(**sizes | {"window": 6, "period": 5, "skips": 3, "intermediate_size": 64} | options)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(50, (blocks, 1, tokens), generator=generator)
+    starts = torch.randint(2, tokens, (blocks, 1, 1), generator=generator)
+    segments = (torch.arange(tokens) >= starts).int()
+    labels = torch.where(torch.arange(tokens) == starts, -100, ids)  # the first token of a document is not predicted
+    histories = []
+    for mesh in (None, layout.mesh("cpu")):
+        torch.manual_seed(0)
+        model = PiForCausalLM(config).double().train()
+        parallel = Parallel(model, mesh) if mesh is not None else None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
+        history = []
+        for _ in range(steps):
+            mine = range(blocks)
+            if parallel is not None:
+                mine = range(2 * mesh["dp"].get_local_rank(), 2 * mesh["dp"].get_local_rank() + 2)
+            found = []
+            for block in mine:
+                fields = {"input_ids": ids, "segment_ids": segments, "labels": labels}
+                given = {name: x[block] for name, x in fields.items()}
+                if parallel is None:
+                    positions = torch.arange(tokens) - torch.where(segments[block] > 0, starts[block], 0)
+                    logits = model(given["input_ids"], position_ids=positions, use_cache=False).logits
+                    wanted = given["labels"][0, 1:]
+                    loss = F.cross_entropy(logits[0, :-1], wanted, ignore_index=-100, reduction="sum")
+                    loss = loss / (blocks * (wanted != -100).sum())
+                else:
+                    loss = parallel.loss(given, blocks=blocks)
+                loss.backward()
+                found.append(loss.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+            total = torch.stack(found).sum()
+            history.append(float(total) if parallel is None else parallel.mean(total))
+        histories.append(history)
+    assert histories[0][-1] < histories[0][0]
+    assert max(abs(a - b) for a, b in zip(*histories, strict=True)) < 1e-10, (layout, histories)
+
+
 def work(rank, ranks, folder, seeds):
     """All checks of one process."""
     torch.set_num_threads(1)
@@ -157,17 +251,28 @@ def work(rank, ranks, folder, seeds):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
     try:
         group = dist.group.WORLD
+        overlapped = torch.zeros(())
         for seed in seeds:
-            check_operator(group, seed)
+            overlapped += check_operator(group, seed)
             check_exchange(group, seed)
+        dist.all_reduce(overlapped)
+        assert overlapped >= 3
         check_repeatable(group)
         if ranks == 2:
             check_compiled(group)
+            check_documents_compile_once(group)
         shards = [60 // ranks] * (ranks - 1)
         for options in ({}, {"period": [3, 5, 7, 9], "sinks": 2, "num_key_value_heads": 2}, {"fusion": "mass"}):
             check_model(group, [*shards, 60 - sum(shards)], options)
+            if ranks == 2 or "sinks" in options:
+                check_prefill(group, options)
+        check_model(group, [*shards, 60 - sum(shards)], {}, marked=True)
         few = [60 // (ranks - 1)] * (ranks - 2)
         check_model(group, [*few, 60 - sum(few), 0], {})  # a rank without tokens takes part
+        for layout in LAYOUTS.get(ranks, []):
+            check_layout(layout, {"period": [3, 5, 7, 9], "num_key_value_heads": 2})
+            if ranks < 8:
+                check_layout(layout, {"sinks": 2, "fusion": "mass"})
     except BaseException:
         Path(folder, f"error-{rank}").write_text(traceback.format_exc())
         raise

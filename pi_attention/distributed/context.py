@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from pi_attention.distributed.exchange import Extend, Route, route
+from pi_attention.distributed.exchange import Extend, Finish, Flight, Route, Start, route
 from pi_attention.distributed.plan import halo_plan
-from pi_attention.nn.attention import PiAttention, before_others
+from pi_attention.nn.attention import Operator, PiAttention
 from pi_attention.ops.api import Fusion, pi_attention
 from pi_attention.pattern import PiPattern
 
@@ -25,15 +28,16 @@ def shard(x: Tensor, ends: Sequence[int], rank: int, dim: int = 1) -> Tensor:
 
 
 class HaloContext:
-    """What one layer's attention needs to work on a shard of a sequence; a `KeyValueCache` of the layer.
+    """What one layer's attention needs to work on a shard of a sequence; a `Shard` of the layer.
 
-    Every rank of the group must call `extend` as often as the others, in the same order.
+    Every rank of the group must call as often as the others, in the same order.
 
     Args:
         group: the ranks over which the sequence is sharded, as a one-dimensional mesh (`mesh["cp"]`) or a group.
         lengths: tokens of each rank's shard; they may differ, and may be 0.
         pattern: of the layer.
-        documents: positions where packed documents start, the first one 0; None is one document.
+        documents: positions where packed documents start, the first one 0; None is one document, or what
+            `set_segments` says.
 
     Raises:
         ValueError: the number of lengths is not that of the ranks, or see `halo_plan`.
@@ -41,8 +45,13 @@ class HaloContext:
     Example::
 
         halo = HaloContext(mesh["cp"], lengths=[8192] * 4, pattern=pattern)
-        key, value, segment_ids = halo.extend(key, value)  # [B, G, halo + T, D]
-        out = pi_attention(query, key, value, pattern, segment_ids=segment_ids)
+        out = halo.attention(query, key, value, gate=gate)  # of the shard
+
+        key, value, segment_ids = halo.extend(key, value)  # or the exchange alone: [B, G, halo + T, D]
+        out = pi_attention(query, key, value, pattern, gate=gate, segment_ids=segment_ids)
+
+        flight = halo.start(key, value)  # or with work of one's own while the keys are on their way
+        key, value, segment_ids = halo.finish(flight)
     """
 
     def __init__(
@@ -60,8 +69,15 @@ class HaloContext:
         self.pattern = pattern
         self.plan = halo_plan(pattern, lengths, starts)
         self.halo = self.plan.halos[self.rank]
+        positions = [*range(*self.halo.sinks), *range(self.halo.first, self.halo.last)]
+        self._positions = torch.tensor(positions, dtype=torch.long)  # of the extended keys
+        self._documents = starts
+        self._first_at_home = self._rows_until_home()
         self._ways: dict[torch.device, Route] = {}
-        self._ids = self._segment_ids(starts)
+        self._ids: Tensor | None = None
+        if len(starts) > 1:
+            ids = torch.bucketize(torch.arange(self.plan.bounds[-1]), torch.tensor(starts), right=True)
+            self._ids = ids.to(torch.int32)[None, self._positions]
 
     @property
     def length(self) -> int:
@@ -77,6 +93,28 @@ class HaloContext:
         """The rank's part of a tensor over the whole sequence."""
         return shard(x, self.plan.bounds[1:], self.rank, dim)
 
+    def is_for(self, group: ProcessGroup, lengths: Sequence[int]) -> bool:
+        """Whether this object shards so, as one document."""
+        ends = tuple(accumulate(lengths))
+        return self.group is group and self.plan.bounds[1:] == ends and self._documents == (0,)
+
+    def set_segments(self, segment_ids: Tensor) -> None:
+        """Packed documents that change from batch to batch, without a new plan: keys are exchanged as for one document.
+
+        Args:
+            segment_ids: [B or 1, S] int32 of the whole sequence, as in `pi_attention`.
+
+        Raises:
+            ValueError: the pattern has sinks, which lie where documents start: give `documents` then.
+        """
+        if self.pattern.sinks:
+            raise ValueError(
+                f"segment_ids cannot tell where the sinks={self.pattern.sinks} of each document lie: give documents=."
+            )
+        self._way(segment_ids.device)  # now, not while a compiled model watches
+        self._positions = self._positions.to(segment_ids.device)
+        self._ids = segment_ids[:, self._positions]
+
     def extend(
         self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -88,47 +126,159 @@ class HaloContext:
         Args:
             key: after rotary embedding with the positions of the whole sequence.
             value: like key.
-            segment_ids: of a model's packed batch; the constructor was told the documents, which count here.
+            segment_ids: of a model's packed batch; this object was told the documents, which count here.
 
         Raises:
-            ValueError: there are segments (packed documents, padding), but the constructor was told of none.
+            ValueError: there are segments (packed documents, padding), but this object was told of none.
         """
+        self._check_segments(segment_ids)
+        rows = Extend.apply(_packed(key, value), self._way(key.device), self.group)
+        return *_unpacked(rows, key), self._ids_for(key, slice(None))
+
+    def start(self, key: Tensor, value: Tensor) -> tuple[Flight, Tensor]:
+        """`extend` in two parts, so that something else is computed while keys are on their way: this sends them.
+
+        For eager mode; hand what is returned to `finish`. It also overlaps backward, with the same work.
+        """
+        flight = Flight(self._way(key.device), self.group)
+        return flight, Start.apply(_packed(key, value), flight)
+
+    def finish(
+        self, started: tuple[Flight, Tensor], like: Tensor, tokens: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Wait for the keys of others; extended keys, values and segment ids, as `extend` returns them.
+
+        Args:
+            started: from `start`.
+            like: the keys given to `start`.
+            tokens: end with so many tokens of the shard; all when None.
+        """
+        flight, rows = started
+        count = rows.shape[0] if tokens is None else tokens
+        rows = Finish.apply(rows, count, flight)
+        return *_unpacked(rows, like), self._ids_for(like, slice(0, rows.shape[0]))
+
+    def attend(
+        self,
+        operator: Operator,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor | None,
+        segment_ids: Tensor | None = None,
+        *,
+        overlap: bool = True,
+    ) -> Tensor:
+        """The operator for the shard's queries [B, H, T, D] over all keys that they see; gate logits [B, H, T].
+
+        In eager mode, queries whose keys are all at home are attended to while the others' keys are on their way,
+        unless `overlap` is off: then the operator is called once.
+        """
+        tokens, at_home = query.shape[2], self._first_at_home
+        if torch.compiler.is_compiling() or not overlap or not 0 < at_home < tokens:
+            key, value, ids = self.extend(key, value, segment_ids)
+            return _before_others(operator, query, key, value, gate, ids, self.after)
+        self._check_segments(segment_ids)
+        started = self.start(key, value)
+        own = slice(self.halo.length - tokens, None)
+        gates = (None, None) if gate is None else (gate[:, :, :at_home], gate[:, :, at_home:])
+        interior = operator(query[:, :, at_home:], key, value, gates[1], self._ids_for(key, own))
+        key, value, ids = self.finish(started, key, at_home)
+        border = operator(query[:, :, :at_home], key, value, gates[0], ids)
+        return torch.cat([border, interior], dim=2)
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, *, gate: Tensor | None = None, fusion: Fusion = "gate"
+    ) -> Tensor:
+        """`pi_attention` of the shard's queries [B, H, T, D] over all keys that they see; gate logits [B, H, T]."""
+
+        def operator(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, ids: Tensor | None) -> Tensor:
+            return pi_attention(query, key, value, self.pattern, gate=gate, fusion=fusion, segment_ids=ids)
+
+        return self.attend(operator, query, key, value, gate)
+
+    def kept(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+        """What a decoding cache keeps after the whole sequence, [B, G, kept, D], on every rank, and the length S."""
+        start, end = self.halo.own
+        total, reach = self.plan.bounds[-1], self.pattern.reach
+        last = total if reach is None else min(total, reach)
+        positions = torch.tensor([*range(min(self.pattern.sinks, total - last)), *range(total - last, total)])
+        places = ((positions >= start) & (positions < end)).nonzero()[:, 0]
+        rows = (positions[places] - start).to(key.device)
+        kept = key.new_zeros(2, *key.shape[:2], len(positions), key.shape[3])
+        kept[:, :, :, places.to(key.device)] = torch.stack([key, value])[:, :, :, rows]
+        dist.all_reduce(kept, group=self.group)  # all but one are zero
+        return kept[0], kept[1], total
+
+    def _way(self, device: torch.device) -> Route:
+        if device not in self._ways:
+            self._ways[device] = route(self.plan, self.rank, device)
+        return self._ways[device]
+
+    def _ids_for(self, key: Tensor, rows: slice) -> Tensor | None:
+        return None if self._ids is None else self._ids.to(key.device)[:, rows].expand(key.shape[0], -1)
+
+    def _check_segments(self, segment_ids: Tensor | None) -> None:
         if segment_ids is not None and self._ids is None:
             raise ValueError(
                 "the batch has padding or packed documents, which a sharded sequence knows by documents= alone: "
                 "give their starts to HaloContext or attach, and pad no rows."
             )
-        if key.device not in self._ways:
-            self._ways[key.device] = route(self.plan, self.rank, key.device)
-        batch, groups, tokens, dim = key.shape
-        rows = torch.cat([key, value], dim=-1).permute(2, 0, 1, 3).reshape(tokens, batch * groups * 2 * dim)
-        rows = Extend.apply(rows, self._ways[key.device], self.group)
-        key, value = rows.view(-1, batch, groups, 2 * dim).permute(1, 2, 0, 3).split(dim, dim=-1)
-        ids = None if self._ids is None else self._ids.to(key.device).expand(batch, -1)
-        return key, value, ids
 
-    def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, *, gate: Tensor | None = None, fusion: Fusion = "gate"
-    ) -> Tensor:
-        """`pi_attention` of the shard's queries [B, H, T, D] over the extended keys; gate logits [B, H, T]."""
-        key, value, ids = self.extend(key, value)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
-            return pi_attention(query, key, value, self.pattern, gate=gate, fusion=fusion, segment_ids=ids)
-
-        return before_others(attend, query, key, value, gate, self.after)
-
-    def _segment_ids(self, documents: tuple[int, ...]) -> Tensor | None:
-        """Which document each extended key belongs to, [1, keys]; None for one document that starts there."""
-        halo = self.halo
-        if len(documents) == 1:
-            return None
-        positions = torch.tensor([*range(*halo.sinks), *range(halo.first, halo.last)])
-        ids = torch.bucketize(positions, torch.tensor(documents), right=True).to(torch.int32)
-        return ids[None]
+    def _rows_until_home(self) -> int:
+        """The first token of the shard from which on no query sees another rank's key; 0 where this is not known."""
+        (start, end), documents = self.halo.own, self._documents
+        if not self.pattern.causal or not self.halo.rows:
+            return 0
+        following = bisect_right(documents, start)
+        new = documents[following] if following < len(documents) else end  # later queries see no earlier document
+        near = end if self.pattern.sinks or self.pattern.reach is None else start + self.pattern.reach
+        return min(new, near, end) - start
 
 
-def attach(model: nn.Module, group: DeviceMesh | ProcessGroup, lengths: Sequence[int], documents: Any = None) -> None:
+def _packed(key: Tensor, value: Tensor) -> Tensor:
+    """Keys and values [B, G, T, D] as one row a token."""
+    return torch.cat([key, value], dim=-1).permute(2, 0, 1, 3).flatten(1)
+
+
+def _unpacked(rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, G, rows, D] of rows; `like` has the other sizes."""
+    batch, groups, _, dim = like.shape
+    key, value = rows.view(-1, batch, groups, 2 * dim).permute(1, 2, 0, 3).split(dim, dim=-1)
+    return key, value
+
+
+def _before_others(
+    operator: Operator,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    segment_ids: Tensor | None,
+    after: int,
+) -> Tensor:
+    """The operator for queries [B, H, T, D] that `after` keys follow, though it has its queries at the end.
+
+    T may be 0, for an empty shard, whose keys still need their gradients.
+    """
+    tokens = query.shape[2]
+    if not tokens:
+        none = query + value[:, :, :0].repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        return none if gate is None else none + gate[..., None].to(none.dtype)  # zero gradients, not missing ones
+    if after:
+        query = F.pad(query, (0, 0, 0, after))
+        gate = None if gate is None else F.pad(gate, (0, after))
+    return operator(query, key, value, gate, segment_ids)[:, :, :tokens]
+
+
+def attach(
+    model: nn.Module,
+    group: DeviceMesh | ProcessGroup,
+    lengths: Sequence[int],
+    documents: Any = None,
+    *,
+    segment_ids: Tensor | None = None,
+) -> None:
     """Let every `PiAttention` of a model work on shards of `lengths` tokens; the model's code stays single-device.
 
     Give the model its shard of the input ids and of the positions (`position_ids`) and `use_cache=False`, and shift
@@ -137,18 +287,29 @@ def attach(model: nn.Module, group: DeviceMesh | ProcessGroup, lengths: Sequence
     Args:
         model: with `PiAttention` layers, a `PiForCausalLM` for instance.
         group, lengths, documents: see `HaloContext`; layers of one pattern share a plan.
+        segment_ids: [B or 1, S] of the whole sequence, instead of documents: see `HaloContext.set_segments`. Called
+            again with the same lengths it changes them alone, so that a compiled model is not compiled anew.
 
     Raises:
-        ValueError: the model has no such layer (a converted model has none).
+        ValueError: the model has no such layer (a converted model has none), or both kinds of documents are given.
     """
     layers = [module for module in model.modules() if isinstance(module, PiAttention)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no PiAttention layer: each rank would attend to its shard alone.")
+    if documents is not None and segment_ids is not None:
+        raise ValueError("give documents or segment_ids, not both.")
+    group = group.get_group() if isinstance(group, DeviceMesh) else group
     contexts: dict[PiPattern, HaloContext] = {}
     for layer in layers:
-        if layer.pattern not in contexts:
-            contexts[layer.pattern] = HaloContext(group, lengths, layer.pattern, documents)
-        layer.halo = contexts[layer.pattern]
+        context = contexts.get(layer.pattern)
+        present = layer.halo
+        if context is None and segment_ids is not None and isinstance(present, HaloContext):
+            context = present if present.is_for(group, lengths) else None
+        context = context or HaloContext(group, lengths, layer.pattern, documents)
+        contexts[layer.pattern] = layer.halo = context
+    if segment_ids is not None:
+        for context in contexts.values():
+            context.set_segments(segment_ids)
 
 
 def detach(model: nn.Module) -> None:
@@ -156,3 +317,39 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PiAttention):
             module.halo = None
+
+
+@torch.no_grad()
+def prefill(model: Any, input_ids: Tensor, group: DeviceMesh | ProcessGroup) -> Any:
+    """A long prompt through the model by all ranks together: the decoding cache of all its tokens but the last.
+
+    Each rank computes a part of the sequence; the cache, which is bounded by the pattern, then is the same on every
+    rank, and any of them can go on: `model.generate(input_ids, past_key_values=prefill(model, input_ids, group))`.
+
+    Args:
+        model: a `PiForCausalLM`, the same on every rank.
+        input_ids: [B, S] of the whole prompt, without padding, the same on every rank.
+        group: the ranks that share the work.
+
+    Raises:
+        ValueError: the prompt has a single token, or the model no `PiAttention` layer.
+    """
+    total = input_ids.shape[1] - 1
+    if total < 1:
+        raise ValueError(f"input_ids has {input_ids.shape[1]} tokens: a prompt of at least 2 has some to prefill.")
+    group = group.get_group() if isinstance(group, DeviceMesh) else group
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    ends = [total * (i + 1) // ranks for i in range(ranks)]
+    attach(model, group, [end - start for start, end in zip([0, *ends], ends, strict=False)])
+    cache = model.new_cache()
+    positions = torch.arange(total, device=input_ids.device)[None]
+    try:
+        model.base_model(
+            input_ids=shard(input_ids[:, :-1], ends, rank),
+            position_ids=shard(positions, ends, rank),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    finally:
+        detach(model)
+    return cache

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -80,3 +81,64 @@ class Extend(torch.autograd.Function):
         for rows, part in zip(way.sent, returned.split(counts), strict=True):
             total[rows] += part  # a rank asks for a row once, so no two additions meet
         return total, None, None
+
+
+class Flight:
+    """One layer's message on its way, and later that of its gradients: work that does not need it can go on."""
+
+    def __init__(self, way: Route, group: ProcessGroup) -> None:
+        self.way, self.group = way, group
+        self.counts = list(map(len, way.sent))
+
+    def depart(self, rows: Tensor, received: list[int], sent: list[int]) -> None:
+        """Send rows [sent, …] without waiting."""
+        self._rows = rows.contiguous()  # must live until it has been sent
+        self._arriving = rows.new_empty(sum(received), *rows.shape[1:])
+        self._work = dist.all_to_all_single(self._arriving, self._rows, received, sent, self.group, async_op=True)
+
+    def land(self) -> Tensor:
+        """Wait for the rows that were sent to this rank."""
+        assert self._work is not None
+        self._work.wait()
+        return self._arriving
+
+
+class Start(torch.autograd.Function):
+    """Rows [tokens, …] of the shard, unchanged; those that others need depart. Backward adds what comes back for them.
+
+    Made before the work that is to overlap, so that in the backward pass its turn comes after that of this work.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        flight.depart(rows[torch.cat(flight.way.sent)], flight.way.received, flight.counts)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        flight, total = ctx.flight, grad.clone()
+        for rows, part in zip(flight.way.sent, flight.land().split(flight.counts), strict=True):
+            total[rows] += part  # a rank asks for a row once, so no two additions meet
+        return total, None
+
+
+class Finish(torch.autograd.Function):
+    """The extended rows up to the `count`-th of the shard, once the others' have landed; backward sends gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, count: int, flight: Flight) -> Tensor:
+        way = flight.way
+        ctx.flight, ctx.count, ctx.tokens = flight, count, len(rows)
+        extended = rows.new_zeros(way.own + count, *rows.shape[1:])
+        extended[way.placed] = flight.land()
+        extended[way.own :] = rows[:count]
+        return extended
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        flight, way = ctx.flight, ctx.flight.way
+        flight.depart(grad[way.placed], flight.counts, way.received)
+        own = grad.new_zeros(ctx.tokens, *grad.shape[1:])
+        own[: ctx.count] = grad[way.own :]
+        return own, None, None

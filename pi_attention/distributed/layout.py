@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from pi_attention.distributed.context import attach, shard
 from pi_attention.nn.attention import PiAttention
 from pi_attention.nn.layers import SwiGLU
+from pi_attention.segments import segment_starts
 
 IGNORE = -100
 
@@ -168,6 +169,7 @@ class Parallel:
         self.model, self.mesh = model, mesh
         if mesh["tp"].size() > 1:
             split_heads(model, mesh["tp"])
+        self.sinks = any(module.pattern.sinks for module in model.modules() if isinstance(module, PiAttention))
         self.everyone = mesh["dp", "cp"]._flatten("dp_cp")
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
         for part in (*model.model.layers, model):
@@ -189,17 +191,19 @@ class Parallel:
         tokens, ranks = block["input_ids"].shape[1], self.mesh["cp"].size()
         ends = [tokens * (rank + 1) // ranks for rank in range(ranks)]
         lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        segments = block["segment_ids"][0]
-        documents = [0, *((segments[1:] != segments[:-1]).nonzero()[:, 0] + 1).tolist()]
-        attach(self.model, self.mesh["cp"], lengths, documents)
-        positions = torch.arange(tokens, device=segments.device)
-        starts = torch.tensor(documents, device=segments.device)
-        positions = positions - starts[torch.bucketize(positions, starts, right=True) - 1]
+        segments = block["segment_ids"]
+        if self.sinks:  # they lie where documents start
+            documents = [0, *((segments[0, 1:] != segments[0, :-1]).nonzero()[:, 0] + 1).tolist()]
+            attach(self.model, self.mesh["cp"], lengths, documents)
+        else:
+            attach(self.model, self.mesh["cp"], lengths, segment_ids=segments)
+        positions = torch.arange(tokens, device=segments.device) - segment_starts(segments)
         labels = F.pad(block["labels"][:, 1:], (0, 1), value=IGNORE)  # shifted before they are cut
         rank = self.mesh["cp"].get_local_rank()
-        ids, positions, mine = (shard(x, ends, rank) for x in (block["input_ids"], positions[None], labels))
+        ids, positions, mine = (shard(x, ends, rank) for x in (block["input_ids"], positions, labels))
         logits = self.model(ids, position_ids=positions, use_cache=False).logits
-        total = F.cross_entropy(logits.flatten(0, 1).float(), mine.flatten(), ignore_index=IGNORE, reduction="sum")
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(logits, mine.flatten(), ignore_index=IGNORE, reduction="sum")
         return total * self.everyone.size() / (blocks * (labels != IGNORE).sum())
 
     def mean(self, loss: Tensor) -> float:

@@ -184,8 +184,6 @@ class BoundedGeneration:
 class LayerOfCache:
     """One layer of any transformers cache, as `nn.PiAttention` wants it."""
 
-    after = 0
-
     def __init__(self, cache: Cache, layer_idx: int) -> None:
         self._cache, self._layer_idx = cache, layer_idx
         self.length: int = cache.get_seq_length(layer_idx)
@@ -201,3 +199,12 @@ class LayerOfCache:
             return layer.extend(key, value, segment_ids)
         key, value = self._cache.update(key, value, self._layer_idx)
         return key, value, None if segment_ids is None else segment_ids[:, segment_ids.shape[1] - key.shape[2] :]
+
+    def resume(self, key: Tensor, value: Tensor, length: int) -> None:
+        """As if `length` tokens had been seen, of which these keys and values are the ones to keep."""
+        if not isinstance(self._cache, PiCache):
+            raise ValueError(
+                f"past_key_values is a {type(self._cache).__name__}: a sharded sequence fills a PiCache only; "
+                "pass model.new_cache() or use_cache=False."
+            )
+        self._cache.layers[self._layer_idx].cache.resume(key, value, length)

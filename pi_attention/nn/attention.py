@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi_attention.nn.gate import FusionGate, neutral_bias
@@ -20,16 +18,11 @@ from pi_attention.pattern import PiPattern
 
 
 class KeyValueCache(Protocol):
-    """What the layer asks for keys beyond the new ones: a `LayerCache` in decoding, a `HaloContext` on a shard."""
+    """What the layer asks for the keys of earlier tokens: a `LayerCache`."""
 
     @property
     def length(self) -> int:
         """Position of the first new token."""
-        ...
-
-    @property
-    def after(self) -> int:
-        """Keys returned that follow the last new token."""
         ...
 
     def extend(
@@ -38,27 +31,40 @@ class KeyValueCache(Protocol):
         """Append; all keys and values that the new queries may see, and the segment ids of these keys."""
         ...
 
+    def resume(self, key: Tensor, value: Tensor, length: int) -> None:
+        """As if `length` tokens had been seen, of which these keys and values are the ones to keep."""
+        ...
 
-def before_others(
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor | None,
-    after: int,
-) -> Tensor:
-    """`attend` for queries [B, H, T, D] that `after` keys follow, though the operator has its queries at the end.
 
-    T may be 0, for an empty shard, whose keys still need their gradients.
-    """
-    tokens = query.shape[2]
-    if not tokens:
-        none = query + value[:, :, :0].repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-        return none if gate is None else none + gate[..., None].to(none.dtype)  # zero gradients, not missing ones
-    if after:
-        query = F.pad(query, (0, 0, 0, after))
-        gate = None if gate is None else F.pad(gate, (0, after))
-    return attend(query, key, value, gate)[:, :, :tokens]
+Operator = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""Output [B, H, T, D] of query, key, value, gate logits and segment ids of the keys; the queries are the last ones."""
+
+
+class Shard(Protocol):
+    """What the layer asks when the rest of the sequence lies elsewhere: a `HaloContext`."""
+
+    @property
+    def length(self) -> int:
+        """Position of the shard's first token."""
+        ...
+
+    def attend(
+        self,
+        operator: Operator,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor | None,
+        segment_ids: Tensor | None,
+        *,
+        overlap: bool,
+    ) -> Tensor:
+        """The operator for the shard's queries over all keys that they see; called once unless it may overlap."""
+        ...
+
+    def kept(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+        """What a decoding cache keeps after the whole sequence, on every rank, and the sequence's length."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class PiAttention(nn.Module):
         self.rope_theta = rope_theta
         self.impl: Impl = "auto"
         self.aux: list[PiAux] | None = None  # filled while record_aux watches
-        self.halo: KeyValueCache | None = None  # of a sharded sequence; see pi_attention.distributed.attach
+        self.halo: Shard | None = None  # of a sharded sequence; see pi_attention.distributed.attach
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
@@ -150,9 +156,6 @@ class PiAttention(nn.Module):
             segment_ids: [B, S] for all S tokens so far, the cached ones included; see `pi_attention`.
             cache: holds the keys and values of earlier tokens, and is updated.
         """
-        if self.halo is not None and cache is not None:
-            raise ValueError("a sharded sequence has no cache: pass use_cache=False, or detach(model).")
-        cache = self.halo if cache is None else cache
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -160,18 +163,25 @@ class PiAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             weights = self.q_norm.weight.dtype  # autocast projects in another one, and a norm of two dtypes is slow
             query, key = self.q_norm(query.to(weights)), self.k_norm(key.to(weights))
-        past = 0 if cache is None else cache.length
+        earlier = cache if self.halo is None else self.halo
+        past = 0 if earlier is None else earlier.length
         if position_embeddings is None and self.rope_theta is not None:
             position = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device)[None]
             position_embeddings = rotary_angles(position, self.head_dim, self.rope_theta)
         if position_embeddings is not None:
             query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
         query, key = query.to(value.dtype), key.to(value.dtype)
-        if cache is not None:
-            key, value, segment_ids = cache.extend(key, value, segment_ids)
         gate = None if self.gate is None else self.gate(hidden_states)
-        after = 0 if cache is None else cache.after
-        out = before_others(partial(self._attend, segment_ids=segment_ids), query, key, value, gate, after)
+        if self.halo is not None:
+            if cache is not None and torch.is_grad_enabled():
+                raise ValueError("a sharded sequence fills a cache without gradients only: pass use_cache=False.")
+            out = self.halo.attend(self._attend, query, key, value, gate, segment_ids, overlap=self.aux is None)
+            if cache is not None:
+                cache.resume(*self.halo.kept(key, value))
+        else:
+            if cache is not None:
+                key, value, segment_ids = cache.extend(key, value, segment_ids)
+            out = self._attend(query, key, value, gate, segment_ids)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _attend(
