@@ -119,8 +119,12 @@ def cells(scale: Scale) -> list[Settings]:
 def long_cells(scale: Scale) -> list[Settings]:
     """Eight times the tokens, where the first comparison stops early."""
     sizes = {"smoke": SIZES["smoke"], "small": LONG}.get(scale)
-    variants = ("dense", BASELINE, "pi", "pi, mass gate")
-    return [{"variant": v, **PATTERN, "context": 2048 if scale == "small" else 256, **sizes} for v in variants if sizes]
+    if sizes is None:
+        return []
+    variants = ("dense", BASELINE, "pi", "pi, mass gate", "pi, no gate", "dilated")
+    common = {"context": 2048 if scale == "small" else 256, **sizes}
+    wider = [{"variant": "pi", "window": 16, "period": 32, "skips": 64, **common}]  # more skips for the same keys
+    return [{"variant": variant, **PATTERN, **common} for variant in variants] + wider
 
 
 def large_cells(scale: Scale) -> list[Settings]:
