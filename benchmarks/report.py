@@ -230,6 +230,22 @@ def speed() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def memory() -> str:
+    """What a rank allocates in a training step, by layout, as tracked on fake ranks."""
+    rows = [
+        [
+            row["model"].upper(),
+            str(row["ranks"]),
+            row["layout"],
+            str(row["zero"]),
+            f"{row['tracked bytes'] / 2**30:.0f} GiB",
+            f"{row['bill bytes'] / 2**30:.0f} GiB" if "bill bytes" in row else "–",
+        ]
+        for row in json.loads((RESULTS / "memory.json").read_text())["rows"]
+    ]
+    return table(["model", "ranks", "layout", "ZeRO", "tracked a rank", "the bill's"], rows)
+
+
 def multigpu() -> str:
     """The halo exchange beside an all-gather and dense Ring Attention on several GPUs, and a training step."""
     parts = []
@@ -336,6 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "conversion": conversion,
     "streaming": streaming,
     "speed": speed,
+    "memory": memory,
     "multigpu": multigpu,
     "support": support,
     "coverage": coverage,

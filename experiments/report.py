@@ -96,7 +96,8 @@ def _gate(results: list[Result]) -> str:
 
 
 def _last_bucket(results: list[Result]) -> str:
-    return shown([r["by position"][-1] for r in results], 3)
+    known = [r["by position"][-1] for r in results if "by position" in r]
+    return shown(known, 3) if known else "–"
 
 
 def language_modelling(name: str) -> str:

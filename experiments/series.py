@@ -262,7 +262,7 @@ def cells(scale: Scale) -> list[Settings]:
     sizes |= {"context": 512}
     if scale == "laptop":
         sizes |= {"hidden": 32, "layers": 2, "batch": 8}
-        steps = {"S&P 500 volatility": 200, "WTI volatility": 200}
+        steps = dict.fromkeys(steps, 200)
     if scale == "smoke":
         sizes |= {"hidden": 16, "layers": 1, "heads": 2, "window": 8, "period": 8, "skips": 4, "batch": 2}
         steps = dict.fromkeys(steps, 2)

@@ -181,10 +181,12 @@ class HaloContext:
         self._check_segments(segment_ids)
         started = self.start(key, value)
         own = slice(self.halo.length - tokens, None)
-        gates = (None, None) if gate is None else (gate[:, :, :at_home], gate[:, :, at_home:])
-        interior = operator(query[:, :, at_home:], key, value, gates[1], self._ids_for(key, own))
+        parts = [at_home, tokens - at_home]
+        queries = query.split(parts, dim=2)
+        gates = (None, None) if gate is None else gate.split(parts, dim=2)
+        interior = operator(queries[1], key, value, gates[1], self._ids_for(key, own))
         key, value, ids = self.finish(started, key, at_home)
-        border = operator(query[:, :, :at_home], key, value, gates[0], ids)
+        border = operator(queries[0], key, value, gates[0], ids)
         return torch.cat([border, interior], dim=2)
 
     def attention(

@@ -191,17 +191,19 @@ class Parallel:
         tokens, ranks = block["input_ids"].shape[1], self.mesh["cp"].size()
         ends = [tokens * (rank + 1) // ranks for rank in range(ranks)]
         lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        segments = block["segment_ids"]
+        segments, marked = block["segment_ids"], {}
         if self.sinks:  # they lie where documents start
             documents = [0, *((segments[0, 1:] != segments[0, :-1]).nonzero()[:, 0] + 1).tolist()]
             attach(self.model, self.mesh["cp"], lengths, documents)
         else:
             attach(self.model, self.mesh["cp"], lengths, segment_ids=segments)
+            marked["segment_ids"] = segments  # or the model would look for documents in the positions
         positions = torch.arange(tokens, device=segments.device) - segment_starts(segments)
         labels = F.pad(block["labels"][:, 1:], (0, 1), value=IGNORE)  # shifted before they are cut
         rank = self.mesh["cp"].get_local_rank()
         ids, positions, mine = (shard(x, ends, rank) for x in (block["input_ids"], positions, labels))
-        logits = self.model(ids, position_ids=positions, use_cache=False).logits
+        marked = {name: shard(x, ends, rank) for name, x in marked.items()}
+        logits = self.model(ids, position_ids=positions, use_cache=False, **marked).logits
         logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         total = F.cross_entropy(logits, mine.flatten(), ignore_index=IGNORE, reduction="sum")
         return total * self.everyone.size() / (blocks * (labels != IGNORE).sum())

@@ -1,0 +1,112 @@
+"""Memory of a training step at sizes and numbers of ranks that are not at hand: layouts compared on fake ranks.
+
+    python -m benchmarks.memory
+
+One process plays one rank of a fake process group; FSDP2, tensor parallelism and the halo exchange run on tensors
+without data, and PyTorch's memory tracker counts what would be allocated. A model's peak is linear in its layers, so
+each layout is tracked with a few layers and continued to all of them. Writes results/memory.json.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # the kernels' operators on CPU tensors, which have no data here
+
+import argparse
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benchmarks.timing import write
+from pi_attention import PiPattern
+from pi_attention.accounting import Sizes
+from pi_attention.bill import MODELS, bill
+from pi_attention.distributed import Layout, Parallel
+from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.training.train import enable_checkpointing
+
+PATTERN = PiPattern(256, 256, 16)
+CONTEXT = 131072
+LAYOUTS = {
+    8: [("dp=8", 2), ("dp=8", 3), ("cp=8", 3), ("tp=8", 3), ("tp=2,cp=4", 3)],
+    64: [("dp=64", 2), ("dp=64", 3), ("cp=64", 3), ("dp=8,cp=8", 3), ("dp=8,tp=8", 3), ("tp=8,cp=8", 3)],
+}
+"""Layouts and ZeRO stages by the number of ranks."""
+FEW, MORE = 2, 4  # layers
+
+
+def peak(sizes: Sizes, layout: Layout, zero: int, context: int = CONTEXT) -> int:
+    """Bytes of one rank at the peak of its second step, as the memory tracker counts them."""
+    dist.init_process_group("fake", rank=layout.ranks // 2, world_size=layout.ranks, store=FakeStore())
+    mesh = layout.mesh("cpu")
+    mesh["dp", "cp"]._flatten("dp_cp")
+    config = PiConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        num_key_value_heads=sizes.num_key_value_heads,
+        head_dim=sizes.head_dim,
+        window=PATTERN.window,
+        period=PATTERN.period,
+        skips=PATTERN.skips,
+        tie_word_embeddings=False,
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):  # meshes hold real tensors of rank numbers
+        model = PiForCausalLM(config).train()
+        enable_checkpointing(model)
+        parallel = Parallel(model, mesh, zero=zero, bf16=True)
+        model.model._choose_implementation = lambda: None
+        for layer in model.model.layers:
+            layer.self_attn.impl = "triton"
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+        ids = torch.randint(sizes.vocab_size, (1, context))
+        block = {"input_ids": ids, "labels": ids, "segment_ids": torch.zeros(1, context, dtype=torch.int32)}
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        with tracker:
+            for _ in range(2):
+                tracker.reset_mod_stats()
+                parallel.loss(block, blocks=layout.dp).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        snapshot = tracker.get_tracker_snapshot("peak")
+    dist.destroy_process_group()
+    return sum(parts["Total"] for parts in snapshot.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["8b", "70b"])
+    options = parser.parse_args()
+    rows = []
+    spawn = get_context("spawn")
+    for name in options.models:
+        sizes = MODELS[name]
+        for ranks, layouts in LAYOUTS.items():
+            for text, zero in layouts:
+                begun, layout = time.perf_counter(), Layout.parse(text)
+                with ProcessPoolExecutor(2, spawn, max_tasks_per_child=1) as pool:  # a process group is made once
+                    cases = [replace(sizes, num_hidden_layers=n) for n in (FEW, MORE)]
+                    few, more = pool.map(peak, cases, [layout] * 2, [zero] * 2)
+                tracked = few + (more - few) * (sizes.num_hidden_layers - FEW) // (MORE - FEW)
+                row = {"model": name, "ranks": ranks, "layout": text, "zero": zero, "tracked bytes": tracked}
+                if layout.cp == ranks:
+                    row["bill bytes"] = bill(sizes, PATTERN, CONTEXT, ranks).bytes
+                rows.append(row)
+                print(json.dumps(row), f"{time.perf_counter() - begun:.0f} s", flush=True)
+                write("memory", {"S": CONTEXT, "pattern": "256, 256, 16", "layers": [FEW, MORE], "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
