@@ -376,6 +376,28 @@ def pages() -> dict[Path, Any]:
     return {page: page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
+def volumes() -> dict[str, list[tuple[float, float]]]:
+    """MiB that a rank receives for one layer of the 8 B model, forward and backward, by tokens; 64 ranks."""
+    from pi_attention.bill import MODELS, WAYS, bill
+    from pi_attention.pattern import PiPattern
+
+    lengths = [2**power for power in range(14, 23)]
+    pattern, labels = PiPattern(256, 256, 16), ("halo", "all-gather", "dense Ring Attention")
+    return {
+        label: [(length, bill(MODELS["8b"], pattern, length, 64, way).received / 2**20) for length in lengths]
+        for way, label in zip(WAYS, labels, strict=True)
+    }
+
+
+def times_over_ranks(result: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds of the operator on several GPUs by tokens of the sequence."""
+    labels = {"no exchange": "no exchange", "halo": "halo", "all-gather": "all-gather", "dense ring": "Ring Attention"}
+    return {
+        label: [(row["S"], row[kind]["ms"]) for row in result["operator"] if kind in row]
+        for kind, label in labels.items()
+    }
+
+
 def figures() -> None:
     """The pictures and the explorer page of docs/."""
     from benchmarks.theory import fields
@@ -403,6 +425,12 @@ def figures() -> None:
                     if name in row:
                         lines.setdefault(label, []).append((row["S"], row[name][kind] / 1e3))
                 lines.setdefault("floor", []).append((row["S"], row["floor forward+backward us"] / 1e3))
+        picture = plots.curves(lines, "tokens of the sequence", "forward + backward (ms)", log=True)
+        plots.save(picture, docs / "figures" / f"{file.stem}.svg")
+    picture = plots.curves(volumes(), "tokens of the sequence", "received a layer (MiB)", log=True)
+    plots.save(picture, docs / "figures" / "volumes.svg")
+    for file in sorted(RESULTS.glob("multigpu-*.json")):
+        lines = times_over_ranks(json.loads(file.read_text()))
         picture = plots.curves(lines, "tokens of the sequence", "forward + backward (ms)", log=True)
         plots.save(picture, docs / "figures" / f"{file.stem}.svg")
 

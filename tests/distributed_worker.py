@@ -1,5 +1,6 @@
 """What one process of tests/test_distributed.py does; `torch.multiprocessing` wants it importable."""
 
+import math
 import os
 import random
 import traceback
@@ -43,6 +44,11 @@ def draw(seed, ranks):
     if near:
         pattern = replace(pattern, causal=True, skips=random.choice([0, 1]), sinks=0)
     groups = random.choice([g for g in (1, 2, 4) if heads % g == 0])
+    if seed % 4 == 1 and not near:  # a ring of whole periods
+        whole = math.lcm(*(periods if isinstance(periods, tuple) else (periods,)))
+        if whole <= 60:
+            lengths[seed % ranks] += -sum(lengths) % whole
+            documents, pattern = [0], replace(pattern, causal=False, ring=True, sinks=0)
     return pattern, lengths, documents, heads, groups, random.choice(["gate", "mass", None])
 
 
@@ -92,6 +98,20 @@ def check_exchange(group, seed):
         for a, b in other.needed:
             uses[max(a, start) - start : max(min(b, end) - start, 0)] += 1 if max(a, start) < min(b, end) else 0
     assert torch.equal(rows.grad, uses)
+
+
+def check_two_parts(group, seed):
+    """`start` and `finish` are `extend`, forward and backward."""
+    pattern, lengths, documents, heads, *_ = draw(seed, dist.get_world_size(group))
+    halo = HaloContext(group, lengths, pattern, documents)
+    tensors, _ = whole_tensors(seed, sum(lengths), heads, heads, None)
+    found = []
+    for extend in (halo.extend, lambda key, value: halo.finish(halo.start(key, value))):
+        key, value = (halo.shard(x, 2).clone().requires_grad_() for x in tensors[1:])
+        extended = extend(key, value)[:2]
+        sum((x * torch.linspace(1, 2, x.numel()).view(x.shape)).sum() for x in extended).backward()
+        found.append([*(x.detach() for x in extended), key.grad, value.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def check_model(group, lengths, options, *, marked=False):
@@ -255,6 +275,7 @@ def work(rank, ranks, folder, seeds):
         for seed in seeds:
             overlapped += check_operator(group, seed)
             check_exchange(group, seed)
+            check_two_parts(group, seed)
         dist.all_reduce(overlapped)
         assert overlapped >= 3
         check_repeatable(group)

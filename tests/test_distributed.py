@@ -1,5 +1,6 @@
 """A sequence over several processes equals one process: outputs, gradients, training."""
 
+import math
 import os
 import re
 import subprocess
@@ -56,12 +57,17 @@ def shardings(draw):
     documents = [0, *sorted(s for s in starts if s < sum(lengths))]
     causal = draw(st.booleans())
     periods = draw(st.lists(st.integers(1, 15), min_size=1, max_size=2))
+    ring = not causal and draw(st.booleans())
+    if ring:
+        documents = [0]
+        lengths[0] += -sum(lengths) % math.lcm(*periods)
     pattern = PiPattern(
         draw(st.integers(1, 9)),
         tuple(periods) if len(periods) > 1 else periods[0],
         draw(st.sampled_from([0, 1, 3, None])),
         causal=causal,
         sinks=draw(st.integers(0, 3)) if causal else 0,
+        ring=ring,
     )
     return pattern, lengths, documents
 
@@ -82,7 +88,8 @@ def test_a_rank_needs_exactly_the_keys_that_its_queries_see(case):
         needed = {position for a, b in halo.needed for position in range(a, b)}
         assert needed == seen - set(range(*halo.own))
         places = [halo.place(position) for position in sorted(needed | set(range(*halo.own)))]
-        assert places == sorted(set(places)) and all(0 <= place < halo.length for place in places)
+        assert len(places) == len(set(places)) and all(0 <= place < halo.length for place in places)
+        assert pattern.ring or places == sorted(places)
 
 
 def test_the_halo_is_bounded_by_the_reach_and_smaller_for_short_shards():
@@ -108,8 +115,11 @@ def test_contiguous_shards_are_balanced():
 
 
 def test_wrong_plans_are_named():
-    with pytest.raises(ValueError, match="ring=True"):
-        halo_plan(PiPattern(2, 2, 1, causal=False, ring=True), [4, 4])
+    ring = PiPattern(2, 2, 1, causal=False, ring=True)
+    with pytest.raises(ValueError, match=r"documents=\[0, 4\] cannot share a ring"):
+        halo_plan(ring, [4, 4], [0, 4])
+    with pytest.raises(ValueError, match="every period to divide the length"):
+        halo_plan(ring, [4, 5])
     with pytest.raises(ValueError, match=r"documents=\[0, 9\]"):
         halo_plan(PiPattern(2, 2, 1), [4, 4], [0, 9])
     with pytest.raises(ValueError, match="must not be negative"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from pi_attention.distributed.exchange import Extend, Finish, Flight, Route, Start, route
+from pi_attention.distributed.exchange import Extend, Finish, Flight, Route, Start, packed, route, unpacked
 from pi_attention.distributed.plan import halo_plan
 from pi_attention.nn.attention import Operator, PiAttention
 from pi_attention.ops.api import Fusion, pi_attention
@@ -25,6 +25,15 @@ def shard(x: Tensor, ends: Sequence[int], rank: int, dim: int = 1) -> Tensor:
     """A rank's part of a tensor over the whole sequence; `ends` are where the shards of all ranks end."""
     start = ends[rank - 1] if rank else 0
     return x.narrow(dim, start, ends[rank] - start)
+
+
+class Started(NamedTuple):
+    """Keys and values [B, G, T, D] of a shard whose message is on its way, and its first tokens as rows."""
+
+    key: Tensor
+    value: Tensor
+    own: Tensor
+    flight: Flight
 
 
 class HaloContext:
@@ -50,8 +59,8 @@ class HaloContext:
         key, value, segment_ids = halo.extend(key, value)  # or the exchange alone: [B, G, halo + T, D]
         out = pi_attention(query, key, value, pattern, gate=gate, segment_ids=segment_ids)
 
-        flight = halo.start(key, value)  # or with work of one's own while the keys are on their way
-        key, value, segment_ids = halo.finish(flight)
+        started = halo.start(key, value)  # or with work of one's own while the keys are on their way
+        key, value, segment_ids = halo.finish(started)
     """
 
     def __init__(
@@ -105,8 +114,10 @@ class HaloContext:
             segment_ids: [B or 1, S] int32 of the whole sequence, as in `pi_attention`.
 
         Raises:
-            ValueError: the pattern has sinks, which lie where documents start: give `documents` then.
+            ValueError: the pattern has sinks, which lie where documents start: give `documents` then; or it is a ring.
         """
+        if self.pattern.ring:
+            raise ValueError("packed documents cannot share a ring: set ring=False.")
         if self.pattern.sinks:
             raise ValueError(
                 f"segment_ids cannot tell where the sinks={self.pattern.sinks} of each document lie: give documents=."
@@ -132,31 +143,28 @@ class HaloContext:
             ValueError: there are segments (packed documents, padding), but this object was told of none.
         """
         self._check_segments(segment_ids)
-        rows = Extend.apply(_packed(key, value), self._way(key.device), self.group)
-        return *_unpacked(rows, key), self._ids_for(key, slice(None))
+        rows = Extend.apply(packed(key, value), self._way(key.device), self.group)
+        return *unpacked(rows, key), self._ids_for(key, slice(None))
 
-    def start(self, key: Tensor, value: Tensor) -> tuple[Flight, Tensor]:
+    def start(self, key: Tensor, value: Tensor, tokens: int | None = None) -> Started:
         """`extend` in two parts, so that something else is computed while keys are on their way: this sends them.
 
-        For eager mode; hand what is returned to `finish`. It also overlaps backward, with the same work.
-        """
-        flight = Flight(self._way(key.device), self.group)
-        return flight, Start.apply(_packed(key, value), flight)
-
-    def finish(
-        self, started: tuple[Flight, Tensor], like: Tensor, tokens: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Wait for the keys of others; extended keys, values and segment ids, as `extend` returns them.
+        For eager mode; hand what is returned to `finish`. It also overlaps backward, with the work done on the `key`
+        and `value` of what is returned.
 
         Args:
-            started: from `start`.
-            like: the keys given to `start`.
-            tokens: end with so many tokens of the shard; all when None.
+            key, value: as in `extend`.
+            tokens: let `finish` return so many tokens of the shard beside those of others; all when None.
         """
-        flight, rows = started
-        count = rows.shape[0] if tokens is None else tokens
-        rows = Finish.apply(rows, count, flight)
-        return *_unpacked(rows, like), self._ids_for(like, slice(0, rows.shape[0]))
+        count = key.shape[2] if tokens is None else tokens
+        flight = Flight(self._way(key.device), self.group, key, count)
+        key, value, own = Start.apply(key, value, flight)
+        return Started(key, value, own, flight)
+
+    def finish(self, started: Started) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Wait for the keys of others; extended keys, values and segment ids, as `extend` returns them."""
+        rows = Finish.apply(started.own, started.flight)
+        return *unpacked(rows, started.key), self._ids_for(started.key, slice(0, rows.shape[0]))
 
     def attend(
         self,
@@ -179,13 +187,13 @@ class HaloContext:
             key, value, ids = self.extend(key, value, segment_ids)
             return _before_others(operator, query, key, value, gate, ids, self.after)
         self._check_segments(segment_ids)
-        started = self.start(key, value)
+        started = self.start(key, value, at_home)
         own = slice(self.halo.length - tokens, None)
         parts = [at_home, tokens - at_home]
         queries = query.split(parts, dim=2)
         gates = (None, None) if gate is None else gate.split(parts, dim=2)
-        interior = operator(queries[1], key, value, gates[1], self._ids_for(key, own))
-        key, value, ids = self.finish(started, key, at_home)
+        interior = operator(queries[1], started.key, started.value, gates[1], self._ids_for(key, own))
+        key, value, ids = self.finish(started)
         border = operator(queries[0], key, value, gates[0], ids)
         return torch.cat([border, interior], dim=2)
 
@@ -236,18 +244,6 @@ class HaloContext:
         new = documents[following] if following < len(documents) else end  # later queries see no earlier document
         near = end if self.pattern.sinks or self.pattern.reach is None else start + self.pattern.reach
         return min(new, near, end) - start
-
-
-def _packed(key: Tensor, value: Tensor) -> Tensor:
-    """Keys and values [B, G, T, D] as one row a token."""
-    return torch.cat([key, value], dim=-1).permute(2, 0, 1, 3).flatten(1)
-
-
-def _unpacked(rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, G, rows, D] of rows; `like` has the other sizes."""
-    batch, groups, _, dim = like.shape
-    key, value = rows.view(-1, batch, groups, 2 * dim).permute(1, 2, 0, 3).split(dim, dim=-1)
-    return key, value
 
 
 def _before_others(

@@ -83,11 +83,31 @@ class Extend(torch.autograd.Function):
         return total, None, None
 
 
-class Flight:
-    """One layer's message on its way, and later that of its gradients: work that does not need it can go on."""
+def packed(key: Tensor, value: Tensor) -> Tensor:
+    """Keys and values [B, G, T, D] as one row a token."""
+    return torch.cat([key, value], dim=-1).permute(2, 0, 1, 3).flatten(1)
 
-    def __init__(self, way: Route, group: ProcessGroup) -> None:
-        self.way, self.group = way, group
+
+def unpacked(rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, G, rows, D] of rows; `like` has the other sizes."""
+    batch, groups, _, dim = like.shape
+    key, value = rows.view(-1, batch, groups, 2 * dim).permute(1, 2, 0, 3).split(dim, dim=-1)
+    return key, value
+
+
+class Flight:
+    """One layer's message on its way, and later that of its gradients: work that does not need it can go on.
+
+    Args:
+        way: of the message.
+        group: the ranks.
+        like: the keys [B, G, T, D].
+        tokens: of the shard, those whose keys `Finish` returns too.
+    """
+
+    def __init__(self, way: Route, group: ProcessGroup, like: Tensor, tokens: int) -> None:
+        self.way, self.group, self.tokens = way, group, tokens
+        self.like = like.new_empty(*like.shape[:2], 0, like.shape[3])  # the sizes without the memory
         self.counts = list(map(len, way.sent))
 
     def depart(self, rows: Tensor, received: list[int], sent: list[int]) -> None:
@@ -104,41 +124,47 @@ class Flight:
 
 
 class Start(torch.autograd.Function):
-    """Rows [tokens, …] of the shard, unchanged; those that others need depart. Backward adds what comes back for them.
+    """Keys and values of the shard, unchanged, and the first `flight.tokens` of them as rows; others' needs depart.
 
-    Made before the work that is to overlap, so that in the backward pass its turn comes after that of this work.
+    Only these rows are copied. Backward adds the gradients that come back. Made before the work that is to overlap, so
+    that in the backward pass its turn comes after that of this work.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+    def forward(ctx: Any, key: Tensor, value: Tensor, flight: Flight) -> tuple[Tensor, Tensor, Tensor]:
         ctx.flight = flight
-        flight.depart(rows[torch.cat(flight.way.sent)], flight.way.received, flight.counts)
-        return rows.view_as(rows)
+        sent = torch.cat(flight.way.sent)
+        flight.depart(packed(key[:, :, sent], value[:, :, sent]), flight.way.received, flight.counts)
+        own = slice(0, flight.tokens)
+        return key.view_as(key), value.view_as(value), packed(key[:, :, own], value[:, :, own])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        flight, total = ctx.flight, grad.clone()
-        for rows, part in zip(flight.way.sent, flight.land().split(flight.counts), strict=True):
-            total[rows] += part  # a rank asks for a row once, so no two additions meet
-        return total, None
+    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor, grad_own: Tensor) -> tuple[Tensor, Tensor, None]:
+        flight: Flight = ctx.flight
+        totals = grad_key.clone(), grad_value.clone()
+        for total, part in zip(totals, unpacked(grad_own, flight.like), strict=True):
+            total[:, :, : flight.tokens] += part
+        for rows, returned in zip(flight.way.sent, flight.land().split(flight.counts), strict=True):
+            for total, part in zip(totals, unpacked(returned, flight.like), strict=True):
+                total[:, :, rows] += part  # a rank asks for a row once, so no two additions meet
+        return *totals, None
 
 
 class Finish(torch.autograd.Function):
-    """The extended rows up to the `count`-th of the shard, once the others' have landed; backward sends gradients."""
+    """The extended rows up to the last of the shard's `own`, once the others' have landed; backward sends gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, count: int, flight: Flight) -> Tensor:
+    def forward(ctx: Any, own: Tensor, flight: Flight) -> Tensor:
         way = flight.way
-        ctx.flight, ctx.count, ctx.tokens = flight, count, len(rows)
-        extended = rows.new_zeros(way.own + count, *rows.shape[1:])
+        ctx.flight = flight
+        after = way.length - way.own - way.tokens if flight.tokens == way.tokens else 0
+        extended = own.new_zeros(way.own + len(own) + after, *own.shape[1:])
         extended[way.placed] = flight.land()
-        extended[way.own :] = rows[:count]
+        extended[way.own : way.own + len(own)] = own
         return extended
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         flight, way = ctx.flight, ctx.flight.way
         flight.depart(grad[way.placed], flight.counts, way.received)
-        own = grad.new_zeros(ctx.tokens, *grad.shape[1:])
-        own[: ctx.count] = grad[way.own :]
-        return own, None, None
+        return grad[way.own : way.own + flight.tokens], None

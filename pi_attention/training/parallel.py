@@ -203,7 +203,7 @@ def train_over_ranks(config: TrainConfig, console: Console) -> None:
         whole.load_state_dict(weights)
         whole.save_pretrained(out / MODEL)
         tokenizer.save_pretrained(out / MODEL)
-        write_report(config, whole, tokenizer, validation, console)
+        write_report(config, whole.to(device), tokenizer, validation, console)
 
 
 def _blocks_a_step(config: TrainConfig) -> int:
