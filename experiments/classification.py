@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from experiments.runner import Result, Settings
 from experiments.training import DEVICE, fit, products, segments
 from experiments.variants import config, specialise
-from pi_attention.models import PiForSequenceClassification
+from pi_attention.models import PiConfig, PiModel
 
 PAD = 0
+
+
+class Classifier(nn.Module):
+    """A bidirectional PiModel with a linear head on a token put before the sequence, as in the Long Range Arena."""
+
+    def __init__(self, config: PiConfig, classes: int) -> None:
+        super().__init__()
+        self.body = PiModel(config)
+        self.head = nn.Linear(config.hidden_size, classes)
+        self.first = config.vocab_size - 1
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        """Loss and logits [B, classes] of input_ids [B, T], PAD on the right, and labels [B]."""
+        ids = F.pad(input_ids, (1, 0), value=self.first)
+        hidden = self.body(ids, segment_ids=segments(ids != PAD)).last_hidden_state
+        logits = self.head(hidden[:, 0])
+        return SimpleNamespace(loss=F.cross_entropy(logits.float(), labels), logits=logits)
 
 
 def classify(settings: Settings, arrays: dict[str, np.ndarray], *, vocabulary: int, classes: int) -> Result:
@@ -28,13 +47,13 @@ def classify(settings: Settings, arrays: dict[str, np.ndarray], *, vocabulary: i
     """
     torch.manual_seed(settings["seed"])
     generator = torch.Generator().manual_seed(1 + settings["seed"])
-    made = config(settings, vocab_size=vocabulary, pad_token_id=PAD, num_labels=classes, causal=False)
-    model = specialise(PiForSequenceClassification(made).to(DEVICE), settings)
+    made = config(settings, vocab_size=vocabulary + 1, pad_token_id=PAD, causal=False)
+    model = specialise(Classifier(made, classes).to(DEVICE), settings)
 
     def batch_of(part: str, rows: Tensor) -> dict[str, Tensor]:
         ids = torch.from_numpy(arrays[f"{part} ids"][rows.numpy()]).long()
         labels = torch.from_numpy(arrays[f"{part} classes"][rows.numpy()]).long()
-        return {"input_ids": ids, "segment_ids": segments(ids != PAD), "labels": labels}
+        return {"input_ids": ids, "labels": labels}
 
     def batches() -> Iterator[dict[str, Tensor]]:
         count, batch = len(arrays["training ids"]), settings["batch"]

@@ -94,7 +94,7 @@ def cells(scale: Scale) -> list[Settings]:
     if scale == "laptop":
         return []
     sizes = {"hidden": 128, "layers": 4, "heads": 4, "context": LONGEST, "examples": 32000, "held out": 2000,
-             "batch": 32, "steps": 3000, "window": 64, "period": 64, "skips": 16}  # fmt: skip
+             "batch": 32, "steps": 5000, "window": 64, "period": 64, "skips": 16}  # fmt: skip
     if scale == "smoke":
         sizes |= {"hidden": 32, "layers": 2, "heads": 2, "context": 200, "examples": 40, "held out": 20, "batch": 4}
         sizes |= {"steps": 2, "window": 8, "period": 8, "skips": 4}

@@ -75,9 +75,9 @@ def cells(scale: Scale) -> list[Settings]:
         return []
     sizes = {"hidden": 128, "layers": 4, "heads": 4}
     tasks = {
-        "text": {"context": 2048, "window": 64, "period": 64, "skips": 16, "batch": 32, "steps": 1500,
+        "text": {"context": 2048, "window": 64, "period": 64, "skips": 16, "batch": 32, "steps": 2000,
                  "examples": 18000, "held out": 3000},
-        "image": {"context": 784, "window": 28, "period": 28, "skips": 14, "batch": 64, "steps": 1500,
+        "image": {"context": 784, "window": 28, "period": 28, "skips": 14, "batch": 64, "steps": 2000,
                   "examples": 20000, "held out": 5000},
     }  # fmt: skip
     if scale == "smoke":

@@ -20,8 +20,8 @@ def measure(settings: Settings, data: Path) -> Result:
 
 
 def cells(scale: Scale) -> list[Settings]:
-    """Periods at window 64 and 16 skips, then windows and skips that add up to 80 keys."""
-    shapes = [(64, period, 16) for period in (4, 16, 64, 127)]
+    """Periods at window 64 and 16 skips (of which fewer exist beyond 127), then windows and skips of 80 keys."""
+    shapes = [(64, period, 16) for period in (4, 16, 64, 127, 512, 1024)]
     shapes += [(72, 64, 8), (48, 48, 32), (16, 32, 64)]
     if scale == "smoke":
         shapes = [(16, 16, 4)]

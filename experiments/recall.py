@@ -132,9 +132,12 @@ def cells(scale: Scale) -> list[Settings]:
             (16, 16, 8, recall, (*VARIANTS, PLANNED)),
             (4, 64, 4, recall, (*MAIN, "pi, geometric heads", PLANNED)),
         ]
-        for context in (1024, 8192, 32768):
-            passkey = {"context": context, "pairs": 1, "asks": 31, "batch": 32768 // context, "steps": 1000}
-            shapes.append((64, 64, 16, passkey, (*MAIN, "pi, geometric heads", PLANNED)))
+        passkey = {"context": 1024, "pairs": 1, "asks": 31, "batch": 32, "steps": 1000}
+        for more in ({}, {"layers": 2}, {"layers": 8}):
+            shapes.append((64, 64, 16, passkey | more, (*MAIN, "pi, geometric heads", PLANNED)))
+        for context in (8192, 32768):
+            longer = passkey | {"context": context, "batch": 32768 // context, "steps": 4000}
+            shapes.append((64, 64, 16, longer, (*MAIN, PLANNED)))
     return [
         {"variant": variant, "window": w, "period": period, "skips": m, **common, **task}
         | {"lags": lags(task["context"], w, period)}

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from pi_attention.models.modeling_pi import PiDecoderLayer
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EAGER = 3
 """Steps before a CUDA graph of the step is captured."""
+LONG = 4000
+"""Steps that are worth the seconds of compiling a layer."""
 
 Batch = dict[str, Tensor]
 
@@ -39,6 +44,19 @@ def rate_at(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
+
+
+@contextmanager
+def compiled_layers(model: nn.Module) -> Iterator[None]:
+    """The layers of the model compiled, once for all of them, while training."""
+    layers = [module for module in model.modules() if isinstance(module, PiDecoderLayer)]
+    for layer in layers:
+        layer.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
 def captured(update: Callable[[Batch], Tensor], example: Batch) -> Callable[[Batch], Tensor]:
@@ -91,22 +109,23 @@ def fit(model: nn.Module, batches: Iterator[Batch], *, steps: int, rate: float) 
     step = update
     loss = torch.tensor(math.nan)
     stream = torch.cuda.Stream() if cuda else None  # what is captured must not have run on the default stream before
-    for number in range(steps):
-        for group in optimizer.param_groups:
-            if cuda:
-                group["lr"].fill_(rate * rate_at(number, steps))
-            else:
-                group["lr"] = rate * rate_at(number, steps)
-        batch = moved(next(batches))
-        if cuda and number < EAGER:
-            torch.cuda.synchronize()
-            with torch.cuda.stream(stream):
-                loss = update(batch)
-            torch.cuda.synchronize()
-            continue
-        if cuda and number == EAGER:
-            optimizer.zero_grad()
-            step = captured(update, batch)
-        loss = step(batch)
+    with compiled_layers(model) if cuda and steps >= LONG else nullcontext():
+        for number in range(steps):
+            for group in optimizer.param_groups:
+                if cuda:
+                    group["lr"].fill_(rate * rate_at(number, steps))
+                else:
+                    group["lr"] = rate * rate_at(number, steps)
+            batch = moved(next(batches))
+            if cuda and number < EAGER:
+                torch.cuda.synchronize()
+                with torch.cuda.stream(stream):
+                    loss = update(batch)
+                torch.cuda.synchronize()
+                continue
+            if cuda and number == EAGER:
+                optimizer.zero_grad()
+                step = captured(update, batch)
+            loss = step(batch)
     model.eval()
     return loss.item()
