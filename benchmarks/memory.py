@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory
 
-One process plays one rank of a fake process group; FSDP2 and the halo exchange run on tensors without data,
-and PyTorch's memory tracker counts what would be allocated. A model's peak is linear in its layers, so each layout is
-tracked with a few layers and continued to all of them. Writes results/memory.json.
+One process plays one rank of a fake process group; FSDP2, tensor parallelism and the halo exchange run on tensors
+without data, and PyTorch's memory tracker counts what would be allocated. A model's peak is linear in its layers, so
+each layout is tracked with a few layers and continued to all of them. Writes results/memory.json.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ os.environ["TRITON_INTERPRET"] = "1"  # the kernels' operators on CPU tensors, w
 import argparse
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.timing import write
@@ -37,12 +41,22 @@ from pi_attention.training.train import enable_checkpointing
 PATTERN = PiPattern(256, 256, 16)
 CONTEXT = 131072
 LAYOUTS = {
-    8: [("dp=8", 2), ("dp=8", 3), ("dp=2,cp=4", 3), ("cp=8", 3)],
-    64: [("dp=64", 2), ("dp=64", 3), ("dp=8,cp=8", 3), ("cp=64", 3)],
+    8: [("dp=8", 2), ("dp=8", 3), ("dp=2,cp=4", 3), ("cp=8", 3), ("tp=8", 3), ("tp=2,cp=4", 3)],
+    64: [("dp=64", 2), ("dp=64", 3), ("dp=8,cp=8", 3), ("cp=64", 3), ("dp=8,tp=8", 3), ("tp=8,cp=8", 3)],
 }
-"""Layouts and ZeRO stages by the number of ranks; tensor parallelism does not run on fake tensors."""
+"""Layouts and ZeRO stages by the number of ranks."""
 FEW, MORE = 6, 10
 """Layers tracked: with fewer, the peak of a small shard may still lie at the logits, and not grow with the layers."""
+
+
+def with_data(make: Callable[..., None]) -> Callable[..., None]:
+    """A mesh's constructor that finds its ranks by tensors with data, also where the others are fake."""
+
+    def made(*args: Any, **options: Any) -> None:
+        with unset_fake_temporarily():
+            make(*args, **options)
+
+    return made
 
 
 def peak(sizes: Sizes, layout: Layout, zero: int, context: int = CONTEXT) -> int:
@@ -63,7 +77,7 @@ def peak(sizes: Sizes, layout: Layout, zero: int, context: int = CONTEXT) -> int
         skips=PATTERN.skips,
         tie_word_embeddings=False,
     )
-    with FakeTensorMode():
+    with FakeTensorMode(), patch.object(DeviceMesh, "__init__", with_data(DeviceMesh.__init__)):
         model = PiForCausalLM(config).train()
         enable_checkpointing(model)
         parallel = Parallel(model, mesh, zero=zero, bf16=True)

@@ -187,7 +187,7 @@ def training_step(total: int, device: torch.device, small: bool) -> dict[str, fl
     model.train()
     ranks, rank = dist.get_world_size(), dist.get_rank()
     tokens = total // ranks
-    group = dist.new_group()  # of its own: gloo confuses concurrent collectives of one group
+    group = dist.new_group()  # of its own, so that keys do not queue behind FSDP's weights
     attach(model, group, [tokens] * ranks)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if device.type == "cuda" else MixedPrecisionPolicy()
     for layer in model.model.layers:

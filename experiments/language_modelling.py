@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from experiments.data import blocks, bpe, documents, need, windows
@@ -45,15 +46,36 @@ def losses(model: PiForCausalLM, held_out: Tensor) -> Tensor:
     return torch.cat(found)
 
 
+def class_of(text: str) -> str:
+    """What kind of token this is, by its first character that is no space."""
+    kept = text.lstrip(" ")
+    if not kept.strip():
+        return "white space"
+    if kept[0].isdigit():
+        return "digits"
+    if not kept[0].isalpha():
+        return "punctuation"
+    return "start of a word" if text != kept else "inside a word"
+
+
 @torch.no_grad()
-def gates(model: PiForCausalLM, block: Tensor) -> dict[str, Any]:
-    """The mean gate (share of the local band) of every layer and head, and by position in eighths, over one block."""
+def gates(model: PiForCausalLM, block: Tensor, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The mean gate (share of the local band) over one block [T].
+
+    By layer and head, by position in eighths, by class of the token that has the gate; and its spread over tokens.
+    """
     with record_aux(model) as aux, products():
         model(block[None].to(DEVICE), use_cache=False)
     values = torch.stack([calls[0].gate[0].float().cpu() for calls in aux.values()])  # [L, H, T]
     by_position = torch.stack([part.mean() for part in values.tensor_split(BUCKETS, dim=-1)])
-    spread = values.std(dim=-1).mean()
-    return {"by head": values.mean(-1).tolist(), "by position": by_position.tolist(), "spread": float(spread)}
+    classes = [class_of(tokenizer.decode([token])) for token in block.tolist()]
+    places = {name: [i for i, found in enumerate(classes) if found == name] for name in sorted(set(classes))}
+    return {
+        "by head": values.mean(-1).tolist(),
+        "by position": by_position.tolist(),
+        "by token class": {name: float(values[:, :, rows].mean()) for name, rows in places.items()},
+        "spread": float(values.std(dim=-1).mean()),
+    }
 
 
 def wikitext(settings: Settings, data: Path) -> tuple[Tensor, float]:
@@ -90,7 +112,8 @@ def measure(settings: Settings, data: Path) -> Result:
         other, ratio = wikitext(settings, data)
         result["wikitext-103 word perplexity"] = math.exp(float(losses(model, other).mean()) * ratio)
     if model.config.gate:
-        result["gate"] = gates(model, held_out["test"][0])
+        tokenizer = bpe(settings["corpus"], settings["vocabulary"], data)
+        result["gate"] = gates(model, held_out["test"][0], tokenizer)
     return result
 
 

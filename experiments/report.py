@@ -110,6 +110,33 @@ def language_modelling(name: str) -> str:
     return compared(name, columns)
 
 
+def gates() -> str:
+    """What the gates of the language models learned."""
+    from benchmarks.report import table
+
+    lines = []
+    for cell, rows in measured_cells(EXPERIMENTS["language_modelling"]):
+        found = [row["result"]["gate"] for row in rows if "gate" in row["result"]]
+        if not found or cell["variant"] == "pi, fixed half":
+            continue
+        heads = [head for gate in found for layer in gate["by head"] for head in layer]
+        ends = [sum(gate["by position"][place] for gate in found) / len(found) for place in (0, -1)]
+        classes = [gate["by token class"] for gate in found if "by token class" in gate]
+        means = {name: [of[name] for of in classes if name in of] for name in sorted({n for of in classes for n in of})}
+        lines.append(
+            [
+                f"{cell['corpus']}, {cell['variant']}",
+                str(len(found)),
+                f"{min(heads):.2f} to {max(heads):.2f}",
+                f"{sum(gate['spread'] for gate in found) / len(found):.3f}",
+                f"{ends[0]:.3f}, {ends[1]:.3f}",
+                ", ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in means.items()) or "–",
+            ]
+        )
+    head = ["model", "seeds", "means of heads", "spread over tokens", "first and last eighth", "by class of the token"]
+    return table(head, lines) if lines else "Not measured yet."
+
+
 def _ways(results: list[Result]) -> str:
     return "; ".join(
         " / ".join(f"{sum(r['recall'][way][k] for r in results) / len(results):.3f}" for k in ("R@1", "R@5", "R@10"))
@@ -144,6 +171,7 @@ def cost() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "language_modelling": lambda: language_modelling("language_modelling"),
+    "gates": gates,
     "language_modelling_long": lambda: language_modelling("language_modelling_long"),
     "language_modelling_large": lambda: language_modelling("language_modelling_large"),
     "period_sweep": lambda: compared(

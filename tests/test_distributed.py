@@ -14,6 +14,8 @@ import torch.multiprocessing as multiprocessing
 from distributed_worker import work
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
 
 from pi_attention import PiPattern
 from pi_attention.distributed import attach, detach, halo_plan
@@ -143,6 +145,11 @@ def test_what_a_sharded_model_cannot_know_is_refused():
             model(ids, position_ids=torch.arange(20)[None] % 7, use_cache=False)
         torch.testing.assert_close(model(ids, use_cache=False).logits, want)
         detach(model)
+        torch.testing.assert_close(model(ids).logits, want)
+        cut = ids.clone()
+        refused = pytest.raises(RuntimeError, match=r"context_parallel .* is active")
+        with context_parallel(init_device_mesh("cpu", (1,)), buffers=[cut], buffer_seq_dims=[1]), refused:
+            model(cut)
         torch.testing.assert_close(model(ids).logits, want)
     finally:
         dist.destroy_process_group()

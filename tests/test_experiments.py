@@ -15,7 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import data, image_text, listops, lra, recall, retrieval_qa, runner, series
+from experiments import (
+    corpora,
+    data,
+    image_text,
+    language_modelling,
+    listops,
+    lra,
+    recall,
+    retrieval_qa,
+    runner,
+    series,
+)
 from experiments.intervals import interval
 from experiments.registry import EXPERIMENTS
 from experiments.variants import BASELINE, MAIN, RANDOM_BLOCKS, SIDE, VARIANTS, config, random_blocks, specialise
@@ -153,6 +164,31 @@ def test_listops_follows_the_recipe():
     assert 0.6 < digits / (digits + sum(operators)) < 0.9  # nearly every leaf is a digit, an operator has 6 arguments
     again = listops.examples(60, seed=1)
     assert np.array_equal(again[0], ids)
+
+
+def test_a_corpus_is_written_from_folders(tmp_path):
+    folder = tmp_path / "source"
+    (folder / "b").mkdir(parents=True)
+    (folder / "b" / "two.c").write_text("int two;")
+    (folder / "a.c").write_text("int one;")
+    zipped(folder / "c.h.gz", "int three;")
+    (folder / "short.c").write_text(";")
+    (folder / "other.txt").write_text("no source at all")
+    made = corpora.Corpus(tmp_path / "new" / "linux.parquet", (folder,), suffixes=(".c", ".h"), least=3)
+    assert made.write() == ["int one;", "int two;", "int three;"] == data.corpus("linux", tmp_path / "new")
+    assert replace(made, every=2).write() == ["int one;", "int three;"]
+    with pytest.raises(ValueError, match="hold no file"):
+        replace(made, suffixes=(".py",)).write()
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        replace(made, folders=(tmp_path / "none",)).write()
+
+
+def test_classes_of_tokens():
+    found = {text: language_modelling.class_of(text) for text in (" the", "ing", "7th", " (", "\n", "  ", "Ah")}
+    assert found == {
+        " the": "start of a word", "ing": "inside a word", "7th": "digits", " (": "punctuation", "\n": "white space",
+        "  ": "white space", "Ah": "inside a word",
+    }  # fmt: skip
 
 
 def test_squad_s_scores():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pi_attention.ops.blocked import blocked_attention
-from pi_attention.ops.checks import check_arguments
+from pi_attention.ops.checks import check_arguments, refuse_context_parallel
 from pi_attention.ops.dense import covers_everything, dense_attention
 from pi_attention.ops.fused import fused_attention, why_not_triton
 from pi_attention.ops.fusion import gate_values
@@ -112,6 +112,7 @@ def pi_attention(
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, its value and the remedy.
         NotImplementedError: the implementation that `impl` names cannot serve this call; the message says why.
+        RuntimeError: PyTorch's own `context_parallel` is active.
     """
     if _under_autocast(query):
         options: Any = {"gate": gate, "fusion": fusion, "segment_ids": segment_ids, "scale": scale, "impl": impl}
@@ -120,6 +121,8 @@ def pi_attention(
             attend_cast: Any = pi_attention  # no overload takes a return_aux that is not known
             return attend_cast(*cast, pattern, return_aux=return_aux, **options)
     check_arguments(query, key, value, pattern, gate, fusion, segment_ids)
+    if not torch.compiler.is_compiling():
+        refuse_context_parallel()
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}.")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)

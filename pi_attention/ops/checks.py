@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pi_attention.pattern import PiPattern
 
 FUSIONS = ("gate", "mass")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def refuse_context_parallel() -> None:
+    """Raise RuntimeError while PyTorch's `context_parallel` (accelerate's `cp_size` too) has cut the sequence.
+
+    It replaces `scaled_dot_product_attention` by its own; no other attention learns of it.
+    """
+    if (F.scaled_dot_product_attention.__module__ or "").startswith("torch.distributed."):
+        raise RuntimeError(
+            "torch's context_parallel (accelerate's cp_size) is active: it has cut the sequence, and π-attention would "
+            "see one rank's part alone. Leave it, and shard with pi_attention.distributed.attach, or "
+            "pi-attention train --parallel cp=N."
+        )
 
 
 def _check_tensor(name: str, x: object, layout: str) -> None:
