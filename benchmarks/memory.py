@@ -43,6 +43,7 @@ CONTEXT = 131072
 LAYOUTS = {
     8: [("dp=8", 2), ("dp=8", 3), ("dp=2,cp=4", 3), ("cp=8", 3), ("tp=8", 3), ("tp=2,cp=4", 3)],
     64: [("dp=64", 2), ("dp=64", 3), ("dp=8,cp=8", 3), ("cp=64", 3), ("dp=8,tp=8", 3), ("tp=8,cp=8", 3)],
+    1024: [("dp=128,cp=8", 3), ("dp=16,cp=64", 3), ("cp=1024", 3)],
 }
 """Layouts and ZeRO stages by the number of ranks."""
 FEW, MORE = 6, 10

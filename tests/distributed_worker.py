@@ -219,7 +219,7 @@ def check_prefill(group, options):
     torch.testing.assert_close(last, whole, rtol=1e-10, atol=1e-10)
 
 
-def check_layout(layout, options):
+def check_layout(layout, options, zero=3):
     """The loss curve of a layout is that of one process."""
     steps, blocks, tokens = 3, 2 * layout.dp, 48
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "qk_norm": True}
@@ -233,7 +233,7 @@ def check_layout(layout, options):
     for mesh in (None, layout.mesh("cpu")):
         torch.manual_seed(0)
         model = PiForCausalLM(config).double().train()
-        parallel = Parallel(model, mesh) if mesh is not None else None
+        parallel = Parallel(model, mesh, zero=zero) if mesh is not None else None
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
         history = []
         for _ in range(steps):
@@ -241,7 +241,7 @@ def check_layout(layout, options):
             if parallel is not None:
                 mine = range(2 * mesh["dp"].get_local_rank(), 2 * mesh["dp"].get_local_rank() + 2)
             found = []
-            for block in mine:
+            for place, block in enumerate(mine):
                 fields = {"input_ids": ids, "segment_ids": segments, "labels": labels}
                 given = {name: x[block] for name, x in fields.items()}
                 if parallel is None:
@@ -252,7 +252,10 @@ def check_layout(layout, options):
                     loss = loss / (blocks * (wanted != -100).sum())
                 else:
                     loss = parallel.loss(given, blocks=blocks)
-                loss.backward()
+                if parallel is None:
+                    loss.backward()
+                else:
+                    parallel.backward(loss, last=place == 1)
                 found.append(loss.detach())
             optimizer.step()
             optimizer.zero_grad()
@@ -293,7 +296,7 @@ def work(rank, ranks, folder, seeds):
         for layout in LAYOUTS.get(ranks, []):
             check_layout(layout, {"period": [3, 5, 7, 9], "num_key_value_heads": 2})
             if ranks < 8:
-                check_layout(layout, {"sinks": 2, "fusion": "mass"})
+                check_layout(layout, {"sinks": 2, "fusion": "mass"}, zero=1)
     except BaseException:
         Path(folder, f"error-{rank}").write_text(traceback.format_exc())
         raise

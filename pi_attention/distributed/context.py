@@ -131,8 +131,8 @@ class HaloContext:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of the shard, [B, G, T, D], with those that its queries see on other ranks.
 
-        One message in each direction. The result stands in the order of the sequence and is differentiable; gradients
-        reach the rank that owns a key.
+        One message in each direction. The result stands in the order of the sequence (a ring may begin anywhere) and
+        is differentiable; gradients reach the rank that owns a key.
 
         Args:
             key: after rotary embedding with the positions of the whole sequence.
@@ -155,7 +155,14 @@ class HaloContext:
         Args:
             key, value: as in `extend`.
             tokens: let `finish` return so many tokens of the shard beside those of others; all when None.
+
+        Raises:
+            ValueError: fewer than all tokens of a bidirectional pattern, whose halo follows them, too.
         """
+        if tokens is not None and tokens < key.shape[2] and self.after:
+            raise ValueError(
+                f"tokens={tokens} is less than the shard's {key.shape[2]}, but keys follow it: leave it out."
+            )
         count = key.shape[2] if tokens is None else tokens
         flight = Flight(self._way(key.device), self.group, key, count)
         key, value, own = Start.apply(key, value, flight)

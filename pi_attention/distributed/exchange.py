@@ -109,18 +109,22 @@ class Flight:
         self.way, self.group, self.tokens = way, group, tokens
         self.like = like.new_empty(*like.shape[:2], 0, like.shape[3])  # the sizes without the memory
         self.counts = list(map(len, way.sent))
+        self._message: tuple[Tensor, Tensor, Any] | None = None
 
     def depart(self, rows: Tensor, received: list[int], sent: list[int]) -> None:
         """Send rows [sent, …] without waiting."""
-        self._rows = rows.contiguous()  # must live until it has been sent
-        self._arriving = rows.new_empty(sum(received), *rows.shape[1:])
-        self._work = dist.all_to_all_single(self._arriving, self._rows, received, sent, self.group, async_op=True)
+        rows = rows.contiguous()
+        arriving = rows.new_empty(sum(received), *rows.shape[1:])
+        work = dist.all_to_all_single(arriving, rows, received, sent, self.group, async_op=True)
+        self._message = rows, arriving, work  # both must live until they have been sent
 
     def land(self) -> Tensor:
         """Wait for the rows that were sent to this rank."""
-        assert self._work is not None
-        self._work.wait()
-        return self._arriving
+        if self._message is None:
+            raise RuntimeError("no message is on its way: what `finish` returned must take part in the loss.")
+        (_, arriving, work), self._message = self._message, None
+        work.wait()
+        return arriving
 
 
 class Start(torch.autograd.Function):

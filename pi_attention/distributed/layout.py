@@ -154,19 +154,20 @@ class Parallel:
             every rank. Changed in place.
         mesh: from `Layout.mesh`.
         zero: 3 shards parameters, gradients and optimizer (ZeRO-3); 2 keeps the parameters whole between forward and
-            backward.
+            backward; 1 also keeps the gradients whole while blocks are accumulated.
         bf16: compute in bf16, keep weights and sum gradients in fp32.
 
     Example::
 
         parallel = Parallel(model, Layout.parse("dp=2,cp=2").mesh("cpu"))
-        loss = parallel.loss(block)  # a block of PackedBlocks with a batch dimension; differentiable
+        loss = parallel.loss(block)  # a block of PackedBlocks with a batch dimension
+        parallel.backward(loss)
     """
 
     def __init__(self, model: Any, mesh: DeviceMesh, *, zero: int = 3, bf16: bool = False) -> None:
-        if zero not in (2, 3):
-            raise ValueError(f"zero={zero} must be 3 or 2.")
-        self.model, self.mesh = model, mesh
+        if zero not in (1, 2, 3):
+            raise ValueError(f"zero={zero} must be 3, 2 or 1.")
+        self.model, self.mesh, self.zero = model, mesh, zero
         if mesh["tp"].size() > 1:
             split_heads(model, mesh["tp"])
         self.sinks = any(module.pattern.sinks for module in model.modules() if isinstance(module, PiAttention))
@@ -207,6 +208,17 @@ class Parallel:
         logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         total = F.cross_entropy(logits, mine.flatten(), ignore_index=IGNORE, reduction="sum")
         return total * self.everyone.size() / (blocks * (labels != IGNORE).sum())
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add the gradients of a block's `loss`.
+
+        Args:
+            loss: from `loss`.
+            last: whether it is the last block of the step, after which gradients are summed over the ranks (zero=1).
+        """
+        if self.zero == 1:
+            self.model.set_requires_gradient_sync(last)
+        loss.backward()
 
     def mean(self, loss: Tensor) -> float:
         """The mean loss over all sequences of a step, from each rank's detached sum of `loss`."""

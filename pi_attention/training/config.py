@@ -118,9 +118,9 @@ class RunSettings:
     "dp=2,tp=1,cp=4". A run resumes at any layout of the same blocks a step."""
     patience: int = 600
     """With parallel: seconds that a rank waits for the others before the run ends with an error."""
-    zero: Literal[2, 3] = 3
+    zero: Literal[1, 2, 3] = 3
     """With parallel: 3 shards parameters, gradients and optimizer over the ranks; 2 keeps parameters between forward
-    and backward."""
+    and backward, 1 whole gradients too while they are accumulated."""
 
 
 @dataclass

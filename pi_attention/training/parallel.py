@@ -253,11 +253,12 @@ def _steps(
         return parallel.mean(torch.stack(losses).sum()) / ranks  # every group computes all blocks
 
     for step in range(first, o.steps):
-        losses = []
+        losses: list[Tensor] = []
         chosen = blocks_of_step(step, count, len(training), run.seed)
-        for index in of_rank(chosen, parallel.mesh["dp"].get_local_rank(), ranks):
+        mine = of_rank(chosen, parallel.mesh["dp"].get_local_rank(), ranks)
+        for index in mine:
             loss = parallel.loss(block_of(training, index), blocks=count)
-            loss.backward()
+            parallel.backward(loss, last=len(losses) + 1 == len(mine))
             losses.append(loss.detach())
         clip_gradients(model, o.max_grad_norm)
         optimizer.step()
