@@ -45,6 +45,7 @@ ORDER = [
     "distributed.plan",
     "distributed.exchange",
     "distributed.context",
+    "distributed.sharding",
     "distributed.layout",
     "distributed",
     "bill",

@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from pi_attention.distributed.context import attach, shard
+from pi_attention.distributed.context import shard
+from pi_attention.distributed.sharding import attach
 from pi_attention.nn.attention import PiAttention
 from pi_attention.nn.layers import SwiGLU
 from pi_attention.segments import segment_starts
