@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/ from the result files: `python -m benchmarks.report`."""
+"""Write the tables and pictures of README.md and docs/ from the result files: `python -m benchmarks.report`."""
 
 from __future__ import annotations
 
@@ -376,67 +376,10 @@ def pages() -> dict[Path, Any]:
     return {page: page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
-def volumes() -> dict[str, list[tuple[float, float]]]:
-    """MiB that a rank receives for one layer of the 8 B model, forward and backward, by tokens; 64 ranks."""
-    from pi_attention.bill import MODELS, WAYS, bill
-    from pi_attention.pattern import PiPattern
-
-    lengths = [2**power for power in range(14, 23)]
-    pattern, labels = PiPattern(256, 256, 16), ("halo", "all-gather", "dense Ring Attention")
-    return {
-        label: [(length, bill(MODELS["8b"], pattern, length, 64, way).received / 2**20) for length in lengths]
-        for way, label in zip(WAYS, labels, strict=True)
-    }
-
-
-def times_over_ranks(result: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Milliseconds of the operator on several GPUs by tokens of the sequence."""
-    labels = {"no exchange": "no exchange", "halo": "halo", "all-gather": "all-gather", "dense ring": "Ring Attention"}
-    return {
-        label: [(row["S"], row[kind]["ms"]) for row in result["operator"] if kind in row]
-        for kind, label in labels.items()
-    }
-
-
-def figures() -> None:
-    """The pictures and the explorer page of docs/."""
-    from benchmarks.theory import fields
-    from pi_attention import plots
-    from pi_attention.explorer import write_explorer
-    from pi_attention.models import PiConfig
-    from pi_attention.pattern import PiPattern
-
-    docs = ROOT / "docs"
-    write_explorer(docs / "explorer.html", PiPattern(64, 64, 8), heads=8, layers=6, context=8192)
-    plots.save(plots.growth_picture(fields(32768)), docs / "figures" / "growth.svg")
-    plots.save(plots.hops_picture(fields(8192)), docs / "figures" / "hops.svg")
-    sizes = PiConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, vocab_size=50257).sizes()
-    patterns = {"π": PiPattern(256, 256, 16), "ring-local": PiPattern(272, 1, 0)}
-    lengths = [2**power for power in range(9, 18)]
-    plots.save(plots.flops_picture(patterns, sizes, lengths), docs / "figures" / "flops.svg")
-    for file in sorted(RESULTS.glob("gpu-*.json")):
-        result = json.loads(file.read_text())
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in result["rows"]:
-            if row["pattern"] == result["rows"][0]["pattern"] and row["D"] == 128:
-                kind = "forward+backward in graph us"
-                kind = kind if kind in row["pi"] else "forward+backward us"
-                for name, label in (("pi", "π-Attention"), ("sdpa causal", "dense causal SDPA")):
-                    if name in row:
-                        lines.setdefault(label, []).append((row["S"], row[name][kind] / 1e3))
-                lines.setdefault("floor", []).append((row["S"], row["floor forward+backward us"] / 1e3))
-        picture = plots.curves(lines, "tokens of the sequence", "forward + backward (ms)", log=True)
-        plots.save(picture, docs / "figures" / f"{file.stem}.svg")
-    picture = plots.curves(volumes(), "tokens of the sequence", "received a layer (MiB)", log=True)
-    plots.save(picture, docs / "figures" / "volumes.svg")
-    for file in sorted(RESULTS.glob("multigpu-*.json")):
-        lines = times_over_ranks(json.loads(file.read_text()))
-        picture = plots.curves(lines, "tokens of the sequence", "forward + backward (ms)", log=True)
-        plots.save(picture, docs / "figures" / f"{file.stem}.svg")
-
-
 def main() -> None:
-    figures()
+    from benchmarks import figures
+
+    figures.draw()
     for page, text in pages().items():
         page.write_text(filled(text))
 

@@ -1,0 +1,71 @@
+"""The pictures of docs/, from the theory and from the result files; `python -m benchmarks.report` draws them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from benchmarks.theory import fields
+from benchmarks.timing import RESULTS
+from pi_attention import plots
+from pi_attention.bill import MODELS, WAYS, bill
+from pi_attention.explorer import write_explorer
+from pi_attention.models import PiConfig
+from pi_attention.pattern import PiPattern
+
+DOCS = RESULTS.parents[1] / "docs"
+FIGURES = DOCS / "figures"
+
+Lines = dict[str, list[tuple[float, float]]]
+"""Points by label."""
+
+
+def volumes() -> Lines:
+    """MiB that a rank receives for one layer of the 8 B model, forward and backward, by tokens; 64 ranks."""
+    lengths = [2**power for power in range(14, 23)]
+    pattern, labels = PiPattern(256, 256, 16), ("halo", "all-gather", "dense Ring Attention")
+    return {
+        label: [(length, bill(MODELS["8b"], pattern, length, 64, way).received / 2**20) for length in lengths]
+        for way, label in zip(WAYS, labels, strict=True)
+    }
+
+
+def times_over_ranks(result: dict[str, Any]) -> Lines:
+    """Milliseconds of the operator on several GPUs by tokens of the sequence."""
+    labels = {"no exchange": "no exchange", "halo": "halo", "all-gather": "all-gather", "dense ring": "Ring Attention"}
+    return {
+        label: [(row["S"], row[kind]["ms"]) for row in result["operator"] if kind in row]
+        for kind, label in labels.items()
+    }
+
+
+def times_of_kernels(result: dict[str, Any]) -> Lines:
+    """Milliseconds of the operator on one GPU by tokens of the sequence, beside dense attention and the floor."""
+    lines: Lines = {}
+    for row in result["rows"]:
+        if row["pattern"] == result["rows"][0]["pattern"] and row["D"] == 128:
+            kind = "forward+backward in graph us"
+            kind = kind if kind in row["pi"] else "forward+backward us"
+            for name, label in (("pi", "π-Attention"), ("sdpa causal", "dense causal SDPA")):
+                if name in row:
+                    lines.setdefault(label, []).append((row["S"], row[name][kind] / 1e3))
+            lines.setdefault("floor", []).append((row["S"], row["floor forward+backward us"] / 1e3))
+    return lines
+
+
+def draw() -> None:
+    """Write every picture, and the explorer page."""
+    write_explorer(DOCS / "explorer.html", PiPattern(64, 64, 8), heads=8, layers=6, context=8192)
+    plots.save(plots.growth_picture(fields(32768)), FIGURES / "growth.svg")
+    plots.save(plots.hops_picture(fields(8192)), FIGURES / "hops.svg")
+    sizes = PiConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, vocab_size=50257).sizes()
+    patterns = {"π": PiPattern(256, 256, 16), "ring-local": PiPattern(272, 1, 0)}
+    lengths = [2**power for power in range(9, 18)]
+    plots.save(plots.flops_picture(patterns, sizes, lengths), FIGURES / "flops.svg")
+    picture = plots.curves(volumes(), "tokens of the sequence", "received a layer (MiB)", log=True)
+    plots.save(picture, FIGURES / "volumes.svg")
+    for kind, times in (("gpu", times_of_kernels), ("multigpu", times_over_ranks)):
+        for file in sorted(RESULTS.glob(f"{kind}-*.json")):
+            lines = times(json.loads(file.read_text()))
+            picture = plots.curves(lines, "tokens of the sequence", "forward + backward (ms)", log=True)
+            plots.save(picture, FIGURES / f"{file.stem}.svg")
