@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from experiments.intervals import interval
@@ -120,17 +121,18 @@ def gates() -> str:
         if not found or cell["variant"] == "pi, fixed half":
             continue
         heads = [head for gate in found for layer in gate["by head"] for head in layer]
-        ends = [sum(gate["by position"][place] for gate in found) / len(found) for place in (0, -1)]
+        ends = [fmean(gate["by position"][place] for gate in found) for place in (0, -1)]
         classes = [gate["by token class"] for gate in found if "by token class" in gate]
-        means = {name: [of[name] for of in classes if name in of] for name in sorted({n for of in classes for n in of})}
+        names = sorted({name for means in classes for name in means})
+        of_class = {name: fmean(means[name] for means in classes if name in means) for name in names}
         lines.append(
             [
                 f"{cell['corpus']}, {cell['variant']}",
                 str(len(found)),
                 f"{min(heads):.2f} to {max(heads):.2f}",
-                f"{sum(gate['spread'] for gate in found) / len(found):.3f}",
+                f"{fmean(gate['spread'] for gate in found):.3f}",
                 f"{ends[0]:.3f}, {ends[1]:.3f}",
-                ", ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in means.items()) or "–",
+                ", ".join(f"{name} {mean:.3f}" for name, mean in of_class.items()) or "–",
             ]
         )
     head = ["model", "seeds", "means of heads", "spread over tokens", "first and last eighth", "by class of the token"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +47,10 @@ def rate_at(step: int, steps: int) -> float:
 
 
 @contextmanager
-def compiled_layers(model: nn.Module) -> Iterator[None]:
-    """The layers of the model compiled, once for all of them, while training."""
-    layers = [module for module in model.modules() if isinstance(module, PiDecoderLayer)]
+def compiled_layers(model: nn.Module, steps: int) -> Iterator[None]:
+    """The layers of the model compiled, once for all of them, while it trains for `steps` on a GPU; if that pays."""
+    pays = DEVICE.type == "cuda" and steps >= LONG
+    layers = [module for module in model.modules() if pays and isinstance(module, PiDecoderLayer)]
     for layer in layers:
         layer.compile(dynamic=False)
     try:
@@ -109,7 +110,7 @@ def fit(model: nn.Module, batches: Iterator[Batch], *, steps: int, rate: float) 
     step = update
     loss = torch.tensor(math.nan)
     stream = torch.cuda.Stream() if cuda else None  # what is captured must not have run on the default stream before
-    with compiled_layers(model) if cuda and steps >= LONG else nullcontext():
+    with compiled_layers(model, steps):
         for number in range(steps):
             for group in optimizer.param_groups:
                 if cuda:

@@ -250,11 +250,9 @@ def check_layout(layout, options, zero=3):
                     wanted = given["labels"][0, 1:]
                     loss = F.cross_entropy(logits[0, :-1], wanted, ignore_index=-100, reduction="sum")
                     loss = loss / (blocks * (wanted != -100).sum())
-                else:
-                    loss = parallel.loss(given, blocks=blocks)
-                if parallel is None:
                     loss.backward()
                 else:
+                    loss = parallel.loss(given, blocks=blocks)
                     parallel.backward(loss, last=place == 1)
                 found.append(loss.detach())
             optimizer.step()

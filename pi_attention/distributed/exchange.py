@@ -161,8 +161,7 @@ class Finish(torch.autograd.Function):
     def forward(ctx: Any, own: Tensor, flight: Flight) -> Tensor:
         way = flight.way
         ctx.flight = flight
-        after = way.length - way.own - way.tokens if flight.tokens == way.tokens else 0
-        extended = own.new_zeros(way.own + len(own) + after, *own.shape[1:])
+        extended = own.new_zeros(way.length - way.tokens + len(own), *own.shape[1:])
         extended[way.placed] = flight.land()
         extended[way.own : way.own + len(own)] = own
         return extended
