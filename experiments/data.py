@@ -9,6 +9,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def corpus(name: str, data: Path) -> list[str]:
     return parquet.read_table(path, columns=["text"])["text"].to_pylist()
 
 
+@cache
 def bpe(name: str, vocabulary: int, data: Path) -> Tokenizer:
     """Byte-level BPE of `vocabulary` entries (0 ends a document), trained on every tenth document of a corpus."""
     path = data / "prepared" / f"{name}-{vocabulary}.json"
@@ -65,6 +67,7 @@ def bpe(name: str, vocabulary: int, data: Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
+@cache
 def documents(name: str, vocabulary: int, data: Path) -> dict[str, Documents]:
     """Tokens of the training, validation and test documents (90 : 5 : 5, drawn by document), as uint16."""
     split = np.array([9, 9, 9, 9, 9, 9, 9, 9, 9, 1, 9, 9, 9, 9, 9, 9, 9, 9, 9, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,11 @@ def gates(model: PiForCausalLM, block: Tensor, tokenizer: Tokenizer) -> dict[str
     }
 
 
-def wikitext(settings: Settings, data: Path) -> tuple[Tensor, float]:
-    """Blocks of the real WikiText-103 test set in this tokenizer, and its tokens for each word token."""
+@cache
+def wikitext(corpus: str, vocabulary: int, length: int, data: Path) -> tuple[Tensor, float]:
+    """Blocks of the real WikiText-103 test set in a corpus' tokenizer, and its tokens for each word token."""
     text = need(data / "wikitext-103" / "wiki.test.tokens", "WikiText-103's test file").read_text()
-    ids = bpe(settings["corpus"], settings["vocabulary"], data).encode(text).ids
-    length = settings["context"]
+    ids = bpe(corpus, vocabulary, data).encode(text).ids
     kept = len(ids) // length * length
     words = len(text.split()) + text.count("\n")  # <eos> for each line, as is the custom
     return torch.tensor(ids[:kept]).view(-1, length), len(ids) / words
@@ -109,7 +110,7 @@ def measure(settings: Settings, data: Path) -> Result:
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     if settings["corpus"] != "shakespeare":
-        other, ratio = wikitext(settings, data)
+        other, ratio = wikitext(settings["corpus"], settings["vocabulary"], context, data)
         result["wikitext-103 word perplexity"] = math.exp(float(losses(model, other).mean()) * ratio)
     if model.config.gate:
         tokenizer = bpe(settings["corpus"], settings["vocabulary"], data)
@@ -130,7 +131,11 @@ def cells(scale: Scale) -> list[Settings]:
     groups: dict[Scale, list[tuple[int, Settings, tuple[str, ...]]]] = {
         "smoke": [(256, SIZES["smoke"], (*MAIN, RANDOM_BLOCKS))],
         "laptop": [(1024, SIZES["laptop"], MAIN)],
-        "small": [(2048, SIZES["small"], (*VARIANTS, RANDOM_BLOCKS)), (8192, LONGER, MAIN)],
+        "small": [
+            (2048, SIZES["small"], (*VARIANTS, RANDOM_BLOCKS)),
+            (16384, SIZES["small"], MAIN),
+            (8192, LONGER, MAIN),
+        ],
     }
     return [
         {"variant": variant, **PATTERN, "context": context, **sizes}

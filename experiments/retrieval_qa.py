@@ -1,13 +1,14 @@
 """RetrievalQA: find the answer's span in a whole article. Trained on SQuADShifts, tested on SQuAD's articles.
 
-Each model is first trained as a language model of the same variant, on documents of other kinds.
+The question stands before the text, so that a causal model reads the text with it in mind. The texts of training are
+windows of the context's length, anywhere in all that a file of SQuADShifts holds.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import re
+import statistics
 import string
 from collections import Counter
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 
-from experiments.data import bpe, documents, squad, windows
+from experiments.data import documents, squad
 from experiments.runner import Experiment, Result, Scale, Settings
+from experiments.span_finders import from_language_model, from_pretrained
 from experiments.training import DEVICE, fit, products, segments
-from experiments.variants import MAIN, config, specialise
-from pi_attention.models import PiForCausalLM, PiForQuestionAnswering
+from experiments.variants import MAIN
 
 TRAINING = ("new_wiki_v1.0", "nyt_v1.0", "reddit_v1.0")
 TEST = "squaddev_v1.1"
@@ -53,144 +55,146 @@ def f1(guess: str, answers: list[str]) -> float:
     return max(map(one, answers))
 
 
-class Articles:
-    """Articles in tokens, and their questions: the question's tokens stand before the article, after a separator.
+class Texts:
+    """Texts in tokens with their questions; a question's tokens stand before its text, after them a separator.
 
     Args:
         articles: from `data.squad`.
         tokenizer: with offsets.
-        context: tokens of question and article; what lies beyond is cut off, and its answers cannot be found.
+        context: most tokens of question and text together.
     """
 
-    def __init__(self, articles: list[dict[str, Any]], tokenizer: Any, context: int) -> None:
+    def __init__(self, articles: list[dict[str, Any]], tokenizer: Tokenizer, context: int) -> None:
         self.context = context
         self.texts = [article["text"] for article in articles]
-        self.encoded = tokenizer.encode_batch(self.texts)
-        self.ids = [encoded.ids[:context] for encoded in self.encoded]  # each `.ids` makes a new list
-        self.questions = [
-            {"article": place, "ids": tokenizer.encode(entry["question"]).ids[:QUESTION], **entry}
-            for place, article in enumerate(articles)
-            for entry in article["questions"]
-        ]
+        self.encoded = tokenizer.encode_batch(self.texts, add_special_tokens=False)
+        self.ids = [encoded.ids for encoded in self.encoded]  # each `.ids` makes a new list
+        self.questions = []
+        for place, article in enumerate(articles):
+            asked = [entry["question"] for entry in article["questions"]]
+            for entry, encoded in zip(article["questions"], tokenizer.encode_batch(asked), strict=True):
+                span = self._span(place, entry["answers"][0])
+                self.questions.append({"text": place, "ids": encoded.ids[:QUESTION], "span": span, **entry})
 
-    def inputs(self, question: dict[str, Any]) -> list[int]:
-        """Token ids of a question and its article."""
-        room = self.context - len(question["ids"]) - 1
-        return [*question["ids"], SEPARATOR, *self.ids[question["article"]][:room]]
+    def _span(self, place: int, answer: dict[str, Any]) -> tuple[int, int] | None:
+        first, end = answer["start"], answer["start"] + len(answer["text"]) - 1
+        tokens = self.encoded[place].char_to_token(first), self.encoded[place].char_to_token(end)
+        return None if None in tokens else tokens  # type: ignore[return-value]
 
-    def span(self, question: dict[str, Any], length: int) -> tuple[int, int] | None:
-        """First and last token of the first answer, if both are among `length` tokens."""
-        answer, before = question["answers"][0], len(question["ids"]) + 1
-        encoded = self.encoded[question["article"]]
-        first = encoded.char_to_token(answer["start"])
-        last = encoded.char_to_token(answer["start"] + len(answer["text"]) - 1)
-        if first is None or last is None or before + last >= length:
-            return None
-        return before + first, before + last
+    def room(self, question: dict[str, Any]) -> int:
+        """Tokens of the text that fit behind a question."""
+        return self.context - len(question["ids"]) - 1
+
+    def around(self, question: dict[str, Any], draw: random.Random) -> int:
+        """Where a window of the text may start, so that it holds the answer; every place is as likely."""
+        first, last = question["span"]
+        room = self.room(question)
+        latest = min(first, max(0, len(self.ids[question["text"]]) - room))
+        return draw.randint(max(0, last + 1 - room), latest)
 
     def text(self, question: dict[str, Any], first: int, last: int) -> str:
-        """What stands from one token of the inputs to another."""
-        before, offsets = len(question["ids"]) + 1, self.encoded[question["article"]].offsets
-        return self.texts[question["article"]][offsets[first - before][0] : offsets[last - before][1]].strip()
+        """What stands from one token of the text to another."""
+        offsets = self.encoded[question["text"]].offsets
+        return self.texts[question["text"]][offsets[first][0] : offsets[last][1]].strip()
 
 
-def batch_of(articles: Articles, questions: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Inputs and labels of questions, padded on the right to the whole context."""
-    rows = [torch.tensor(articles.inputs(question)) for question in questions]
-    ids = torch.zeros(len(rows), articles.context, dtype=torch.long)
-    for place, row in zip(ids, rows, strict=True):
-        place[: len(row)] = row
-    lengths = torch.tensor([len(row) for row in rows])
-    spans = [articles.span(question, len(row)) for question, row in zip(questions, rows, strict=True)]
-    assert all(span is not None for span in spans)
-    first, last = torch.tensor(spans).unbind(dim=1)
-    present = torch.arange(articles.context) < lengths[:, None]
+def joined(articles: list[dict[str, Any]]) -> dict[str, Any]:
+    """All articles as one, one after the other."""
+    text, questions = "", []
+    for article in articles:
+        for entry in article["questions"]:
+            answers = [answer | {"start": len(text) + answer["start"]} for answer in entry["answers"]]
+            questions.append(entry | {"answers": answers})
+        text += article["text"]
+    return {"text": text, "questions": questions}
+
+
+def batch_of(texts: Texts, questions: list[dict[str, Any]], starts: list[int]) -> dict[str, Tensor]:
+    """Inputs [B, context] of questions and of their texts from `starts` on, padded on the right, and the labels."""
+    ids = torch.zeros(len(questions), texts.context, dtype=torch.long)
+    present = torch.zeros_like(ids, dtype=torch.bool)
+    spans = torch.zeros(len(questions), 2, dtype=torch.long)
+    for row, (question, start) in enumerate(zip(questions, starts, strict=True)):
+        shown = texts.ids[question["text"]][start : start + texts.room(question)]
+        tokens = torch.tensor([*question["ids"], SEPARATOR, *shown])
+        ids[row, : len(tokens)] = tokens
+        present[row, : len(tokens)] = True
+        if question["span"] is not None:
+            spans[row] = torch.tensor(question["span"]) - start + len(question["ids"]) + 1
+    first, last = spans.unbind(dim=1)
     return {"input_ids": ids, "segment_ids": segments(present), "start_positions": first, "end_positions": last}
 
 
 @torch.no_grad()
-def answer(model: PiForQuestionAnswering, articles: Articles, question: dict[str, Any]) -> str:
-    """The most likely span of at most ANSWER tokens."""
-    ids = torch.tensor(articles.inputs(question))
+def answers(model: nn.Module, texts: Texts, questions: list[dict[str, Any]]) -> list[str]:
+    """The most likely span of at most ANSWER tokens for each question, in its text from the beginning."""
+    batch = batch_of(texts, questions, [0] * len(questions))
     with products():
-        out = model(ids[None].to(DEVICE))
-    begin = len(question["ids"]) + 1
-    start, end = out.start_logits[0, begin:].float(), out.end_logits[0, begin:].float()
-    width = min(ANSWER, len(end))
-    padded = torch.cat([end, end.new_full((width - 1,), float("-inf"))])
-    first, more = divmod(int((start[:, None] + padded.unfold(0, width, 1)).argmax()), width)
-    return articles.text(question, begin + first, begin + first + more)
-
-
-def pretrain(model: PiForQuestionAnswering, settings: Settings, data: Path) -> float:
-    """Give the model the weights of a causal language model of its variant; returns that one's training perplexity."""
-    pretrained = config(settings, vocab_size=settings["vocabulary"])
-    language_model = specialise(PiForCausalLM(pretrained).to(DEVICE), settings)
-    parts = documents(settings["corpus"], settings["vocabulary"], data)
-    generator = torch.Generator().manual_seed(1 + settings["seed"])
-    drawn = windows(parts["training"], settings["context"], settings["batch"], generator)
-    batches = ({"input_ids": ids, "labels": ids} for ids in drawn)
-    last = fit(language_model, batches, steps=settings["pretraining"], rate=settings["rate"])
-    model.base_model.load_state_dict(language_model.model.state_dict())
-    return math.exp(last)
+        out = model(input_ids=batch["input_ids"].to(DEVICE), segment_ids=batch["segment_ids"].to(DEVICE))
+    found = []
+    for row, question in enumerate(questions):
+        begin, end = len(question["ids"]) + 1, int((batch["segment_ids"][row] >= 0).sum())
+        first, last = (logits[row, begin:end].float() for logits in (out.start_logits, out.end_logits))
+        width = min(ANSWER, len(last))
+        padded = torch.cat([last, last.new_full((width - 1,), float("-inf"))])
+        start, more = divmod(int((first[:, None] + padded.unfold(0, width, 1)).argmax()), width)
+        found.append(texts.text(question, start, start + more))
+    return found
 
 
 def measure(settings: Settings, data: Path) -> Result:
     """Train a span finder of one variant; EM and F1 in percent on whole articles of SQuAD."""
     torch.manual_seed(settings["seed"])
     draw = random.Random(settings["seed"])
-    context = settings["context"]
-    tokenizer = bpe(settings["corpus"], settings["vocabulary"], data)
-    files = TRAINING[: settings["files"]]
-    known = [a for name in files for a in squad(data / "squad" / f"{name}.json.gz")][: settings["articles"]]
-    training = Articles(known, tokenizer, context)
-    asked = [q for q in training.questions if training.span(q, len(training.inputs(q))) is not None]
-    test = Articles(squad(data / "squad" / f"{TEST}.json.gz")[: settings["articles"]], tokenizer, context)
-    made = config(settings, vocab_size=settings["vocabulary"], causal=False)
-    model = specialise(PiForQuestionAnswering(made).to(DEVICE), settings)
-    perplexity = pretrain(model, settings, data)
+    model, tokenizer = (from_pretrained if "pretrained" in settings else from_language_model)(settings, data)
+    files = [squad(data / "squad" / f"{name}.json.gz")[: settings["articles"]] for name in TRAINING]
+    training = Texts([joined(articles) for articles in files], tokenizer, settings["context"])
+    asked = [q for q in training.questions if q["span"] and q["span"][1] - q["span"][0] < ANSWER]
+    test = Texts(squad(data / "squad" / f"{TEST}.json.gz")[: settings["articles"]], tokenizer, settings["context"])
 
     def batches() -> Iterator[dict[str, Tensor]]:
         while True:
-            yield batch_of(training, draw.sample(asked, settings["batch"]))
+            chosen = draw.sample(asked, settings["batch"])
+            yield batch_of(training, chosen, [training.around(question, draw) for question in chosen])
 
     last = fit(model, batches(), steps=settings["steps"], rate=settings["rate"])
     chosen = random.Random(0).sample(test.questions, min(2 * settings["held out"], len(test.questions)))
-
-    def score(questions: list[dict[str, Any]]) -> tuple[float, float]:
-        pairs = [(answer(model, test, q), [a["text"] for a in q["answers"]]) for q in questions]
-        return tuple(100 * sum(s(*pair) for pair in pairs) / len(pairs) for s in (f1, exact_match))  # type: ignore[return-value]
-
+    rows = [chosen[start : start + settings["batch"]] for start in range(0, len(chosen), settings["batch"])]
+    guesses = [guess for questions in rows for guess in answers(model, test, questions)]
+    wanted = [[answer["text"] for answer in question["answers"]] for question in chosen]
     half = len(chosen) // 2
-    validation, (test_f1, test_em) = score(chosen[:half]), score(chosen[half:])
-    found = sum(test.span(q, len(test.inputs(q))) is not None for q in chosen[half:])
+
+    def score(metric: Any, part: slice) -> float:
+        return 100 * statistics.fmean(map(metric, guesses[part], wanted[part]))
+
+    visible = [q["span"] is not None and q["span"][1] < test.room(q) for q in chosen[half:]]
     return {
-        "validation": validation[0],
-        "test": test_f1,
-        "exact match": test_em,
-        "answers within the context": found / (len(chosen) - half),
-        "pretraining perplexity": perplexity,
+        "validation": score(f1, slice(half)),
+        "test": score(f1, slice(half, None)),
+        "exact match": score(exact_match, slice(half, None)),
+        "F1 by question": [round(f1(*pair), 3) for pair in zip(guesses[half:], wanted[half:], strict=True)],
+        "answers within the context": sum(visible) / len(visible),
         "training loss": last,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 
 def prepare(settings: Settings, data: Path) -> None:
-    """Train the tokenizer and encode the corpus."""
-    documents(settings["corpus"], settings["vocabulary"], data)
+    """Train the tokenizer and encode the corpus of a language model that is trained here."""
+    if "corpus" in settings:
+        documents(settings["corpus"], settings["vocabulary"], data)
 
 
 def cells(scale: Scale) -> list[Settings]:
-    """The main variants on contexts of 16,384 tokens, which hold most of SQuAD's articles whole."""
+    """The main variants of a pretrained model, in whose context two thirds of SQuAD's articles are whole."""
     if scale == "laptop":
         return []
-    sizes = {"corpus": "prose", "vocabulary": 8192, "files": 3, "articles": 100_000, "held out": 250}
-    sizes |= {"hidden": 256, "layers": 6, "heads": 4, "context": 16384, "batch": 4, "pretraining": 1000, "steps": 1000}
-    sizes |= {"window": 64, "period": 64, "skips": 64}
+    sizes: Settings = {"pretrained": "smollm2", "context": 8192, "batch": 4, "steps": 600, "articles": 100_000,
+                       "held out": 500, "window": 128, "period": 64, "skips": 128}  # fmt: skip
     if scale == "smoke":
-        sizes |= {"corpus": "shakespeare", "vocabulary": 512, "files": 1, "articles": 3, "held out": 2}
-        sizes |= {"hidden": 16, "layers": 1, "heads": 2, "context": 512, "batch": 2, "pretraining": 1, "steps": 2}
-        sizes |= {"window": 16, "period": 16, "skips": 4}
+        sizes = {"corpus": "shakespeare", "vocabulary": 512, "pretraining": 1, "hidden": 16, "layers": 1, "heads": 2,
+                 "context": 512, "batch": 2, "steps": 2, "articles": 3, "held out": 2, "window": 16, "period": 16,
+                 "skips": 4}  # fmt: skip
     return [{"variant": variant, **sizes} for variant in MAIN]
 
 
@@ -201,6 +205,6 @@ EXPERIMENT = Experiment(
     better="higher",
     cells=cells,
     measure=measure,
-    rates=(1e-3,),
+    rates=(2e-4,),
     prepare=prepare,
 )

@@ -14,8 +14,8 @@ from pi_attention.models.modeling_pi import PiDecoderLayer
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EAGER = 3
 """Steps before a CUDA graph of the step is captured."""
-LONG = 4000
-"""Steps that are worth the seconds of compiling a layer."""
+RECOMPILATIONS = 64
+"""Most shapes and patterns of one process."""
 
 Batch = dict[str, Tensor]
 
@@ -46,18 +46,24 @@ def rate_at(step: int, steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
 
 
+def parts_to_compile(model: nn.Module) -> list[nn.Module]:
+    """Our layers; of a model of transformers, the norms and feed-forward networks, which are alike in all layers."""
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, PiDecoderLayer)]
+    return layers or [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "MLP"))]
+
+
 @contextmanager
-def compiled_layers(model: nn.Module, steps: int) -> Iterator[None]:
-    """The layers of the model compiled, once for all of them, while it trains for `steps` on a GPU; if that pays."""
-    pays = DEVICE.type == "cuda" and steps >= LONG
-    layers = [module for module in model.modules() if pays and isinstance(module, PiDecoderLayer)]
-    for layer in layers:
-        layer.compile(dynamic=False)
+def compiled(model: nn.Module) -> Iterator[None]:
+    """What a GPU computes by many small kernels is compiled while the model trains: once for all layers and seeds."""
+    parts = parts_to_compile(model) if DEVICE.type == "cuda" else []
+    for part in parts:
+        part.compile(dynamic=False)
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+            yield
     finally:
-        for layer in layers:
-            layer._compiled_call_impl = None
+        for part in parts:
+            part._compiled_call_impl = None
 
 
 def captured(update: Callable[[Batch], Tensor], example: Batch) -> Callable[[Batch], Tensor]:
@@ -110,7 +116,7 @@ def fit(model: nn.Module, batches: Iterator[Batch], *, steps: int, rate: float) 
     step = update
     loss = torch.tensor(math.nan)
     stream = torch.cuda.Stream() if cuda else None  # what is captured must not have run on the default stream before
-    with compiled_layers(model, steps):
+    with compiled(model):
         for number in range(steps):
             for group in optimizer.param_groups:
                 if cuda:

@@ -1,0 +1,91 @@
+"""Models that mark where an answer starts and ends: of our own, or a pretrained decoder of transformers, converted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import QuestionAnsweringModelOutput
+
+from experiments.data import bpe, documents, need, windows
+from experiments.runner import Settings
+from experiments.training import DEVICE, fit
+from experiments.variants import BASELINE, config, specialise
+from pi_attention.convert import convert
+from pi_attention.models import PiForCausalLM, PiForQuestionAnswering
+from pi_attention.pattern import PiPattern, coprime_periods
+
+
+def from_language_model(settings: Settings, data: Path) -> tuple[PiForQuestionAnswering, Tokenizer]:
+    """A bidirectional `PiForQuestionAnswering` that starts from a language model of its variant, trained here."""
+    vocabulary = settings["vocabulary"]
+    model = PiForQuestionAnswering(config(settings, vocab_size=vocabulary, causal=False)).to(DEVICE)
+    language_model = specialise(PiForCausalLM(config(settings, vocab_size=vocabulary)).to(DEVICE), settings)
+    parts = documents(settings["corpus"], vocabulary, data)
+    generator = torch.Generator().manual_seed(1 + settings["seed"])
+    drawn = windows(parts["training"], settings["context"], settings["batch"], generator)
+    batches = ({"input_ids": ids, "labels": ids} for ids in drawn)
+    fit(language_model, batches, steps=settings["pretraining"], rate=settings["rate"])
+    model.base_model.load_state_dict(language_model.model.state_dict())
+    return specialise(model, settings), bpe(settings["corpus"], vocabulary, data)
+
+
+class CausalSpanFinder(nn.Module):
+    """A causal language model whose head gives two logits a token, of being the first and the last of the answer.
+
+    Args:
+        model: of transformers, with `lm_head`, which is replaced.
+        hidden: its features.
+    """
+
+    def __init__(self, model: Any, hidden: int) -> None:
+        super().__init__()
+        self.model = model
+        model.set_output_embeddings(nn.Linear(hidden, 2))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+    ) -> QuestionAnsweringModelOutput:
+        """Logits [B, T], and the loss where positions [B] are given; the padding is on the right, and goes unseen."""
+        logits = self.model(input_ids=input_ids, use_cache=False).logits.float()
+        first, last = logits.masked_fill(segment_ids[..., None] < 0, float("-inf")).unbind(dim=-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = (F.cross_entropy(first, start_positions) + F.cross_entropy(last, end_positions)) / 2
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=first, end_logits=last)
+
+
+def pattern_of(settings: Settings, heads: int) -> PiPattern | None:
+    """The pattern of a variant; None for dense attention."""
+    w, period, m = settings["window"], settings["period"], settings["skips"]
+    patterns = {
+        "dense": None,
+        BASELINE: PiPattern(w + m, period, 0),
+        "pi": PiPattern(w, period, m),
+        "pi, coprime heads": PiPattern(w, coprime_periods(period, heads), m),
+    }
+    if settings["variant"] not in patterns:
+        raise ValueError(f"variant={settings['variant']!r} of a pretrained model is unknown: use {list(patterns)}.")
+    return patterns[settings["variant"]]
+
+
+def from_pretrained(settings: Settings, data: Path) -> tuple[CausalSpanFinder, Tokenizer]:
+    """A pretrained causal model from `data/PRETRAINED`, in transformers' format or as a GGUF file, converted."""
+    folder = need(data / settings["pretrained"], "put a pretrained model of transformers, or a GGUF file of one, there")
+    file = next((path.name for path in folder.glob("*.gguf")), None)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    hidden = model.config.hidden_size
+    pattern = pattern_of(settings, model.config.num_attention_heads)
+    if pattern is not None:
+        model = convert(model, pattern)
+    return CausalSpanFinder(model, hidden).to(DEVICE), tokenizer.backend_tokenizer
