@@ -127,7 +127,7 @@ def gates() -> str:
         of_class = {name: fmean(means[name] for means in classes if name in means) for name in names}
         lines.append(
             [
-                f"{cell['corpus']}, {cell['variant']}",
+                f"{cell['corpus']}, {cell['context']:,}, {cell['variant']}",
                 str(len(found)),
                 f"{min(heads):.2f} to {max(heads):.2f}",
                 f"{fmean(gate['spread'] for gate in found):.3f}",
@@ -135,7 +135,14 @@ def gates() -> str:
                 ", ".join(f"{name} {mean:.3f}" for name, mean in of_class.items()) or "–",
             ]
         )
-    head = ["model", "seeds", "means of heads", "spread over tokens", "first and last eighth", "by class of the token"]
+    head = [
+        "corpus, context, variant",
+        "seeds",
+        "means of heads",
+        "spread over tokens",
+        "first and last eighth",
+        "by class of the token",
+    ]
     return table(head, lines) if lines else "Not measured yet."
 
 
@@ -163,12 +170,13 @@ def cost() -> str:
                 f"{result['test']:.2f}",
                 f"{result['tokens/s']:,.0f}",
                 f"{result['peak GiB']:.1f}",
+                f"{row['device']}, {row['date']}",
             ]
         )
     if row is None:
         return "Not measured yet."
-    head = ["context", "attention", "parameters", "TFLOP counted", "seconds a step", "tokens/s", "peak GiB"]
-    return f"{row['device']}, torch {row['torch']}, {row['date']}.\n\n" + table(head, lines)
+    head = ["context", "attention", "parameters", "TFLOP counted", "seconds a step", "tokens/s", "peak GiB", "measured"]
+    return f"torch {row['torch']}.\n\n" + table(head, lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
