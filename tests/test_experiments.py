@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import random
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -14,6 +15,8 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments import (
     corpora,
@@ -26,6 +29,7 @@ from experiments import (
     retrieval_qa,
     runner,
     series,
+    span_finders,
 )
 from experiments.intervals import interval
 from experiments.registry import EXPERIMENTS
@@ -196,6 +200,63 @@ def test_squad_s_scores():
     assert retrieval_qa.exact_match("the cat", ["a dog", "Cat."]) == 1.0
     assert retrieval_qa.f1("black cat sat", ["the black cat", "dog"]) == pytest.approx(2 * 2 / 5)
     assert retrieval_qa.f1("", ["x"]) == 0.0
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A tokenizer of the words w0 … w49, with `?`."""
+    vocabulary = {"<end>": 0, "?": 1} | {f"w{i}": 2 + i for i in range(50)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def article(seed, tokens):
+    draw = np.random.default_rng(seed)
+    text = " ".join(f"w{i}" for i in draw.integers(0, 50, tokens)) + "\n"
+    starts = [0, text.index(" ", len(text) // 2) + 1, text.rindex(" ") + 1]
+    answers = [[{"start": start, "text": text[start:].split()[0]}] for start in starts]
+    return {"text": text, "questions": [{"question": f"w{seed} ?", "answers": found} for found in answers]}
+
+
+def test_windows_of_a_long_text_hold_the_answer_at_any_place(words):
+    articles = [article(seed, 60 + seed) for seed in range(4)]
+    whole = retrieval_qa.joined(articles)
+    wanted = [question["answers"][0]["text"] for made in articles for question in made["questions"]]
+    for question in whole["questions"]:
+        start, text = question["answers"][0]["start"], question["answers"][0]["text"]
+        assert whole["text"][start : start + len(text)] == text
+    texts, draw = retrieval_qa.Texts([whole], words, context=40), random.Random(0)
+    for question, text in zip(texts.questions, wanted, strict=True):
+        starts = {texts.around(question, draw) for _ in range(400)}
+        first, length, room = question["span"][0], len(texts.ids[0]), texts.room(question)
+        assert starts == set(range(max(0, first + 1 - room), min(first, length - room) + 1))
+        chosen = [min(starts), max(starts)]
+        batch = retrieval_qa.batch_of(texts, [question] * 2, chosen)
+        places = batch["start_positions"]
+        assert torch.equal(places, batch["end_positions"]) and (batch["segment_ids"] == 0).all()
+        assert [words.decode([int(row[at])]) for row, at in zip(batch["input_ids"], places, strict=True)] == [text] * 2
+
+
+def test_a_pretrained_decoder_marks_spans_and_sees_no_padding(words, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=52, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path / "tiny")
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "tiny")
+    texts = retrieval_qa.Texts([article(0, 30)], words, context=64)
+    batch = retrieval_qa.batch_of(texts, texts.questions[1:2], [0])
+    padded = batch["segment_ids"] < 0
+    other = batch | {"input_ids": batch["input_ids"].masked_fill(padded, 7)}
+    for variant in MAIN:
+        settings = {"variant": variant, "pretrained": "tiny", "window": 8, "period": 8, "skips": 4}
+        model, tokenizer = span_finders.from_pretrained(settings, tmp_path)
+        assert tokenizer.encode("w3 ?").ids == [5, 1]
+        out, same = model(**batch), model(**other)
+        assert torch.equal(out.start_logits[~padded], same.start_logits[~padded]) and torch.equal(out.loss, same.loss)
+        assert out.end_logits[padded].isinf().all() and out.loss.isfinite()
+        guess = retrieval_qa.answers(model, texts, texts.questions[1:2])[0]
+        assert guess in texts.texts[0] and len(guess.split()) <= retrieval_qa.ANSWER
+    with pytest.raises(ValueError, match="variant='dilated' of a pretrained model is unknown"):
+        span_finders.pattern_of({**settings, "variant": "dilated"}, 4)
 
 
 def test_recall_at_k():
