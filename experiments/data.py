@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -109,22 +109,33 @@ def blocks(pieces: Documents, length: int, most: int) -> Tensor:
     return torch.from_numpy(np.stack(found[:most]).astype(np.int64))
 
 
+def joined(texts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Texts with questions as one, one after the other; answers count from its beginning."""
+    text, questions = "", []
+    for piece in texts:
+        for entry in piece["questions"]:
+            answers = [answer | {"start": len(text) + answer["start"]} for answer in entry["answers"]]
+            questions.append(entry | {"answers": answers})
+        text += piece["text"]
+    return {"text": text, "questions": questions}
+
+
 def squad(path: Path) -> list[dict[str, Any]]:
     """Articles of a file in SQuAD's format: {"text", "questions": [{"question", "answers": [{"start", "text"}]}]}.
 
     The paragraphs of an article are joined by newlines, and the answers' character offsets count from its beginning.
     """
     need(path, "SQuAD v1.1's dev-v1.1.json, or SQuADShifts' files, gzipped")
-    articles = []
-    for article in json.loads(gzip.decompress(path.read_bytes()))["data"]:
-        text, questions = "", []
-        for paragraph in article["paragraphs"]:
-            for entry in paragraph["qas"]:
-                answers = [{"start": len(text) + a["answer_start"], "text": a["text"]} for a in entry["answers"]]
-                questions.append({"question": entry["question"], "answers": answers})
-            text += paragraph["context"] + "\n"
-        articles.append({"text": text, "questions": questions})
-    return articles
+
+    def asked(entry: dict[str, Any]) -> dict[str, Any]:
+        answers = [{"start": answer["answer_start"], "text": answer["text"]} for answer in entry["answers"]]
+        return {"question": entry["question"], "answers": answers}
+
+    def piece(paragraph: dict[str, Any]) -> dict[str, Any]:
+        return {"text": paragraph["context"] + "\n", "questions": [asked(entry) for entry in paragraph["qas"]]}
+
+    articles = json.loads(gzip.decompress(path.read_bytes()))["data"]
+    return [joined(map(piece, article["paragraphs"])) for article in articles]
 
 
 Captioned = tuple[Tensor, list[str], list[str]]

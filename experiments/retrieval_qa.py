@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from experiments.data import documents, squad
+from experiments.data import documents, joined, squad
 from experiments.runner import Experiment, Result, Scale, Settings
 from experiments.span_finders import from_language_model, from_pretrained
 from experiments.training import DEVICE, fit, products, segments
@@ -96,17 +96,6 @@ class Texts:
         """What stands from one token of the text to another."""
         offsets = self.encoded[question["text"]].offsets
         return self.texts[question["text"]][offsets[first][0] : offsets[last][1]].strip()
-
-
-def joined(articles: list[dict[str, Any]]) -> dict[str, Any]:
-    """All articles as one, one after the other."""
-    text, questions = "", []
-    for article in articles:
-        for entry in article["questions"]:
-            answers = [answer | {"start": len(text) + answer["start"]} for answer in entry["answers"]]
-            questions.append(entry | {"answers": answers})
-        text += article["text"]
-    return {"text": text, "questions": questions}
 
 
 def batch_of(texts: Texts, questions: list[dict[str, Any]], starts: list[int]) -> dict[str, Tensor]:

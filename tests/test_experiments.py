@@ -221,7 +221,7 @@ def article(seed, tokens):
 
 def test_windows_of_a_long_text_hold_the_answer_at_any_place(words):
     articles = [article(seed, 60 + seed) for seed in range(4)]
-    whole = retrieval_qa.joined(articles)
+    whole = data.joined(articles)
     wanted = [question["answers"][0]["text"] for made in articles for question in made["questions"]]
     for question in whole["questions"]:
         start, text = question["answers"][0]["start"], question["answers"][0]["text"]
