@@ -104,7 +104,11 @@ def cells(scale: Scale) -> list[Settings]:
         pattern = {"window": 16, "period": 16, "skips": 4}
         sizes = {"hidden": 32, "layers": 2, "heads": 2, "kv heads": 1, "vocabulary": 100, "steps": 2}
         lengths = [128]
-    return [{"variant": variant, "context": context, **pattern, **sizes} for context in lengths for variant in VARIANTS]
+    return [
+        {"variant": variant, "context": context, **pattern, **sizes, "steps": 2 if context > 32768 else sizes["steps"]}
+        for context in lengths
+        for variant in VARIANTS
+    ]
 
 
 EXPERIMENT = Experiment(

@@ -134,7 +134,7 @@ def cells(scale: Scale) -> list[Settings]:
         "small": [
             (2048, SIZES["small"], (*VARIANTS, RANDOM_BLOCKS)),
             (16384, SIZES["small"], MAIN),
-            (8192, LONGER, MAIN),
+            (8192, LONGER, (*MAIN, "pi, no gate", "window + sinks")),
         ],
     }
     return [

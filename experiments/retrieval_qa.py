@@ -175,7 +175,10 @@ def prepare(settings: Settings, data: Path) -> None:
 
 
 def cells(scale: Scale) -> list[Settings]:
-    """The main variants of a pretrained model, in whose context two thirds of SQuAD's articles are whole."""
+    """The main variants of a pretrained model, in whose context two thirds of SQuAD's articles are whole.
+
+    Again with sinks for the longest question, which every token of the text sees then.
+    """
     if scale == "laptop":
         return []
     sizes: Settings = {"pretrained": "smollm2", "context": 8192, "batch": 4, "steps": 600, "articles": 100_000,
@@ -184,7 +187,11 @@ def cells(scale: Scale) -> list[Settings]:
         sizes = {"corpus": "shakespeare", "vocabulary": 512, "pretraining": 1, "hidden": 16, "layers": 1, "heads": 2,
                  "context": 512, "batch": 2, "steps": 2, "articles": 3, "held out": 2, "window": 16, "period": 16,
                  "skips": 4}  # fmt: skip
-    return [{"variant": variant, **sizes} for variant in MAIN]
+        return [{"variant": variant, **sizes} for variant in MAIN]
+    with_sinks = ("window + sinks", "pi + sinks", "pi, coprime heads + sinks")
+    return [{"variant": variant, **sizes} for variant in MAIN] + [
+        {"variant": variant, **sizes, "sinks": QUESTION} for variant in with_sinks
+    ]
 
 
 EXPERIMENT = Experiment(

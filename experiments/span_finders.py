@@ -15,10 +15,10 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput
 from experiments.data import bpe, documents, need, windows
 from experiments.runner import Settings
 from experiments.training import DEVICE, fit
-from experiments.variants import BASELINE, config, specialise
+from experiments.variants import MAIN, attention, config, specialise
 from pi_attention.convert import convert
 from pi_attention.models import PiForCausalLM, PiForQuestionAnswering
-from pi_attention.pattern import PiPattern, coprime_periods
+from pi_attention.pattern import PiPattern
 
 
 def from_language_model(settings: Settings, data: Path) -> tuple[PiForQuestionAnswering, Tokenizer]:
@@ -64,18 +64,19 @@ class CausalSpanFinder(nn.Module):
         return QuestionAnsweringModelOutput(loss=loss, start_logits=first, end_logits=last)
 
 
+CONVERTIBLE = (*MAIN, "window + sinks", "pi + sinks", "pi, coprime heads + sinks")
+"""The variants that a pretrained model can be given."""
+
+
 def pattern_of(settings: Settings, heads: int) -> PiPattern | None:
     """The pattern of a variant; None for dense attention."""
-    w, period, m = settings["window"], settings["period"], settings["skips"]
-    patterns = {
-        "dense": None,
-        BASELINE: PiPattern(w + m, period, 0),
-        "pi": PiPattern(w, period, m),
-        "pi, coprime heads": PiPattern(w, coprime_periods(period, heads), m),
-    }
-    if settings["variant"] not in patterns:
-        raise ValueError(f"variant={settings['variant']!r} of a pretrained model is unknown: use {list(patterns)}.")
-    return patterns[settings["variant"]]
+    variant = settings["variant"]
+    if variant not in CONVERTIBLE:
+        raise ValueError(f"variant={variant!r} of a pretrained model is unknown: use one of {list(CONVERTIBLE)}.")
+    fields = attention({**settings, "heads": heads})
+    if "layer_patterns" in fields:
+        return None
+    return PiPattern(fields["window"], fields["period"], fields["skips"], sinks=fields["sinks"])
 
 
 def from_pretrained(settings: Settings, data: Path) -> tuple[CausalSpanFinder, Tokenizer]:

@@ -42,19 +42,21 @@ MAIN = ("dense", BASELINE, "pi", "pi, coprime heads")
 """The variants of experiments that do not study the gate."""
 
 
-def config(settings: Settings, **more: Any) -> PiConfig:
-    """The model of a row.
+def attention(settings: Settings) -> dict[str, Any]:
+    """What a variant says of the attention, as fields of `PiConfig`.
 
     Args:
-        settings: variant, window, period, skips, context (for the largest geometric period), hidden, layers, heads.
-        more: fields of `PiConfig`, such as vocab_size.
+        settings: variant, window, period, skips, heads; context, for the periods that depend on it; layers, for those
+            that are planned; sinks, of the variants that have some: 4 without it.
 
     Raises:
         ValueError: there is no such variant.
     """
-    variant, heads, context = settings["variant"], settings["heads"], settings["context"]
+    variant, heads = settings["variant"], settings["heads"]
     w, period, m = settings["window"], settings["period"], settings["skips"]
-    farthest = max(period, (context - 1) // max(1, m))
+    sinks, last = min(settings.get("sinks", 4), m), settings["context"] - 1
+    coprime = {"period": list(coprime_periods(period, heads))}
+    with_sinks = {"skips": m - sinks, "sinks": sinks}
     chosen: dict[str, dict[str, Any]] = {
         "dense": {"layer_patterns": ["dense"], "gate": False},
         "ring-local, same window": {"skips": 0, "gate": False},
@@ -63,32 +65,47 @@ def config(settings: Settings, **more: Any) -> PiConfig:
         "pi, no gate": {"gate": False},
         "pi, fixed half": {"fusion": "gate"},
         "pi, mass gate": {"fusion": "mass"},
-        "pi, coprime heads": {"period": list(coprime_periods(period, heads))},
-        "pi, geometric heads": {"period": list(geometric_periods(period, farthest, heads))},
-        "window + sinks": {"window": w + m - min(4, m), "skips": 0, "sinks": min(4, m), "gate": False},
+        "pi, coprime heads": coprime,
+        "pi, geometric heads": {"period": list(geometric_periods(period, max(period, last // max(1, m)), heads))},
+        "window + sinks": {"window": w + m - sinks, "skips": 0, "sinks": sinks, "gate": False},
+        "pi + sinks": with_sinks,
+        "pi, coprime heads + sinks": with_sinks | coprime,
         "dilated": {
             "window": 1,
             "skips": w + m - 1,
-            "period": list(geometric_periods(1, max(1, (context - 1) // (w + m - 1)), heads)),
+            "period": list(geometric_periods(1, max(1, last // (w + m - 1)), heads)),
             "gate": False,
         },
     }
     if variant == PLANNED:
-        planned = plan(context, settings["layers"], heads=heads, budget=w + m).pattern
+        planned = plan(settings["context"], settings["layers"], heads=heads, budget=w + m).pattern
         chosen[PLANNED] = {"window": planned.window, "skips": planned.skips, "period": list(planned.periods)}
     chosen[RANDOM_BLOCKS] = chosen["dense"]  # `specialise` puts the mask in
     if variant not in chosen:
         raise ValueError(f"variant={variant!r} is unknown: use one of {list(chosen)}.")
+    return {"window": w, "period": period, "skips": m, "sinks": 0} | chosen[variant]
+
+
+def config(settings: Settings, **more: Any) -> PiConfig:
+    """The model of a row.
+
+    Args:
+        settings: those of `attention`, and hidden, layers, context.
+        more: fields of `PiConfig`, such as vocab_size.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    heads = settings["heads"]
     sizes = {
         "hidden_size": settings["hidden"],
         "num_hidden_layers": settings["layers"],
         "num_attention_heads": heads,
-        "max_position_embeddings": context,
+        "max_position_embeddings": settings["context"],
         "qk_norm": True,
         "use_cache": False,
     }
-    fields = {"window": w, "period": period, "skips": m} | sizes | more | chosen[variant]
-    made = PiConfig(**fields)
+    made = PiConfig(**sizes, **more, **attention(settings))
     if not made.gate:  # the two layers of the gate, with biases
         gate = (made.hidden_size + 1) * GATE_WIDTH + (GATE_WIDTH + 1) * heads
         made.intermediate_size += 8 * round(gate / (24 * made.hidden_size))  # a width that tensor cores like

@@ -53,6 +53,17 @@ def test_variants_have_the_same_parameters_and_keys():
         config({"variant": "other", **SIZES})
 
 
+def test_sinks_take_the_place_of_skips_or_of_the_window():
+    settings = {**SIZES, "sinks": 6}
+    for variant, window, skips in (
+        ("window + sinks", 18, 0),
+        ("pi + sinks", 16, 2),
+        ("pi, coprime heads + sinks", 16, 2),
+    ):
+        pattern = config({"variant": variant, **settings}).patterns()[0]
+        assert (pattern.window, pattern.skips, pattern.sinks) == (window, skips, 6), variant
+
+
 def test_the_fixed_gate_is_one_half_and_stays():
     variant = "pi, fixed half"
     settings = {"variant": variant, **SIZES}
@@ -246,8 +257,8 @@ def test_a_pretrained_decoder_marks_spans_and_sees_no_padding(words, tmp_path):
     batch = retrieval_qa.batch_of(texts, texts.questions[1:2], [0])
     padded = batch["segment_ids"] < 0
     other = batch | {"input_ids": batch["input_ids"].masked_fill(padded, 7)}
-    for variant in MAIN:
-        settings = {"variant": variant, "pretrained": "tiny", "window": 8, "period": 8, "skips": 4}
+    for variant in span_finders.CONVERTIBLE:
+        settings = {"variant": variant, "pretrained": "tiny", "window": 8, "period": 8, "skips": 4, "context": 64}
         model, tokenizer = span_finders.from_pretrained(settings, tmp_path)
         assert tokenizer.encode("w3 ?").ids == [5, 1]
         out, same = model(**batch), model(**other)

@@ -16,27 +16,32 @@ def sink_attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over the sinks of its segment that lie beyond its window.
 
-    Shapes and dtypes as those of `bands.band_forward`. The sinks of a query are gathered: O(T · sinks · D).
+    Shapes and dtypes as those of `bands.band_forward`. In packed rows each query's sinks are gathered, which takes
+    O(T · sinks · D) of memory; elsewhere all queries share them.
     """
-    batch, heads, length, _ = query.shape
-    groups, key_length, dtype = key.shape[1], key.shape[2], compute_dtype(query.dtype)
+    heads, length, groups, key_length = query.shape[1], query.shape[2], key.shape[1], key.shape[2]
+    dtype = compute_dtype(query.dtype)
     position = torch.arange(key_length - length, key_length, device=query.device)[:, None]
-    start = torch.zeros_like(position)[None] if starts is None else starts[:, key_length - length :, None].long()
-    sink = start + torch.arange(pattern.sinks, device=query.device)  # [B or 1, T, sinks]
-    visible = (start >= 0) & (sink <= position - pattern.window)
-    sink = sink.clamp(0, key_length - 1).expand(batch, -1, -1)
-    row = torch.arange(batch, device=query.device)[:, None, None]
-
-    def gather(x: Tensor) -> Tensor:  # [B, G, T, sinks, D]; indexing, whose backward pass is repeatable on a GPU, too
-        return x.transpose(1, 2)[row, sink].movedim(3, 1).to(dtype)
+    if starts is None:
+        key, value = (x[:, :, : pattern.sinks].to(dtype) for x in (key, value))  # [B, G, sinks, D]
+        visible = torch.arange(key.shape[2], device=query.device) <= position - pattern.window  # [T, sinks]
+        keys = "bgsd"
+    else:
+        start = starts[:, key_length - length :, None].long()
+        sink = start + torch.arange(pattern.sinks, device=query.device)  # [B, T, sinks]
+        visible = ((start >= 0) & (sink <= position - pattern.window))[:, None]
+        sink = sink.clamp(0, key_length - 1)
+        row = torch.arange(len(sink), device=query.device)[:, None, None]
+        # indexing, whose backward pass is repeatable on a GPU, too
+        key, value = (x.transpose(1, 2)[row, sink].movedim(3, 1).to(dtype) for x in (key, value))  # [B, G, T, sinks, D]
+        keys = "bgtsd"
 
     query = query.to(dtype).unflatten(1, (groups, heads // groups)) * scale
-    scores = torch.einsum("bghtd,bgtsd->bghts", query, gather(key)).flatten(1, 2)
-    visible = visible[:, None]
+    scores = torch.einsum(f"bghtd,{keys}->bghts", query, key).flatten(1, 2)
     empty = ~visible.any(dim=-1, keepdim=True)
     scores = scores.masked_fill(~visible, -torch.inf).masked_fill(empty, 0.0)
     weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
-    out = torch.einsum("bghts,bgtsd->bghtd", weights.unflatten(1, (groups, -1)), gather(value)).flatten(1, 2)
+    out = torch.einsum(f"bghts,{keys}->bghtd", weights.unflatten(1, (groups, -1)), value).flatten(1, 2)
     return out, torch.logsumexp(scores, dim=-1).masked_fill(empty[..., 0], -torch.inf)
 
 
