@@ -153,5 +153,5 @@ EXPERIMENT = Experiment(
     better="higher",
     cells=cells,
     measure=measure,
-    rates=(3e-3,),
+    rates=(1e-3, 3e-3),
 )

@@ -68,7 +68,7 @@ def compared(
         for cell, rows in members:
             results = [row["result"] for row in rows]
             gaps = [r["result"]["test"] - base[r["settings"]["seed"]] for r in rows if r["settings"]["seed"] in base]
-            line = [*(str(cell[name]) for name in by), shown([r["test"] for r in results], digits)]
+            line = [*(str(cell.get(name, "–")) for name in by), shown([r["test"] for r in results], digits)]
             if base:
                 line.append("–" if cell["variant"] == BASELINE or not gaps else shown(gaps, digits))
             line.append(str(len(rows)))
@@ -146,6 +146,24 @@ def gates() -> str:
     return table(head, lines) if lines else "Not measured yet."
 
 
+def retrieval_qa() -> str:
+    """F1, exact match, and the difference from dense attention on the same questions."""
+
+    def by_question(results: list[Result]) -> list[float]:
+        scores = zip(*(r["F1 by question"] for r in results), strict=True)
+        return [100 * fmean(of_question) for of_question in scores]
+
+    rows = [row for row in load("retrieval_qa") if row["settings"]["variant"] == "dense"]
+    dense = by_question([row["result"] for row in rows]) if rows else []
+
+    def gap(results: list[Result]) -> str:
+        gaps = [score - other for score, other in zip(by_question(results), dense, strict=True)]
+        return shown(gaps, 1) if any(gaps) else "–"
+
+    columns = {"minus dense, over the questions": gap, "exact match": mean_of("exact match", 1)}
+    return compared("retrieval_qa", columns, digits=1, by=("variant", "sinks"))
+
+
 def _ways(results: list[Result]) -> str:
     return "; ".join(
         " / ".join(f"{sum(r['recall'][way][k] for r in results) / len(results):.3f}" for k in ("R@1", "R@5", "R@10"))
@@ -198,7 +216,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "listops": lambda: compared("listops"),
     "lra": lambda: compared("lra"),
-    "retrieval_qa": lambda: compared("retrieval_qa", {"exact match": mean_of("exact match", 2)}, digits=2),
+    "retrieval_qa": retrieval_qa,
     "image_text": lambda: compared("image_text", {"R@1 / 5 / 10 to text; to image": _ways}),
     "series": lambda: compared("series"),
     "cost": cost,
