@@ -9,11 +9,13 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +89,7 @@ def run(
         scale: of the cells.
         data: folder of the data sets.
         folder: of the result files.
-        workers: rows measured at the same time, each in a process; small models do not fill a GPU.
+        workers: rows measured at the same time, each in a process; they take the GPUs in turn, if there are several.
         seeds: of each cell; as many as the experiment has when None.
         only: restrict to the cells whose settings, written as JSON, contain this text.
     """
@@ -138,6 +140,25 @@ def _measure_all(
         print(experiment.name, row["settings"], shown, f"{row['seconds']} s", flush=True)
 
 
+def _see_one_gpu(names: Queue[str]) -> None:
+    """In a new process, before it starts CUDA."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = names.get()
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Processes, of which each sees one of the GPUs."""
+    context = get_context("spawn")
+    count = torch.cuda.device_count()
+    if count < 2:
+        return ProcessPoolExecutor(workers, mp_context=context)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    queue = context.Queue()
+    for worker in range(workers):
+        queue.put(names[worker % count])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_see_one_gpu, initargs=(queue,))
+
+
 def _completed(
     measure: Callable[[Settings, Path], Result], rows: list[Settings], data: Path, workers: int
 ) -> Iterator[dict[str, Any]]:
@@ -146,7 +167,7 @@ def _completed(
         for settings in rows:
             yield _timed(measure, settings, data)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with _pool(workers) as pool:
         pending: set[Future[dict[str, Any]]] = {pool.submit(_timed, measure, settings, data) for settings in rows}
         while pending:
             ready, pending = wait(pending, return_when=FIRST_COMPLETED)

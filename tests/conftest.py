@@ -26,6 +26,15 @@ def impl(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def made_up(tmp_path: Path) -> Path:
+    """A folder of data for the experiments, made up."""
+    import made_up_data
+
+    made_up_data.write(tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory holds NaN, so that an output that nothing wrote shows."""
 

@@ -39,7 +39,7 @@ class Experiment:
     results: Path | None = None
     """Folder of the result files, where a finished row is not measured again; experiments/results by default."""
     workers: int = 1
-    """Rows measured at the same time."""
+    """Rows measured at the same time, each in a process; they take the GPUs in turn."""
     seeds: int | None = None
     """Seeds of each variant; as many as the experiment asks for by default."""
     only: str = ""
