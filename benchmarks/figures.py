@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import experiments.pictures
 from benchmarks.theory import fields
 from benchmarks.timing import RESULTS
 from pi_attention import plots
@@ -55,6 +56,7 @@ def times_of_kernels(result: dict[str, Any]) -> Lines:
 
 def draw() -> None:
     """Write every picture, and the explorer page."""
+    experiments.pictures.draw(FIGURES)
     write_explorer(DOCS / "explorer.html", PiPattern(64, 64, 8), heads=8, layers=6, context=8192)
     plots.save(plots.growth_picture(fields(32768)), FIGURES / "growth.svg")
     plots.save(plots.hops_picture(fields(8192)), FIGURES / "hops.svg")

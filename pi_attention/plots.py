@@ -59,6 +59,24 @@ def curves(lines: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str
     return figure
 
 
+def intervals(
+    rows: dict[str, dict[str, tuple[float, float]]], xlabel: str, *, limits: tuple[float, float] | None = None
+) -> Figure:
+    """Means with their intervals, mean ± half-width, by row and series; what leaves the `limits` is cut off."""
+    figure, axes = _figure(6, 0.9 + 0.32 * len(rows))
+    series = list(dict.fromkeys(label for row in rows.values() for label in row))
+    for number, (label, colour) in enumerate(zip(series, COLOURS, strict=False)):
+        shift = 0.3 * (number / max(1, len(series) - 1) - 0.5)
+        points = [(place + shift, *row[label]) for place, row in enumerate(rows.values()) if label in row]
+        place, mean, half = zip(*points, strict=True)
+        axes.errorbar(mean, place, xerr=half, fmt="o", color=colour, markersize=4, capsize=2, label=label)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(xlabel=xlabel, xlim=limits, yticks=range(len(rows)), yticklabels=list(rows))
+    axes.invert_yaxis()
+    axes.legend()
+    return figure
+
+
 def loss_curve(metrics: list[dict[str, Any]]) -> Figure:
     """Training and validation loss by step, from the lines of metrics.jsonl."""
     figure, axes = _figure(6, 3.5)

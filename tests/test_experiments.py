@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import runner
+from experiments import pictures, runner
 from experiments.intervals import interval
 from experiments.registry import EXPERIMENTS
 from experiments.variants import BASELINE, MAIN, RANDOM_BLOCKS, SIDE, VARIANTS, config, random_blocks, specialise
@@ -121,6 +121,20 @@ def test_interval_is_student_s():
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5)
     assert math.isnan(interval([1.0])[1])
+
+
+def test_pictures_show_what_was_measured(tmp_path):
+    lra = pictures.rows_of("lra", {"task": "image"})
+    accuracy = [lra[variant][0]["result"]["test"] for variant in ("pi", BASELINE)]
+    assert accuracy[0] > accuracy[1] and pictures.gains()["images as pixels"]["pi"][0] > 0  # higher is better
+    lines = {BASELINE: [(1.0, 4.0)], "pi": [(1.0, 3.0)]}
+    assert pictures.relative(lines) == {BASELINE: [(1.0, 1.0)], "pi": [(1.0, 0.75)]}
+    error = pictures.rows_of("series", {"task": "glucose"})
+    assert error["pi"][0]["result"]["test"] > error[BASELINE][0]["result"]["test"]
+    assert pictures.gains()["glucose"]["pi"][0] < 0  # lower is better
+    pictures.draw(tmp_path)
+    shown = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
+    assert len(shown) == 4 and "images as pixels" in shown["gains.svg"] and "no gate" in shown["recall_by_lag.svg"]
 
 
 def first_cells(experiment, count):
