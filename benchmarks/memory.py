@@ -30,7 +30,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.timing import write
+from benchmarks.timing import RESULTS, write
 from pi_attention import PiPattern
 from pi_attention.accounting import Sizes
 from pi_attention.bill import MODELS, bill
@@ -46,6 +46,8 @@ LAYOUTS = {
     1024: [("dp=128,cp=8", 3), ("dp=16,cp=64", 3), ("cp=1024", 3)],
 }
 """Layouts and ZeRO stages by the number of ranks."""
+SLICE = 4096
+"""Tokens of the slices by which the loss is computed, where it is."""
 FEW, MORE = 6, 10
 """Layers tracked: with fewer, the peak of a small shard may still lie at the logits, and not grow with the layers."""
 
@@ -60,7 +62,7 @@ def with_data(make: Callable[..., None]) -> Callable[..., None]:
     return made
 
 
-def peak(sizes: Sizes, layout: Layout, zero: int, context: int = CONTEXT) -> int:
+def peak(sizes: Sizes, layout: Layout, zero: int, loss_slice: int | None) -> int:
     """Bytes of one rank at the peak of its second step, as the memory tracker counts them."""
     dist.init_process_group("fake", rank=layout.ranks // 2, world_size=layout.ranks, store=FakeStore())
     mesh = layout.mesh("cpu")
@@ -77,6 +79,7 @@ def peak(sizes: Sizes, layout: Layout, zero: int, context: int = CONTEXT) -> int
         period=PATTERN.period,
         skips=PATTERN.skips,
         tie_word_embeddings=False,
+        loss_slice=loss_slice,
     )
     with FakeTensorMode(), patch.object(DeviceMesh, "__init__", with_data(DeviceMesh.__init__)):
         model = PiForCausalLM(config).train()
@@ -86,8 +89,8 @@ def peak(sizes: Sizes, layout: Layout, zero: int, context: int = CONTEXT) -> int
         for layer in model.model.layers:
             layer.self_attn.impl = "triton"
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
-        ids = torch.randint(sizes.vocab_size, (1, context))
-        block = {"input_ids": ids, "labels": ids, "segment_ids": torch.zeros(1, context, dtype=torch.int32)}
+        ids = torch.randint(sizes.vocab_size, (1, CONTEXT))
+        block = {"input_ids": ids, "labels": ids, "segment_ids": torch.zeros(1, CONTEXT, dtype=torch.int32)}
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
         with tracker:
@@ -104,24 +107,32 @@ def peak(sizes: Sizes, layout: Layout, zero: int, context: int = CONTEXT) -> int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["8b", "70b"])
+    parser.add_argument("--again", action="store_true", help="track also what the result file has")
     options = parser.parse_args()
-    rows = []
     spawn = get_context("spawn")
+    file = RESULTS / "memory.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() and not options.again else []
     for name in options.models:
         sizes = MODELS[name]
         for ranks, layouts in LAYOUTS.items():
             for text, zero in layouts:
-                begun, layout = time.perf_counter(), Layout.parse(text)
-                with ProcessPoolExecutor(2, spawn, max_tasks_per_child=1) as pool:  # a process group is made once
-                    cases = [replace(sizes, num_hidden_layers=n) for n in (FEW, MORE)]
-                    few, more = pool.map(peak, cases, [layout] * 2, [zero] * 2)
-                tracked = few + (more - few) * (sizes.num_hidden_layers - FEW) // (MORE - FEW)
-                row = {"model": name, "ranks": ranks, "layout": text, "zero": zero, "tracked bytes": tracked}
+                layout, case = Layout.parse(text), {"model": name, "ranks": ranks, "layout": text, "zero": zero}
+                row = next((row for row in rows if case.items() <= row.items()), None)
+                if row is None:
+                    rows.append(row := dict(case))
                 if layout.cp == ranks:
                     row["bill bytes"] = bill(sizes, PATTERN, CONTEXT, ranks).bytes
-                rows.append(row)
-                print(json.dumps(row), f"{time.perf_counter() - begun:.0f} s", flush=True)
-                write("memory", {"S": CONTEXT, "pattern": "256, 256, 16", "layers": [FEW, MORE], "rows": rows})
+                for kind, loss_slice in (("tracked bytes", None), ("tracked bytes, loss by slices", SLICE)):
+                    if kind in row:
+                        continue
+                    begun = time.perf_counter()
+                    with ProcessPoolExecutor(2, spawn, max_tasks_per_child=1) as pool:  # a process group is made once
+                        cases = [replace(sizes, num_hidden_layers=n) for n in (FEW, MORE)]
+                        few, more = pool.map(peak, cases, [layout] * 2, [zero] * 2, [loss_slice] * 2)
+                    row[kind] = few + (more - few) * (sizes.num_hidden_layers - FEW) // (MORE - FEW)
+                    print(json.dumps(row), f"{time.perf_counter() - begun:.0f} s", flush=True)
+                    about = {"S": CONTEXT, "pattern": "256, 256, 16", "layers": [FEW, MORE], "loss slice": SLICE}
+                    write("memory", about | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from experiments.runner import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE
@@ -27,22 +25,11 @@ SLICE = 4096
 VARIANTS = ("dense", "ring-local, same window", "ring-local, same keys", "pi", "pi, no gate")
 
 
-def loss_of(model: PiForCausalLM, ids: Tensor) -> Tensor:
-    """Mean loss of the next tokens of ids [1, T]."""
-    hidden = model.model(ids, use_cache=False).last_hidden_state[0, :-1]
-
-    def part(hidden: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(model.lm_head(hidden).float(), target, reduction="sum")
-
-    pairs = zip(hidden.split(SLICE), ids[0, 1:].split(SLICE), strict=True)
-    parts = [checkpoint(part, piece, target, use_reentrant=False) for piece, target in pairs]
-    return torch.stack(parts).sum() / len(hidden)
-
-
 def measure(settings: Settings, data: Path) -> Result:
     """Real training steps on one sequence; "test" is the median seconds of a step after the first."""
     torch.manual_seed(settings["seed"])
-    made = config(settings, vocab_size=settings["vocabulary"], num_key_value_heads=settings["kv heads"])
+    sizes = {"vocab_size": settings["vocabulary"], "num_key_value_heads": settings["kv heads"]}
+    made = config(settings, **sizes, loss_slice=SLICE)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -68,7 +55,7 @@ def measure(settings: Settings, data: Path) -> Result:
     for _ in range(settings["steps"]):
         synchronise()
         begun = time.perf_counter()
-        loss = loss_of(model, ids)
+        loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         losses.append(loss.item())
         synchronise()

@@ -53,6 +53,7 @@ ORDER = [
     "models.static_cache",
     "models.caching",
     "models.rotary",
+    "models.loss",
     "models.attention_map",
     "models.modeling_pi",
     "models.heads",

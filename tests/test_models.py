@@ -328,3 +328,33 @@ def test_continuous_batching_is_refused():
 def test_masks_of_four_dimensions_are_refused():
     with pytest.raises(ValueError, match="padding mask of all tokens"):
         PiForCausalLM(config_of())(prompt(1, 10), attention_mask=torch.ones(1, 1, 10, 10))
+
+
+@pytest.mark.parametrize("given", ["labels", "shift_labels"])
+@pytest.mark.parametrize("name", ["pi", "mass"])
+def test_the_loss_by_slices_is_the_loss_and_its_logits_never_exist_together(name, given):
+    ids = prompt()
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.2, -100)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    found = []
+    for size in (None, 7):
+        model, seen = make(name, loss_slice=size).train(), []
+        model.lm_head.register_forward_hook(lambda module, inputs, out, seen=seen: seen.append(out.shape[0]))
+        if size is None:
+            logits = model(ids, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten())
+        elif given == "labels":
+            out = model(ids, labels=labels, use_cache=False)
+            loss = out.loss
+            assert out.logits is None
+        else:
+            out = model(ids, labels=ids, shift_labels=shifted, num_items_in_batch=torch.tensor(3), use_cache=False)
+            loss = out.loss * 3 / (shifted != -100).sum()
+        loss.backward()
+        assert size is None or (max(seen) == size and sum(seen) == 2 * ids.numel())  # each again in the backward pass
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert model(ids).logits.shape == (2, 60, 64)
+    with pytest.raises(ValueError, match="loss_slice=0 must be at least 1"):
+        make(name, loss_slice=0)

@@ -63,6 +63,16 @@ def test_a_run_folder_holds_everything(finished):
     assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
 
 
+def test_a_loss_by_slices_trains_the_same(finished, corpus, tmp_path):
+    run("train", "--data", corpus, "--out", str(tmp_path / "sliced"), "--steps", "12", "--loss-slice", "50", *TINY)
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (finished[0], tmp_path / "sliced")]
+    for one, other in zip(*lines, strict=True):
+        one, other = json.loads(one), json.loads(other)
+        for name in ("loss", "eval_loss"):
+            assert (name in one) == (name in other)
+            assert abs(float(one.get(name, 0)) - float(other.get(name, 0))) < 1e-3
+
+
 def test_a_finished_run_is_not_overwritten(finished, corpus):
     result = run("train", "--data", corpus, "--out", str(finished[0]), "--steps", "2", *TINY, check=False)
     assert result.returncode == 2
@@ -168,6 +178,7 @@ def test_settings_from_a_file_and_flags(tmp_path, corpus):
         (["train", "--period", "3", "4", "5"], "3 entries"),
         (["train", "--heads", "3"], "must divide"),
         (["train", "--steps", "0"], "steps must be"),
+        (["train", "--loss-slice", "0"], "loss_slice must be at least 1"),
         (["train", "--data", "missing.txt"], "missing.txt"),
         (["train", "--resume", "--out", "nothing-here"], "no run to resume"),
         (["train", "--config", "missing.yaml"], "missing.yaml"),

@@ -205,9 +205,13 @@ class Parallel:
         rank = self.mesh["cp"].get_local_rank()
         ids, positions, mine = (shard(x, ends, rank) for x in (block["input_ids"], positions, labels))
         marked = {name: shard(x, ends, rank) for name, x in marked.items()}
-        logits = self.model(ids, position_ids=positions, use_cache=False, **marked).logits
-        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        total = F.cross_entropy(logits, mine.flatten(), ignore_index=IGNORE, reduction="sum")
+        if getattr(self.model.config, "loss_slice", None) is not None:
+            summed = {"labels": mine, "shift_labels": mine, "num_items_in_batch": 1}
+            total = self.model(ids, position_ids=positions, use_cache=False, **marked, **summed).loss
+        else:
+            logits = self.model(ids, position_ids=positions, use_cache=False, **marked).logits
+            logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+            total = F.cross_entropy(logits, mine.flatten(), ignore_index=IGNORE, reduction="sum")
         return total * self.everyone.size() / (blocks * (labels != IGNORE).sum())
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:

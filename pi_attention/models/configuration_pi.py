@@ -37,6 +37,8 @@ class PiConfig(PretrainedConfig):
         rope_parameters: scaling of the rotary embedding as in Llama, such as {"rope_type": "yarn", "factor": 4.0,
             "rope_theta": 10000.0}; plain when None.
         max_position_embeddings: longest context that the model was trained for.
+        loss_slice: with labels, `PiForCausalLM` computes the logits of so many tokens at a time, again in the backward
+            pass, and returns none of them; None computes and returns all.
         rms_norm_eps, initializer_range, tie_word_embeddings, use_cache: as in Llama.
     """
 
@@ -65,6 +67,7 @@ class PiConfig(PretrainedConfig):
         rope_theta: float = 10000.0,
         rope_parameters: dict[str, Any] | None = None,
         max_position_embeddings: int = 2048,
+        loss_slice: int | None = None,
         rms_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
@@ -96,11 +99,14 @@ class PiConfig(PretrainedConfig):
             rope_parameters or {}
         )
         self.max_position_embeddings = max_position_embeddings
+        self.loss_slice = loss_slice
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.use_cache = use_cache and causal
         if fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {FUSIONS}, got {fusion!r}.")
+        if loss_slice is not None and loss_slice < 1:
+            raise ValueError(f"loss_slice={loss_slice} must be at least 1 token, or None.")
         patterns = self.patterns()
         # The words that transformers' own caches know: exact and bounded for every pattern without sinks.
         reaches = [pattern.reach for pattern in patterns]

@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from pi_attention.models.attention_map import AttentionMap, PiSelfAttention
 from pi_attention.models.caching import BoundedGeneration, LayerOfCache, PiCache
 from pi_attention.models.configuration_pi import PiConfig
+from pi_attention.models.loss import sliced_loss
 from pi_attention.models.rotary import PiRotaryEmbedding
 from pi_attention.models.static_cache import PiStaticCache
 from pi_attention.nn.attention import GateOptions, PiAttention
@@ -273,8 +274,10 @@ class PiForCausalLM(BoundedGeneration, PiPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab], and with labels [B, T] (−100 ignored) the mean loss of predicting each next token.
 
+        With labels and `config.loss_slice`, the loss alone.
+
         Args:
-            labels: [B, T] token ids; shifted here.
+            labels: [B, T] token ids; shifted here, unless `shift_labels` gives them shifted.
             logits_to_keep: compute the logits of the last so many tokens, or of these positions; 0 is all.
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs: see `PiModel`.
         """
@@ -288,10 +291,15 @@ class PiForCausalLM(BoundedGeneration, PiPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden = outputs.last_hidden_state[:, keep]
+        size, logits, loss = self.config.loss_slice, None, None
+        if labels is not None and size is not None:
+            given = {name: kwargs.get(name) for name in ("shift_labels", "num_items_in_batch")}
+            loss = sliced_loss(self.lm_head, hidden, labels, size, **given)
+        else:
+            logits = self.lm_head(hidden)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -87,6 +87,8 @@ class OptimizerSettings:
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    loss_slice: int | None = None
+    """Tokens whose logits exist together, computed again in the backward pass; all by default. For long contexts."""
     compile: bool = False
     """Compile the model with torch.compile."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -149,6 +151,8 @@ class TrainConfig:
         for name, value in positive.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.optimizer.loss_slice is not None and self.optimizer.loss_slice < 1:
+            raise ValueError(f"loss_slice must be at least 1, got {self.optimizer.loss_slice}.")
         if self.optimizer.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive, got {self.optimizer.learning_rate}.")
         model = self.model

@@ -132,6 +132,7 @@ def model_config(config: TrainConfig, tokenizer: Any) -> PiConfig:
         qk_norm=m.qk_norm,
         tie_word_embeddings=m.tie_word_embeddings,
         max_position_embeddings=config.data.context,
+        loss_slice=config.optimizer.loss_slice,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
