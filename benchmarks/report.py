@@ -232,18 +232,17 @@ def speed() -> str:
 
 def memory() -> str:
     """What a rank allocates in a training step, by layout, as tracked on fake ranks."""
+    kinds = {
+        "tracked bytes": "tracked a rank",
+        "bill bytes": "the bill's",
+        "tracked bytes, loss by slices": "tracked, loss by slices",
+    }
     rows = [
-        [
-            row["model"].upper(),
-            str(row["ranks"]),
-            row["layout"],
-            str(row["zero"]),
-            f"{row['tracked bytes'] / 2**30:.0f} GiB",
-            f"{row['bill bytes'] / 2**30:.0f} GiB" if "bill bytes" in row else "–",
-        ]
+        [row["model"].upper(), str(row["ranks"]), row["layout"], str(row["zero"])]
+        + [f"{row[kind] / 2**30:.0f} GiB" if kind in row else "–" for kind in kinds]
         for row in json.loads((RESULTS / "memory.json").read_text())["rows"]
     ]
-    return table(["model", "ranks", "layout", "ZeRO", "tracked a rank", "the bill's"], rows)
+    return table(["model", "ranks", "layout", "ZeRO", *kinds.values()], rows)
 
 
 def multigpu() -> str:

@@ -74,7 +74,9 @@ class Bill:
         return self.state + self.gathered + self.activations + max(self.logits, self.layer + self.keys)
 
 
-def bill(sizes: Sizes, pattern: PiPattern, context: int, ranks: int, way: Way = "halo") -> Bill:
+def bill(
+    sizes: Sizes, pattern: PiPattern, context: int, ranks: int, way: Way = "halo", loss_slice: int | None = None
+) -> Bill:
     """The bill of the rank that needs most.
 
     Args:
@@ -83,10 +85,13 @@ def bill(sizes: Sizes, pattern: PiPattern, context: int, ranks: int, way: Way = 
         context: tokens of the sequence.
         ranks: that share it.
         way: how keys reach the ranks.
+        loss_slice: tokens whose logits exist together; all of a rank's when None.
 
     Raises:
-        ValueError: ranks or way are wrong.
+        ValueError: ranks, way or loss_slice are wrong.
     """
+    if loss_slice is not None and loss_slice < 1:
+        raise ValueError(f"loss_slice={loss_slice} must be at least 1 token, or None.")
     if not 1 <= ranks <= context:
         raise ValueError(f"ranks={ranks} must be from 1 to context={context}.")
     if way not in WAYS:
@@ -116,15 +121,17 @@ def bill(sizes: Sizes, pattern: PiPattern, context: int, ranks: int, way: Way = 
         gathered=2 * (2 * layer_parameters(sizes) + 2 * sizes.vocab_size * sizes.hidden_size),
         activations=2 * tokens * sizes.hidden_size * sizes.num_hidden_layers,
         layer=2 * 2 * tokens * (features + 3 * sizes.intermediate_size),
-        logits=LOGIT_BYTES * tokens * sizes.vocab_size,
+        logits=LOGIT_BYTES * min(tokens, loss_slice or tokens) * sizes.vocab_size,
         keys=keys,
         received=received,
         flops=flops // ranks,
     )
 
 
-def fewest_ranks(sizes: Sizes, pattern: PiPattern, context: int, memory: int, way: Way) -> int | None:
+def fewest_ranks(
+    sizes: Sizes, pattern: PiPattern, context: int, memory: int, way: Way, loss_slice: int | None = None
+) -> int | None:
     """The fewest ranks, a power of two up to 4,096, on which the step fits into so many bytes a GPU."""
     counts = (1 << power for power in range(13))
-    fits = (n for n in counts if n <= context and bill(sizes, pattern, context, n, way).bytes <= memory)
+    fits = (n for n in counts if n <= context and bill(sizes, pattern, context, n, way, loss_slice).bytes <= memory)
     return next(fits, None)

@@ -50,6 +50,15 @@ def test_what_half_the_gpus_means():
     assert ring.flops > 10 * ours.flops and ring.received > 50 * ours.received
 
 
+def test_a_loss_by_slices_halves_the_gpus_of_a_model_whose_logits_fill_them():
+    sizes, context = MODELS["8b"], 1 << 20
+    whole, sliced = (bill(sizes, PATTERN, context, 64, loss_slice=size) for size in (None, 4096))
+    assert sliced.logits * 4 == whole.logits and sliced.bytes < whole.bytes / 2  # a rank has 16,384 tokens
+    assert bill(sizes, PATTERN, 4096, 4, loss_slice=4096).logits == bill(sizes, PATTERN, 4096, 4).logits
+    fewest = [fewest_ranks(sizes, PATTERN, context, 80 << 30, "halo", size) for size in (None, 4096)]
+    assert fewest == [32, 16]
+
+
 def test_one_rank_receives_nothing_and_wrong_arguments_are_named():
     for way in WAYS:
         assert bill(MODELS["1b"], PATTERN, 4096, 1, way).received == 0
@@ -57,3 +66,5 @@ def test_one_rank_receives_nothing_and_wrong_arguments_are_named():
         bill(MODELS["1b"], PATTERN, 4096, 0)
     with pytest.raises(ValueError, match="way='other'"):
         bill(MODELS["1b"], PATTERN, 4096, 2, "other")
+    with pytest.raises(ValueError, match="loss_slice=0"):
+        bill(MODELS["1b"], PATTERN, 4096, 2, loss_slice=0)

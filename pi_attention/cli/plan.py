@@ -54,6 +54,8 @@ class Plan:
     """Also print the bill of training on one sequence of this context over so many GPUs: memory and bytes of a rank."""
     model: Literal["1b", "8b", "70b"] = "8b"
     """Shape of the model that the bill is made for."""
+    loss_slice: int | None = None
+    """Tokens whose logits exist together in that training (`train --loss-slice`); all of a rank's by default."""
     memory: int = 80
     """GiB of a GPU, for the fewest GPUs that the bill names."""
     json: bool = False
@@ -74,6 +76,8 @@ class Plan:
             raise ValueError(f"gpus must be from 1 to context={self.context}, got {self.gpus}.")
         if self.memory < 1:
             raise ValueError(f"memory must be at least 1 GiB, got {self.memory}.")
+        if self.loss_slice is not None and self.loss_slice < 1:
+            raise ValueError(f"loss_slice must be at least 1, got {self.loss_slice}.")
         budget = 256 if self.budget is None and self.hops is None else self.budget
         periods = self.heads if self.head_schedule else 1
         found = plan(self.context, self.layers, heads=periods, budget=budget, hops=self.hops, sinks=self.sinks)
@@ -131,8 +135,8 @@ class Plan:
         sizes, memory = MODELS[self.model], self.memory << 30
         found: dict[str, dict[str, Any]] = {}
         for way in WAYS:
-            made = bill(sizes, pattern, self.context, gpus, way)
-            fewest = fewest_ranks(sizes, pattern, self.context, memory, way)
+            made = bill(sizes, pattern, self.context, gpus, way, self.loss_slice)
+            fewest = fewest_ranks(sizes, pattern, self.context, memory, way, self.loss_slice)
             found[way] = asdict(made) | {"bytes": made.bytes, f"fewest GPUs of {self.memory} GiB": fewest}
         return found
 
