@@ -203,6 +203,7 @@ def test_lm_eval_scores_a_local_task(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # 200,000 steps of 2 ms, more on a busy machine
 def test_memory_stays_over_200_000_generated_positions():
     model, sizes = speaking(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1), set()
     with torch.no_grad():
