@@ -7,7 +7,7 @@ RUN ?= runs/demo
 .PHONY: demo test test-oldest test-all test-gpu experiments-smoke lint docs clean
 
 demo: $(VENV)/installed
-	$(BIN)/pi-attention train --out $(RUN)
+	$(BIN)/pi-attention train --out $(RUN) $(if $(wildcard $(RUN)/train.yaml),--resume)
 	$(BIN)/pi-attention eval $(RUN)
 	$(BIN)/pi-attention generate $(RUN)
 	$(BIN)/pi-attention inspect $(RUN)

@@ -21,6 +21,8 @@ from pi_attention.tasks.influence import Influence
 # Okabe and Ito's palette.
 LOCAL, SKIP, THIRD, PAPER = "#0072B2", "#D55E00", "#009E73", "#FFFFFF"
 COLOURS = [LOCAL, SKIP, THIRD, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+PIXELS = 320
+"""Most cells of a drawn pattern on a side: fewer than the picture has pixels."""
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -113,10 +115,11 @@ def pattern_picture(pattern: PiPattern, length: int, *, most: int = 1280) -> Fig
     first = max(0, length - most)
     figure, axes = _figure(3.2 * columns + 0.6, 3.4, ncols=columns, squeeze=False)
     for head in range(columns):
-        picture = local[0, 0].int() + 2 * skip[0, head].int()
+        picture = (local[0, 0].float() + 2 * skip[0, head].float())[:, first:]
+        size = [min(side, PIXELS) for side in picture.shape]  # or most of the thin diagonals would fall between pixels
         axis = axes[0, head]
         axis.imshow(
-            picture[:, first:].numpy(),
+            torch.nn.functional.adaptive_max_pool2d(picture[None], size)[0].numpy(),
             cmap=ListedColormap([PAPER, LOCAL, SKIP]),
             vmin=0,
             vmax=2,

@@ -330,6 +330,12 @@ def test_masks_of_four_dimensions_are_refused():
         PiForCausalLM(config_of())(prompt(1, 10), attention_mask=torch.ones(1, 1, 10, 10))
 
 
+def test_heads_that_do_not_divide_the_features_are_named():
+    with pytest.raises(ValueError, match="hidden_size=60 must be a multiple of num_attention_heads=7"):
+        PiConfig(hidden_size=60, num_attention_heads=7)
+    assert PiConfig(hidden_size=60, num_attention_heads=7, head_dim=8).head_dim == 8
+
+
 @pytest.mark.parametrize("given", ["labels", "shift_labels"])
 @pytest.mark.parametrize("name", ["pi", "mass"])
 def test_the_loss_by_slices_is_the_loss_and_its_logits_never_exist_together(name, given):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,32 @@ def test_a_loss_by_slices_trains_the_same(finished, corpus, tmp_path):
         for name in ("loss", "eval_loss"):
             assert (name in one) == (name in other)
             assert abs(float(one.get(name, 0)) - float(other.get(name, 0))) < 1e-3
+
+
+def test_a_finished_run_is_not_trained_further_and_a_lost_report_is_made_again(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    before = weights(out)
+    assert "nothing is left to do" in " ".join(run("train", "--out", str(out), "--resume").stdout.split())
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "model")
+    run("train", "--out", str(out), "--resume")
+    assert (out / "summary.json").exists() and last_checkpoint(out).name == "checkpoint-12"
+    assert all(torch.equal(before[name], value) for name, value in weights(out).items())
+
+
+def test_a_resumed_run_keeps_its_settings(finished):
+    for options, words in (
+        (["--steps", "80"], "steps=80 differs from 12"),
+        (["--heads", "8"], "heads=8 differs from 2"),
+    ):
+        result = run("train", "--out", str(finished[0]), "--resume", *options, check=False)
+        assert result.returncode == 2 and words in " ".join(result.stderr.split())
+
+
+def test_text_too_short_for_a_validation_block_is_named(corpus, tmp_path):
+    result = run("train", "--data", corpus, "--out", str(tmp_path), "--context", "8192", check=False)
+    assert result.returncode == 2 and "the validation part of data=" in " ".join(result.stderr.split())
 
 
 def test_a_finished_run_is_not_overwritten(finished, corpus):

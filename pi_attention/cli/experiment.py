@@ -52,6 +52,7 @@ class Experiment:
         folder = self.results or runner.RESULTS
         if self.action == "list":
             table = Table("name", "what", "measured by", "cells", "finished rows")
+            table.columns[0].no_wrap = True
             for name, entry in experiments.items():
                 finished = str(len(runner.load(name, folder)))
                 table.add_row(name, entry.title, entry.metric, str(len(entry.cells(self.scale))), finished)

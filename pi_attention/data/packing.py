@@ -51,7 +51,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         self.context = context
         if len(self.tokens) < context:
             raise ValueError(
-                f"the corpus has {len(self.tokens)} tokens, fewer than one block of context={context}: "
+                f"the text has {len(self.tokens)} tokens, fewer than one block of context={context}: "
                 "use more data or a shorter context."
             )
 

@@ -156,7 +156,8 @@ def train_over_ranks(config: TrainConfig, console: Console) -> None:
     """Train, or resume at any layout, and fill the run folder as `train` does; called by every rank of torchrun."""
     out = config.run.out
     if config.run.resume:
-        asked, config = config, settings_to_resume(out)
+        layout_settings = ("optimizer.batch_size", "optimizer.gradient_accumulation")
+        asked, config = config, settings_to_resume(config, *layout_settings)
         if last_checkpoint(out) is not None:
             raise ValueError(f"out={str(out)!r} holds a run of one process: resume it without --parallel and torchrun.")
         before = _blocks_a_step(config)

@@ -23,12 +23,16 @@ from pi_attention.data.tokenizers import load_tokenizer
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.nn import record_aux
 from pi_attention.tasks.generation import generate_text
-from pi_attention.training.checkpoints import AtomicTrainer, last_checkpoint
-from pi_attention.training.config import TrainConfig, load_yaml, save_yaml
+from pi_attention.training.checkpoints import AtomicTrainer, last_checkpoint, step_of
+from pi_attention.training.config import TrainConfig, load_yaml, save_yaml, to_plain
 from pi_attention.training.progress import MetricsFile, ProgressBar, SaveOnInterrupt, read_metrics
 
 SETTINGS = "train.yaml"
 MODEL = "model"
+SUMMARY = "summary.json"
+"""The last thing that a run writes."""
+ALWAYS_NEW = ("run.out", "run.resume", "run.parallel", "run.zero", "run.patience")
+"""Settings that are not of the run, but of the machine and the moment."""
 
 
 def train(config: TrainConfig, console: Console) -> bool:
@@ -39,7 +43,7 @@ def train(config: TrainConfig, console: Console) -> bool:
     out = config.run.out
     checkpoint = None
     if config.run.resume:
-        config, checkpoint = settings_to_resume(out), last_checkpoint(out)
+        config, checkpoint = settings_to_resume(config), last_checkpoint(out)
         if config.run.parallel:
             raise ValueError(
                 f"out={str(out)!r} holds a run of parallel={config.run.parallel!r}: resume it under torchrun, with "
@@ -48,11 +52,15 @@ def train(config: TrainConfig, console: Console) -> bool:
     else:
         refuse_to_overwrite(out)
     config.check()
+    trained = checkpoint is not None and step_of(checkpoint) >= config.optimizer.steps
+    if trained and (out / SUMMARY).exists():
+        console.print(f"{out}/ holds a finished run of {config.optimizer.steps} steps: nothing is left to do.")
+        return True
 
     set_seed(config.run.seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
     training, validation = load_blocks(config, tokenizer)
-    model = PiForCausalLM(model_config(config, tokenizer))
+    model = PiForCausalLM.from_pretrained(checkpoint) if trained else PiForCausalLM(model_config(config, tokenizer))
     if config.optimizer.gradient_checkpointing:
         enable_checkpointing(model)
     out.mkdir(parents=True, exist_ok=True)
@@ -73,8 +81,9 @@ def train(config: TrainConfig, console: Console) -> bool:
         callbacks=[MetricsFile(out), ProgressBar(tokens_per_step, console), interrupt],
     )
     _keep_only_our_progress(trainer)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:
+    if not trained:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if interrupt.interrupted and trainer.state.global_step < config.optimizer.steps:
         console.print(
             f"Interrupted at step {trainer.state.global_step}, saved. Go on: pi-attention train --out {out} --resume"
         )
@@ -95,12 +104,31 @@ def refuse_to_overwrite(out: Path) -> None:
         )
 
 
-def settings_to_resume(out: Path) -> TrainConfig:
-    """The settings of the run in a folder."""
+def settings_to_resume(given: TrainConfig, *may_change: str) -> TrainConfig:
+    """The settings of the run in a folder.
+
+    Args:
+        given: its run.out names the folder; every other setting must be the run's, or a default.
+        may_change: settings that a run may be resumed with anew, such as "optimizer.batch_size".
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: a setting differs from the run's.
+    """
+    out = given.run.out
     if not (out / SETTINGS).exists():
         raise FileNotFoundError(f"out={str(out)!r} holds no run to resume: leave out --resume, or give its folder.")
     config = load_yaml(TrainConfig, out / SETTINGS)
     config.run.out, config.run.resume = out, False
+    asked, default, kept = (to_plain(settings) for settings in (given, TrainConfig(), config))
+    for part, settings in kept.items():
+        for name, value in settings.items():
+            other = asked[part][name]
+            if f"{part}.{name}" not in ALWAYS_NEW + may_change and other not in (value, default[part][name]):
+                raise ValueError(
+                    f"{name}={other!r} differs from {value!r} of the run in out={str(out)!r}, and a resumed run keeps "
+                    "its settings: leave it out, or train anew in another folder."
+                )
     return config
 
 
@@ -108,8 +136,14 @@ def load_blocks(config: TrainConfig, tokenizer: Any) -> tuple[PackedBlocks, Pack
     """Training and validation blocks of the run's corpus."""
     documents = load_documents(config.data.data, text_field=config.data.text_field)
     parts = hold_out(documents, config.data.validation_fraction, config.run.seed)
-    training, validation = (PackedBlocks(part, tokenizer, config.data.context) for part in parts)
-    return training, validation
+    blocks = []
+    for name, part in zip(("training", "validation"), parts, strict=True):
+        try:
+            blocks.append(PackedBlocks(part, tokenizer, config.data.context))
+        except ValueError as error:
+            of = f"the {name} part of data={config.data.data!r}, validation_fraction={config.data.validation_fraction}"
+            raise ValueError(f"{of}: {error}") from error
+    return blocks[0], blocks[1]
 
 
 def model_config(config: TrainConfig, tokenizer: Any) -> PiConfig:
@@ -211,5 +245,5 @@ def write_report(
     sample = generate_text(model, tokenizer, prompt, max_new_tokens=400, seed=config.run.seed)
     (out / "sample.txt").write_text(sample.text)
     last = {key: value for line in metrics for key, value in line.items() if key in ("loss", "eval_loss", "step")}
-    (out / "summary.json").write_text(json.dumps(last, indent=2))
+    (out / SUMMARY).write_text(json.dumps(last, indent=2))
     console.print(f"validation loss {last.get('eval_loss', float('nan')):.3f} nats a token; the run is in {out}/")
