@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import experiments.pictures
 from benchmarks.theory import fields
 from benchmarks.timing import RESULTS
+from experiments import pictures
+from experiments.pictures import Lines
 from pi_attention import plots
 from pi_attention.bill import MODELS, WAYS, bill
 from pi_attention.explorer import write_explorer
@@ -16,9 +17,6 @@ from pi_attention.pattern import PiPattern
 
 DOCS = RESULTS.parents[1] / "docs"
 FIGURES = DOCS / "figures"
-
-Lines = dict[str, list[tuple[float, float]]]
-"""Points by label."""
 
 
 def volumes() -> Lines:
@@ -56,7 +54,7 @@ def times_of_kernels(result: dict[str, Any]) -> Lines:
 
 def draw() -> None:
     """Write every picture, and the explorer page."""
-    experiments.pictures.draw(FIGURES)
+    pictures.draw(FIGURES)
     write_explorer(DOCS / "explorer.html", PiPattern(64, 64, 8), heads=8, layers=6, context=8192)
     plots.save(plots.growth_picture(fields(32768)), FIGURES / "growth.svg")
     plots.save(plots.hops_picture(fields(8192)), FIGURES / "hops.svg")

@@ -9,10 +9,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 from PIL import Image
 
-from experiments import (
-    retrieval_qa,
-    series,
-)
+from experiments import retrieval_qa, series
 
 
 def zipped(path, text):

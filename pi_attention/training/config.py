@@ -147,12 +147,11 @@ class TrainConfig:
             "save_every": self.run.save_every,
             "keep_checkpoints": self.run.keep_checkpoints,
             "patience": self.run.patience,
+            "loss_slice": self.optimizer.loss_slice,
         }
         for name, value in positive.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.optimizer.loss_slice is not None and self.optimizer.loss_slice < 1:
-            raise ValueError(f"loss_slice must be at least 1, got {self.optimizer.loss_slice}.")
         if self.optimizer.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive, got {self.optimizer.learning_rate}.")
         model = self.model
