@@ -16,7 +16,7 @@ from torch import Tensor
 from experiments.data import blocks, bpe, documents, need, windows
 from experiments.runner import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE, fit, products
-from experiments.variants import BASELINE, MAIN, RANDOM_BLOCKS, VARIANTS, config, specialise
+from experiments.variants import BASELINE, MAIN, PLANNED, RANDOM_BLOCKS, VARIANTS, config, specialise
 from pi_attention.models import PiForCausalLM
 from pi_attention.nn import record_aux
 
@@ -149,7 +149,7 @@ def long_cells(scale: Scale) -> list[Settings]:
     sizes = {"smoke": SIZES["smoke"], "small": LONG}.get(scale)
     if sizes is None:
         return []
-    variants = ("dense", BASELINE, "pi", "pi, mass gate", "pi, no gate", "dilated")
+    variants = ("dense", BASELINE, "pi", "pi, mass gate", "pi, no gate", "dilated", PLANNED)
     common = {"context": 2048 if scale == "small" else 256, **sizes}
     wider = [{"variant": "pi", "window": 16, "period": 32, "skips": 64, **common}]  # more skips for the same keys
     return [{"variant": variant, **PATTERN, **common} for variant in variants] + wider

@@ -108,6 +108,6 @@ EXPERIMENT = Experiment(
     better="higher",
     cells=cells,
     measure=measure,
-    rates=(1e-3,),
+    rates=(1e-3, 3e-3),
     prepare=dataset,
 )

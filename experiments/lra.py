@@ -94,6 +94,6 @@ EXPERIMENT = Experiment(
     better="higher",
     cells=cells,
     measure=measure,
-    rates=(1e-3,),
+    rates=(3e-4, 1e-3, 3e-3),
     prepare=dataset,
 )

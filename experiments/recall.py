@@ -136,7 +136,7 @@ def cells(scale: Scale) -> list[Settings]:
         for more in ({}, {"layers": 2}, {"layers": 8}):
             shapes.append((64, 64, 16, passkey | more, (*MAIN, "pi, geometric heads", PLANNED)))
         for context in (8192, 32768):
-            longer = passkey | {"context": context, "batch": 32768 // context, "steps": 4000}
+            longer = passkey | {"context": context, "asks": context // 32 - 1, "batch": 32768 // context, "steps": 4000}
             shapes.append((64, 64, 16, longer, (*MAIN, PLANNED)))
     return [
         {"variant": variant, "window": w, "period": period, "skips": m, **common, **task}
@@ -154,4 +154,5 @@ EXPERIMENT = Experiment(
     cells=cells,
     measure=measure,
     rates=(1e-3, 3e-3),
+    seeds=5,
 )

@@ -42,6 +42,14 @@ def measured_cells(experiment: Experiment) -> list[Cell]:
     return found
 
 
+def measured_on(rows: list[dict[str, Any]]) -> str:
+    """Device, version and days of rows."""
+    days: dict[str, set[str]] = {}
+    for row in rows:
+        days.setdefault(f"{row['device']}, torch {row['torch']}", set()).add(row["date"])
+    return "; ".join(f"{device}, {', '.join(sorted(dates))}" for device, dates in sorted(days.items()))
+
+
 def compared(
     name: str, columns: dict[str, Column] | None = None, digits: int = 3, by: tuple[str, ...] = ("variant",)
 ) -> str:
@@ -74,12 +82,10 @@ def compared(
             line.append(str(len(rows)))
             line += [column(results) for column in columns.values()]
             lines.append([*line, f"{rows[0]['settings']['rate']:g}"])
-        measured = {f"{row['device']}, torch {row['torch']}, {row['date']}" for _, rows in members for row in rows}
-        device = "; ".join(sorted(measured))
         said = ", ".join(f"{key} {value}" for key, value in common.items() if not isinstance(value, list))
         gap = [f"minus {BASELINE}"] if base else []
         head = [*by, experiment.metric, *gap, "seeds", *columns, "learning rate"]
-        parts.append(f"{said}. {device}.\n\n" + table(head, lines))
+        parts.append(f"{said}. {measured_on([row for _, rows in members for row in rows])}.\n\n" + table(head, lines))
     return "\n\n".join(parts)
 
 

@@ -51,13 +51,13 @@ def save(figure: Figure, path: Path) -> None:
 
 def curves(lines: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str, *, log: bool = False) -> Figure:
     """Lines through points (x, y) by label; `log` scales both axes."""
-    figure, axes = _figure(6, 3.5)
+    figure, axes = _figure(6, 4)
     for (label, points), colour, marker in zip(lines.items(), COLOURS, "os^Dv<>", strict=False):
         axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=4)
     if log:
         axes.set(xscale="log", yscale="log")
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)  # where it covers no line
     return figure
 
 

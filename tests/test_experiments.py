@@ -134,7 +134,7 @@ def test_pictures_show_what_was_measured(tmp_path):
     assert pictures.gains()["glucose"]["pi"][0] < 0  # lower is better
     pictures.draw(tmp_path)
     shown = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
-    assert len(shown) == 4 and "images as pixels" in shown["gains.svg"] and "no gate" in shown["recall_by_lag.svg"]
+    assert len(shown) == 4 and "images as pixels" in shown["gains.svg"] and "planned" in shown["recall_by_lag.svg"]
 
 
 def first_cells(experiment, count):
