@@ -1,21 +1,26 @@
 """The main job from the command line, on a tiny model: training, interruption, resuming, evaluating, generating."""
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from pi_attention.cli.main import main, parse
 from pi_attention.training.checkpoints import last_checkpoint
+from pi_attention.training.progress import ProgressBar
 
 TINY = [
     "--hidden-size", "32", "--layers", "2", "--heads", "2", "--window", "8", "--period", "8", "--skips", "3",
@@ -163,6 +168,7 @@ def _console():
 def test_evaluation(finished, corpus):
     out, _ = finished
     printed = run("eval", str(out)).stdout
+    assert re.match(r"evaluating \d+ blocks of 128 tokens\n", printed)
     result = json.loads((out / "eval.json").read_text())
     assert f"{result['bits_per_byte']:.4f} bits per byte" in printed
     assert (out / "loss_by_position.png").exists()
@@ -229,3 +235,27 @@ def test_unknown_settings_in_a_file_are_named(tmp_path):
     file.write_text("model: {windows: 3}")
     with pytest.raises(ValueError, match=r"unknown setting 'model.windows'"):
         parse(["train", "--config", str(file)])
+
+
+def test_the_command_without_its_packages_says_which_is_missing():
+    code = "import sys; sys.modules['tyro'] = None; from pi_attention.cli.__main__ import command; command()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "pi-attention needs the package tyro: pip install 'pi-attention[train]'"
+
+
+def test_time_left_counts_by_recent_steps(monkeypatch):
+    printed = io.StringIO()
+    bar = ProgressBar(tokens_per_step=100, console=Console(file=printed))
+    state = SimpleNamespace(max_steps=40, global_step=0, is_world_process_zero=False)
+    bar.on_train_begin(None, state, None)
+    state.is_world_process_zero = True
+    now = 0.0
+    monkeypatch.setattr("pi_attention.training.progress.time.perf_counter", lambda: now)
+    for seconds in (60.0, *[1.0] * 8, *[2.0] * 21):  # the first compiles, the last ones run on a busier machine
+        bar.on_step_begin(None, state, None)
+        now += seconds
+        state.global_step += 1
+        bar.on_step_end(None, state, None)
+    bar.on_log(None, state, None, {"loss": 1.5})
+    assert "50 tokens/s  20 s left" in printed.getvalue()

@@ -46,6 +46,10 @@ class Eval:
 
         model, tokenizer = load_run(self.run)
         blocks = self._blocks(model, tokenizer)
+        if not console.is_terminal:  # where no bar is shown
+            console.print(
+                f"evaluating {min(len(blocks), self.limit or len(blocks)):,} blocks of {blocks.context:,} tokens"
+            )
         with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
             task = progress.add_task("evaluating")
             result = evaluate(

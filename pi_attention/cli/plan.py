@@ -140,8 +140,15 @@ class Plan:
             found[way] = asdict(made) | {"bytes": made.bytes, f"fewest GPUs of {self.memory} GiB": fewest}
         return found
 
+    def _shape(self) -> str:
+        sizes = MODELS[self.model]
+        return (
+            f"the {self.model} model ({sizes.num_hidden_layers} layers, {sizes.num_attention_heads} heads, "
+            f"{sizes.num_key_value_heads} key heads)"
+        )
+
     def _bill_table(self, bills: dict[str, dict[str, Any]]) -> Table:
-        table = Table(title=f"A training step of the {self.model} model over {self.gpus} GPUs, a rank")
+        table = Table(title=f"A training step of {self._shape()} over {self.gpus} GPUs, a rank")
         for name in ("", *bills):
             table.add_column(name, justify="left" if not name else "right")
         for name in next(iter(bills.values())):
@@ -179,8 +186,9 @@ class Plan:
             ("sees the whole context through", f"{found.hops} of {self.layers} layers"),
             ("attention FLOPs", f"{figures['attention flops a layer'] / 1e9:,.2f} GFLOP a layer forward, "
                                 f"{figures['of dense']:.2%} of dense"),
-            ("decoding cache", f"{figures['cache bytes a layer'] / 2**20:,.1f} MiB a layer in 16 bits, "
-                               f"dense {figures['dense cache bytes a layer'] / 2**20:,.1f} MiB"),
+            ("decoding cache", f"{figures['cache bytes a layer'] / 2**20:,.1f} MiB a layer, "
+                               f"dense {figures['dense cache bytes a layer'] / 2**20:,.1f} MiB, "
+                               f"in 16 bits with {self.kv_heads or self.heads} key heads"),
         ]  # fmt: skip
         for kind, seconds in figures.get("seconds a layer", {}).items():
             rows.append((f"expected {kind}", f"{1e3 * seconds:,.2f} ms a layer, {DEVICES[str(self.device)].name}"))

@@ -15,7 +15,8 @@ def model_folder(run: Path) -> Path:
     folder = run / "model" if (run / "model").is_dir() else run
     if not (folder / "config.json").exists():
         unfinished = " The run has not finished: pi-attention train --resume." if (run / "train.yaml").exists() else ""
-        raise FileNotFoundError(f"run={str(run)!r} holds no model.{unfinished}")
+        wanted = "" if unfinished else " Name the folder of a training run, or one that save_pretrained wrote."
+        raise FileNotFoundError(f"run={str(run)!r} holds no model.{unfinished}{wanted}")
     return folder
 
 

@@ -47,6 +47,9 @@ class Layout:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
+    def __str__(self) -> str:
+        return f"dp={self.dp},tp={self.tp},cp={self.cp}"
+
     @staticmethod
     def parse(text: str) -> Layout:
         """A layout from text such as "dp=2,cp=4"; what is left out is 1.

@@ -170,8 +170,8 @@ def train_over_ranks(config: TrainConfig, console: Console) -> None:
         config.optimizer.gradient_accumulation = asked.optimizer.gradient_accumulation
         if _blocks_a_step(config) != before:
             raise ValueError(
-                f"a step of the run has {before} blocks, but batch_size · gradient_accumulation · dp is now "
-                f"{_blocks_a_step(config)}: choose them so that their product is {before}."
+                f"a step of the run has {before} blocks, but batch_size · gradient_accumulation · dp, with "
+                f"parallel={config.run.parallel!r}, is {_blocks_a_step(config)}: choose them so that it is {before}."
             )
     else:
         refuse_to_overwrite(out)

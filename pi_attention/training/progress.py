@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections import deque
 from pathlib import Path
+from statistics import median
 from types import FrameType
 from typing import Any
 
@@ -14,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 METRICS = "metrics.jsonl"
+RECENT = 20
+"""Steps whose median time is the speed: without the first, which may compile, and as fast as the machine is now."""
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -64,8 +68,7 @@ class ProgressBar(TrainerCallback):
             disable=not console.is_terminal,
         )
         self.loss = self.validation = "–"
-        self.busy = 0.0  # seconds spent in steps
-        self.steps = 0
+        self.seconds: deque[float] = deque(maxlen=RECENT)  # of the last steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.task = self.progress.add_task(
@@ -78,8 +81,7 @@ class ProgressBar(TrainerCallback):
         self.begun = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.busy += time.perf_counter() - self.begun
-        self.steps += 1
+        self.seconds.append(time.perf_counter() - self.begun)
         self._show(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -89,7 +91,7 @@ class ProgressBar(TrainerCallback):
         if "eval_loss" in logs:
             self.validation = f"{float(logs['eval_loss']):.3f}"
         if state.is_world_process_zero and not self.console.is_terminal and {"loss", "eval_loss"} & set(logs):
-            left = (state.max_steps - state.global_step) * self.busy / max(1, self.steps)
+            left = (state.max_steps - state.global_step) * (median(self.seconds) if self.seconds else 0.0)
             self.console.print(
                 f"step {state.global_step}/{state.max_steps}  loss {self.loss}  validation {self.validation}  "
                 f"{self._speed()} tokens/s  {left:.0f} s left"
@@ -100,7 +102,7 @@ class ProgressBar(TrainerCallback):
         self.progress.stop()
 
     def _speed(self) -> str:
-        return f"{self.steps * self.tokens_per_step / self.busy:,.0f}" if self.busy else "–"
+        return f"{self.tokens_per_step / median(self.seconds):,.0f}" if self.seconds else "–"
 
     def _show(self, step: int) -> None:
         self.progress.update(self.task, completed=step, loss=self.loss, validation=self.validation, speed=self._speed())
