@@ -104,35 +104,41 @@ def peak(sizes: Sizes, layout: Layout, zero: int, loss_slice: int | None) -> int
     return sum(parts["Total"] for parts in snapshot.values())
 
 
+def continued(sizes: Sizes, layout: Layout, zero: int, loss_slice: int | None) -> int:
+    """Bytes at the peak of the whole model, from two with few layers."""
+    cases = [replace(sizes, num_hidden_layers=layers) for layers in (FEW, MORE)]
+    with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:  # a process group is made once
+        few, more = pool.map(peak, cases, [layout] * 2, [zero] * 2, [loss_slice] * 2)
+    return few + (more - few) * (sizes.num_hidden_layers - FEW) // (MORE - FEW)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["8b", "70b"])
     parser.add_argument("--again", action="store_true", help="track also what the result file has")
     options = parser.parse_args()
-    spawn = get_context("spawn")
     file = RESULTS / "memory.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() and not options.again else []
-    for name in options.models:
-        sizes = MODELS[name]
-        for ranks, layouts in LAYOUTS.items():
-            for text, zero in layouts:
-                layout, case = Layout.parse(text), {"model": name, "ranks": ranks, "layout": text, "zero": zero}
-                row = next((row for row in rows if case.items() <= row.items()), None)
-                if row is None:
-                    rows.append(row := dict(case))
-                if layout.cp == ranks:
-                    row["bill bytes"] = bill(sizes, PATTERN, CONTEXT, ranks).bytes
-                for kind, loss_slice in (("tracked bytes", None), ("tracked bytes, loss by slices", SLICE)):
-                    if kind in row:
-                        continue
-                    begun = time.perf_counter()
-                    with ProcessPoolExecutor(2, spawn, max_tasks_per_child=1) as pool:  # a process group is made once
-                        cases = [replace(sizes, num_hidden_layers=n) for n in (FEW, MORE)]
-                        few, more = pool.map(peak, cases, [layout] * 2, [zero] * 2, [loss_slice] * 2)
-                    row[kind] = few + (more - few) * (sizes.num_hidden_layers - FEW) // (MORE - FEW)
-                    print(json.dumps(row), f"{time.perf_counter() - begun:.0f} s", flush=True)
-                    about = {"S": CONTEXT, "pattern": "256, 256, 16", "layers": [FEW, MORE], "loss slice": SLICE}
-                    write("memory", about | {"rows": rows})
+    about = {"S": CONTEXT, "pattern": "256, 256, 16", "layers": [FEW, MORE], "loss slice": SLICE}
+    cases = [
+        {"model": name, "ranks": ranks, "layout": layout, "zero": zero}
+        for name in options.models
+        for ranks, layouts in LAYOUTS.items()
+        for layout, zero in layouts
+    ]
+    for case in cases:
+        sizes, layout = MODELS[case["model"]], Layout.parse(case["layout"])
+        row = next((row for row in rows if case.items() <= row.items()), None)
+        if row is None:
+            rows.append(row := dict(case))
+        if layout.cp == case["ranks"]:
+            row["bill bytes"] = bill(sizes, PATTERN, CONTEXT, layout.cp).bytes
+        for kind, loss_slice in (("tracked bytes", None), ("tracked bytes, loss by slices", SLICE)):
+            if kind not in row:
+                begun = time.perf_counter()
+                row[kind] = continued(sizes, layout, case["zero"], loss_slice)
+                print(json.dumps(row), f"{time.perf_counter() - begun:.0f} s", flush=True)
+                write("memory", about | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 from experiments.data import blocks, bpe, documents, need, windows
 from experiments.runner import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE, fit, products
-from experiments.variants import BASELINE, MAIN, PLANNED, RANDOM_BLOCKS, VARIANTS, config, specialise
+from experiments.variants import BASELINE, DILATED_HEADS, MAIN, PLANNED, RANDOM_BLOCKS, VARIANTS, config, specialise
 from pi_attention.models import PiForCausalLM
 from pi_attention.nn import record_aux
 
@@ -133,7 +133,7 @@ def cells(scale: Scale) -> list[Settings]:
         "laptop": [(1024, SIZES["laptop"], MAIN)],
         "small": [
             (2048, SIZES["small"], (*VARIANTS, RANDOM_BLOCKS)),
-            (16384, SIZES["small"], MAIN),
+            (16384, SIZES["small"], (*MAIN, DILATED_HEADS)),
             (8192, LONGER, (*MAIN, "pi, no gate", "window + sinks")),
         ],
     }
@@ -149,7 +149,7 @@ def long_cells(scale: Scale) -> list[Settings]:
     sizes = {"smoke": SIZES["smoke"], "small": LONG}.get(scale)
     if sizes is None:
         return []
-    variants = ("dense", BASELINE, "pi", "pi, mass gate", "pi, no gate", "dilated", PLANNED)
+    variants = ("dense", BASELINE, "pi", "pi, mass gate", "pi, no gate", "dilated", PLANNED, DILATED_HEADS)
     common = {"context": 2048 if scale == "small" else 256, **sizes}
     wider = [{"variant": "pi", "window": 16, "period": 32, "skips": 64, **common}]  # more skips for the same keys
     return [{"variant": variant, **PATTERN, **common} for variant in variants] + wider
@@ -158,7 +158,8 @@ def long_cells(scale: Scale) -> list[Settings]:
 def large_cells(scale: Scale) -> list[Settings]:
     """The main variants with 112 M parameters."""
     sizes = {"smoke": SIZES["smoke"], "small": LARGE}.get(scale)
-    return [{"variant": v, **PATTERN, "context": 8192 if scale == "small" else 256, **sizes} for v in MAIN if sizes]
+    context = 8192 if scale == "small" else 256
+    return [{"variant": v, **PATTERN, "context": context, **sizes} for v in (*MAIN, DILATED_HEADS) if sizes]
 
 
 EXPERIMENT = Experiment(

@@ -65,19 +65,27 @@ def at_lag(batch: int, context: int, lag: int, pairs: int, generator: torch.Gene
 
 
 def measure(settings: Settings, data: Path) -> Result:
-    """Train a variant, then its accuracy at every lag of `lags`, and on sequences as in training."""
+    """Train a variant, then its accuracy at every lag of `lags`, and on sequences as in training.
+
+    Where the settings have lengths "shorter first", each has its share of the steps, with as many tokens and questions
+    a step and a schedule of its own, before the context has the last share.
+    """
     torch.manual_seed(settings["seed"])
     generator = torch.Generator().manual_seed(1 + settings["seed"])
     context, pairs = settings["context"], settings["pairs"]
     made = config(settings, vocab_size=VOCABULARY)
     model = specialise(PiForCausalLM(made).to(DEVICE), settings)
 
-    def batches() -> Iterator[dict[str, Tensor]]:
+    def batches(length: int) -> Iterator[dict[str, Tensor]]:
+        batch = settings["batch"] * context // length
+        asks = (1 + settings["asks"]) * length // context - 1
         while True:
-            ids, labels = sequences(settings["batch"], context, pairs, settings["asks"], generator)
+            ids, labels = sequences(batch, length, pairs, asks, generator)
             yield {"input_ids": ids, "labels": labels}
 
-    last = fit(model, batches(), steps=settings["steps"], rate=settings["rate"])
+    lengths = [*settings.get("shorter first", []), context]
+    for length in lengths:
+        last = fit(model, batches(length), steps=settings["steps"] // len(lengths), rate=settings["rate"])
 
     @torch.no_grad()
     def accuracy(ids: Tensor, labels: Tensor) -> float:
@@ -126,6 +134,8 @@ def cells(scale: Scale) -> list[Settings]:
     if scale == "smoke":
         common = {"hidden": 32, "layers": 2, "heads": 2, "steps": 2}
         shapes = [(8, 8, 4, {"context": 64, "pairs": 4, "asks": 3, "batch": 4}, (*VARIANTS, PLANNED))]
+        longer = {"context": 64, "pairs": 1, "asks": 3, "batch": 4, "shorter first": [32]}
+        shapes.append((8, 8, 4, longer, ("pi",)))
     else:
         recall = {"context": 512, "pairs": 4, "asks": 7, "batch": 64, "steps": 1500}
         shapes = [
@@ -135,9 +145,10 @@ def cells(scale: Scale) -> list[Settings]:
         passkey = {"context": 1024, "pairs": 1, "asks": 31, "batch": 32, "steps": 1000}
         for more in ({}, {"layers": 2}, {"layers": 8}):
             shapes.append((64, 64, 16, passkey | more, (*MAIN, "pi, geometric heads", PLANNED)))
-        for context in (8192, 32768):
-            longer = passkey | {"context": context, "asks": context // 32 - 1, "batch": 32768 // context, "steps": 4000}
-            shapes.append((64, 64, 16, longer, (*MAIN, PLANNED)))
+        for context, shorter in ((8192, [1024, 2048, 4096]), (32768, [1024, 2048, 4096, 8192, 16384])):
+            longer = {"context": context, "asks": context // 32 - 1, "batch": 32768 // context}
+            by_length = {"steps": 1000 * (len(shorter) + 1), "shorter first": shorter}
+            shapes.append((64, 64, 16, passkey | longer | by_length, (*MAIN, PLANNED)))
     return [
         {"variant": variant, "window": w, "period": period, "skips": m, **common, **task}
         | {"lags": lags(task["context"], w, period)}

@@ -21,6 +21,8 @@ from pi_attention.pattern import coprime_periods, geometric_periods
 from pi_attention.planner import plan
 
 BASELINE = "ring-local, same keys"
+DILATED_HEADS = "pi, dilated heads"
+"""A quarter of the window; what it saves goes to skips, whose period is 1 in the first head and grows by head."""
 VARIANTS = (
     "dense",
     "ring-local, same window",
@@ -33,6 +35,7 @@ VARIANTS = (
     "pi, geometric heads",
     "window + sinks",
     "dilated",
+    DILATED_HEADS,
 )
 PLANNED = "pi, planned"
 """The periods that the planner chooses for the context, the layers and the keys."""
@@ -80,6 +83,7 @@ def attention(settings: Settings) -> dict[str, Any]:
     if variant == PLANNED:
         planned = plan(settings["context"], settings["layers"], heads=heads, budget=w + m).pattern
         chosen[PLANNED] = {"window": planned.window, "skips": planned.skips, "period": list(planned.periods)}
+    chosen[DILATED_HEADS] = chosen["dilated"] | {"window": w // 4, "skips": w - w // 4 + m, "gate": True}
     chosen[RANDOM_BLOCKS] = chosen["dense"]  # `specialise` puts the mask in
     if variant not in chosen:
         raise ValueError(f"variant={variant!r} is unknown: use one of {list(chosen)}.")
