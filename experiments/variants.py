@@ -59,6 +59,7 @@ def attention(settings: Settings) -> dict[str, Any]:
     w, period, m = settings["window"], settings["period"], settings["skips"]
     sinks, last = min(settings.get("sinks", 4), m), settings["context"] - 1
     coprime = {"period": list(coprime_periods(period, heads))}
+    dilated = {"period": list(geometric_periods(1, max(1, last // (w + m - 1)), heads))}
     with_sinks = {"skips": m - sinks, "sinks": sinks}
     chosen: dict[str, dict[str, Any]] = {
         "dense": {"layer_patterns": ["dense"], "gate": False},
@@ -73,17 +74,12 @@ def attention(settings: Settings) -> dict[str, Any]:
         "window + sinks": {"window": w + m - sinks, "skips": 0, "sinks": sinks, "gate": False},
         "pi + sinks": with_sinks,
         "pi, coprime heads + sinks": with_sinks | coprime,
-        "dilated": {
-            "window": 1,
-            "skips": w + m - 1,
-            "period": list(geometric_periods(1, max(1, last // (w + m - 1)), heads)),
-            "gate": False,
-        },
+        "dilated": dilated | {"window": 1, "skips": w + m - 1, "gate": False},
+        DILATED_HEADS: dilated | {"window": w // 4, "skips": w - w // 4 + m},
     }
     if variant == PLANNED:
         planned = plan(settings["context"], settings["layers"], heads=heads, budget=w + m).pattern
         chosen[PLANNED] = {"window": planned.window, "skips": planned.skips, "period": list(planned.periods)}
-    chosen[DILATED_HEADS] = chosen["dilated"] | {"window": w // 4, "skips": w - w // 4 + m, "gate": True}
     chosen[RANDOM_BLOCKS] = chosen["dense"]  # `specialise` puts the mask in
     if variant not in chosen:
         raise ValueError(f"variant={variant!r} is unknown: use one of {list(chosen)}.")
