@@ -82,7 +82,7 @@ def compared(
             line.append(str(len(rows)))
             line += [column(results) for column in columns.values()]
             lines.append([*line, f"{rows[0]['settings']['rate']:g}"])
-        said = ", ".join(f"{key} {value}" for key, value in common.items() if not isinstance(value, list))
+        said = ", ".join(f"{key} {value}" for key, value in common.items())
         gap = [f"minus {BASELINE}"] if base else []
         head = [*by, experiment.metric, *gap, "seeds", *columns, "learning rate"]
         parts.append(f"{said}. {measured_on([row for _, rows in members for row in rows])}.\n\n" + table(head, lines))
