@@ -75,7 +75,7 @@ def intervals(
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(xlabel=xlabel, xlim=limits, yticks=range(len(rows)), yticklabels=list(rows))
     axes.invert_yaxis()
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)  # where it covers no interval
     return figure
 
 
