@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pi_attention.pattern import PiPattern
+from pi_attention.pattern import PiPattern, need_pattern
 from pi_attention.segments import segment_starts
 
 
@@ -34,6 +34,7 @@ class LayerCache:
     """Tokens seen so far, kept or not."""
 
     def __init__(self, pattern: PiPattern) -> None:
+        need_pattern(pattern)
         if not pattern.causal:
             raise ValueError("a decoding cache needs a causal pattern: with causal=False every token sees later ones.")
         self.pattern = pattern
@@ -75,7 +76,11 @@ class LayerCache:
         Returns:
             key and value, [B, G, kept + T, D], to be passed to `pi_attention` with the new queries. When `starts` is
             given, some sink slots may be empty: take the segment ids of the returned keys from `select`.
+
+        Raises:
+            ValueError: key and value do not have one shape [B, G, T, D], or another B, G or D than those kept.
         """
+        self._check(key, value)
         new = torch.stack([key, value])
         if self._buffer is None:
             self._buffer = new.new_zeros(*new.shape[:3], self.pattern.sinks, new.shape[4])
@@ -107,6 +112,21 @@ class LayerCache:
             starts = segment_starts(segment_ids)[:, self.length]
         key, value = self.update(key, value, starts)
         return key, value, None if segment_ids is None else self.select(segment_ids)
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        if key.dim() != 4 or key.shape != value.shape:
+            raise ValueError(
+                f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape [B, G, T, D], heads before "
+                "tokens."
+            )
+        if self._buffer is None:
+            return
+        _, batch, heads, _, dim = self._buffer.shape
+        if (key.shape[0], key.shape[1], key.shape[3]) != (batch, heads, dim):
+            raise ValueError(
+                f"key {tuple(key.shape)} must be [{batch}, {heads}, T, {dim}], as the tokens before it: call reset() "
+                "before another sequence."
+            )
 
     def resume(self, key: Tensor, value: Tensor, length: int) -> None:
         """As if `length` tokens of one segment had been seen, elsewhere.

@@ -25,10 +25,11 @@ from pi_attention.models.interface import (
 from pi_attention.models.modeling_pi import initialise, segments_of_batch, static_segments
 from pi_attention.models.static_cache import PiStaticCache
 from pi_attention.nn.gate import FusionGate
-from pi_attention.pattern import PiPattern
+from pi_attention.pattern import PiPattern, need_pattern
 
 MOVING = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length."""
+LOADER = "AutoModelForCausalLM.from_pretrained"
 
 
 class PiConvertedConfig(PretrainedConfig):
@@ -98,8 +99,10 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
         config, patterns = self.config.text_config, self._patterns
         found: set[int] = set()
         for module in self.model.modules():
-            layer = getattr(module, "layer_idx", None)
-            if layer is None or not hasattr(module, "q_proj") or patterns[layer].skips == 0 or not self.config.gate:
+            if not (self.config.gate and _takes_gate(module)):
+                continue
+            layer: Any = module.layer_idx
+            if patterns[layer].skips == 0:
                 continue
             found.add(layer)
             gate = FusionGate(config.hidden_size, config.num_attention_heads)
@@ -197,6 +200,11 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
         )
 
 
+def _takes_gate(module: nn.Module) -> bool:
+    """Whether it is the attention of a layer, of the make that a gate can be added to."""
+    return getattr(module, "layer_idx", None) is not None and hasattr(module, "q_proj")
+
+
 def _rotary_frequencies(model: PreTrainedModel, layers: int) -> list[Tensor | None] | None:
     """Inverse frequencies of each layer's rotary embedding, None for a layer without.
 
@@ -252,13 +260,22 @@ def convert(
         `pi_attention.convert` is imported.
 
     Raises:
-        ValueError: the pattern is bidirectional, or a layer does not exist.
+        TypeError: the model is no model of transformers, or the pattern no pattern.
+        ValueError: the model is no causal language model, or converted already, the pattern is bidirectional, or a
+            layer does not exist.
         NotImplementedError: the model does not use transformers' attention interface.
 
     Example::
 
         model = convert(AutoModelForCausalLM.from_pretrained(name), PiPattern(512, 512, 16, sinks=4))
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a PreTrainedModel, got {type(model).__name__}: load it by {LOADER}.")
+    if isinstance(model, PiConvertedForCausalLM) or any(hasattr(module, "pi_gate") for module in model.modules()):
+        raise ValueError("model is of an earlier conversion: load the pretrained model again, then convert.")
+    if not model.can_generate():
+        raise ValueError(f"model is a {type(model).__name__}, no causal language model: load it by {LOADER}.")
+    need_pattern(pattern)
     if not pattern.causal:
         raise ValueError("pattern must be causal for a decoder: causal=True.")
     config = model.config
@@ -269,8 +286,8 @@ def convert(
     pattern.check_heads(config.num_attention_heads)
     if not getattr(type(model), "_supports_attention_backend", False):
         raise NotImplementedError(f"{type(model).__name__} does not use transformers' attention interface.")
-    if any(hasattr(module, "pi_gate") for module in model.modules()):
-        raise ValueError("model has gates of an earlier conversion: load it again, then convert.")
+    if gate and pattern.skips != 0 and not any(map(_takes_gate, model.modules())):
+        raise NotImplementedError(f"{type(model).__name__} has no attention with q_proj: convert with gate=False.")
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and pattern.reach is not None and pattern.reach > context:
         warnings.warn(

@@ -56,7 +56,8 @@ class Band:
         return len(self.lags())
 
 
-def _need_int(name: str, value: object, least: int, remedy: str) -> None:
+def need_int(name: str, value: object, least: int, remedy: str) -> None:
+    """Raise TypeError or ValueError, with the remedy, unless `value` is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}: {remedy}.")
     if value < least:
@@ -92,18 +93,18 @@ class PiPattern:
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        _need_int("window", self.window, 1, "the window counts the token itself, so 1 is the smallest")
+        need_int("window", self.window, 1, "the window counts the token itself, so 1 is the smallest")
         if isinstance(self.period, list | tuple):
             if not self.period:
                 raise ValueError("period must not be an empty sequence: give one int, or one int per query head.")
             for head, period in enumerate(self.period):
-                _need_int(f"period[{head}]", period, 1, "every head needs a distance of at least one token")
+                need_int(f"period[{head}]", period, 1, "every head needs a distance of at least one token")
             object.__setattr__(self, "period", tuple(self.period))
         else:
-            _need_int("period", self.period, 1, "give a distance in tokens, or one per query head as a tuple")
+            need_int("period", self.period, 1, "give a distance in tokens, or one per query head as a tuple")
         if self.skips is not None:
-            _need_int("skips", self.skips, 0, "0 is ring-local attention, None every multiple of the period")
-        _need_int("sinks", self.sinks, 0, "0 means no attention sinks")
+            need_int("skips", self.skips, 0, "0 is ring-local attention, None every multiple of the period")
+        need_int("sinks", self.sinks, 0, "0 means no attention sinks")
         for name in ("causal", "ring"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -221,15 +222,21 @@ class PiPattern:
                     )
 
 
+def need_pattern(pattern: object) -> None:
+    """Raise TypeError unless it is a `PiPattern`."""
+    if not isinstance(pattern, PiPattern):
+        raise TypeError(f"pattern must be a PiPattern, got {type(pattern).__name__}: PiPattern(window, period, skips).")
+
+
 def geometric_periods(first: int, last: int, heads: int) -> tuple[int, ...]:
     """Periods from `first` to `last` in geometric progression, one per head: small periods see near, large ones far.
 
     >>> geometric_periods(16, 128, heads=4)
     (16, 32, 64, 128)
     """
-    _need_int("first", first, 1, "a period is a distance in tokens")
-    _need_int("last", last, first, "the last period must not be smaller than the first")
-    _need_int("heads", heads, 1, "one period is made for each query head")
+    need_int("first", first, 1, "a period is a distance in tokens")
+    need_int("last", last, first, "the last period must not be smaller than the first")
+    need_int("heads", heads, 1, "one period is made for each query head")
     ratio = (last / first) ** (1 / max(1, heads - 1))
     return tuple(round(first * ratio**head) for head in range(heads))
 
@@ -242,8 +249,8 @@ def coprime_periods(base: int, heads: int) -> tuple[int, ...]:
     >>> coprime_periods(64, heads=4)
     (64, 65, 67, 69)
     """
-    _need_int("base", base, 1, "a period is a distance in tokens")
-    _need_int("heads", heads, 1, "one period is made for each query head")
+    need_int("base", base, 1, "a period is a distance in tokens")
+    need_int("heads", heads, 1, "one period is made for each query head")
     return tuple(period for period, _ in zip(_coprime_from(base), range(heads), strict=False))
 
 

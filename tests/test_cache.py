@@ -151,3 +151,16 @@ def test_reset_and_bidirectional_patterns():
     assert (cache.length, cache.nbytes, cache.kept) == (0, 0, None)
     with pytest.raises(ValueError, match="causal"):
         LayerCache(PiPattern(4, 5, 3, causal=False))
+    with pytest.raises(TypeError, match="PiPattern"):
+        LayerCache(None)
+
+
+def test_tokens_of_another_shape_are_refused():
+    cache, new = LayerCache(PiPattern(4, 5, 3)), torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="one shape"):
+        cache.update(new, new[:, :, 1:])
+    cache.update(new, new)
+    for other in (new.expand(3, 2, 4, 8), new[:, :1], new[..., :4]):
+        with pytest.raises(ValueError, match=r"must be \[1, 2, T, 8\]"):
+            cache.update(other, other)
+    assert cache.length == 4

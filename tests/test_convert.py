@@ -186,11 +186,28 @@ def test_wrong_arguments_are_named():
         convert(pretrained(), PiPattern(4, 5, 3, causal=False))
     with pytest.raises(ValueError, match="earlier conversion"):
         convert(convert(pretrained(), PATTERN).model, PATTERN)
+    with pytest.raises(ValueError, match="earlier conversion"):
+        convert(convert(pretrained(), PATTERN, gate=False), PATTERN)
+    with pytest.raises(TypeError, match="PreTrainedModel"):
+        convert("llama", PATTERN)
+    with pytest.raises(TypeError, match="PiPattern"):
+        convert(pretrained(), None)
+    with pytest.raises(ValueError, match="no causal language model"):
+        convert(pretrained().model, PATTERN)
     with pytest.raises(ValueError, match="new_cache"):
         model = convert(pretrained(), PATTERN)
         from transformers import DynamicCache
 
         model(prompt(), past_key_values=DynamicCache())
+
+
+def test_a_model_that_takes_no_gate_is_left_as_it_was():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, bos_token_id=1, eos_token_id=1))
+    with pytest.raises(NotImplementedError, match="gate=False"):
+        convert(model, PATTERN)
+    assert model.config._attn_implementation == "sdpa" and not hasattr(model.config, "pi_attention")
 
 
 def test_command_converts_fine_tunes_saves_and_generates(tmp_path, monkeypatch, capsys):

@@ -103,6 +103,12 @@ def test_recorded_gates():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"hidden_size": 0}, "hidden_size must be at least 1"),
+        ({"num_heads": 0}, "num_heads must be at least 1"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be at least 1"),
+        ({"head_dim": 0}, "head_dim must be at least 1"),
+        ({"head_dim": 7}, "even head_dim"),
+        ({"rope_theta": 0.0}, "positive base"),
         ({"num_heads": 5}, "head_dim"),
         ({"num_kv_heads": 3}, "must divide"),
         ({"pattern": PiPattern(4, (5, 6), 3)}, "2 entries"),
@@ -113,6 +119,19 @@ def test_recorded_gates():
 def test_wrong_arguments_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         PiAttention(**({"hidden_size": 32, "num_heads": 4, "pattern": PATTERN} | options))
+
+
+def test_arguments_of_a_wrong_kind_are_named():
+    for options, words in (
+        ({"pattern": None}, "PiPattern"),
+        ({"gate": "mass"}, "GateOptions"),
+        ({"head_dim": 8.0}, "int"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            PiAttention(**({"hidden_size": 32, "num_heads": 4, "pattern": PATTERN} | options))
+    for shape in ((50, 32), (1, 50, 30)):
+        with pytest.raises(ValueError, match=r"\[B, T, hidden_size = 32\]"):
+            layer()(torch.randn(shape))
 
 
 def test_compiles_and_runs_under_autocast():

@@ -14,7 +14,7 @@ from pi_attention.nn.gate import FusionGate, neutral_bias
 from pi_attention.nn.rope import apply_rotary, rotary_angles
 from pi_attention.ops.api import Fusion, Impl, PiAux, pi_attention
 from pi_attention.ops.checks import FUSIONS
-from pi_attention.pattern import PiPattern
+from pi_attention.pattern import PiPattern, need_int, need_pattern
 
 
 class KeyValueCache(Protocol):
@@ -95,6 +95,9 @@ class PiAttention(nn.Module):
         rope_theta: base of the rotary embedding; None for no positions.
         qk_norm: RMSNorm over each head's query and key (arXiv 2010.04245).
 
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or contradicts another; the message names the remedy.
+
     Example::
 
         attention = PiAttention(512, num_heads=8, pattern=PiPattern(window=128, period=128, skips=16))
@@ -114,17 +117,29 @@ class PiAttention(nn.Module):
         qk_norm: bool = False,
     ) -> None:
         super().__init__()
-        gate = gate or GateOptions()
-        num_kv_heads = num_kv_heads or num_heads
-        if head_dim is None and hidden_size % num_heads:
-            raise ValueError(f"hidden_size={hidden_size} is no multiple of num_heads={num_heads}: give head_dim.")
+        need_pattern(pattern)
+        need_int("hidden_size", hidden_size, 1, "features of a token")
+        need_int("num_heads", num_heads, 1, "query heads")
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        need_int("num_kv_heads", num_kv_heads, 1, "key/value heads, or None for as many as query heads")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}.")
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(f"hidden_size={hidden_size} is no multiple of num_heads={num_heads}: give head_dim.")
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        need_int("head_dim", self.head_dim, 1, "features of a head, or None for hidden_size / num_heads")
+        if rope_theta is not None and (rope_theta <= 0 or self.head_dim % 2):
+            raise ValueError(
+                f"a rotary embedding turns pairs of features by a positive base, got head_dim={self.head_dim} and "
+                f"rope_theta={rope_theta}: take an even head_dim and a positive base, or rope_theta=None."
+            )
+        gate = GateOptions() if gate is None else gate
+        if not isinstance(gate, GateOptions):
+            raise TypeError(f"gate must be a GateOptions, got {gate!r}: GateOptions(fusion, learned, features).")
         if gate.fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {FUSIONS}, got {gate.fusion!r}.")
         pattern.check_heads(num_heads)
         self.pattern = pattern
-        self.head_dim = head_dim or hidden_size // num_heads
         self.fusion = gate.fusion
         self.rope_theta = rope_theta
         self.impl: Impl = "auto"
@@ -155,7 +170,15 @@ class PiAttention(nn.Module):
             position_embeddings: cos and sin [B or 1, T, D]; computed from the positions in the sequence when None.
             segment_ids: [B, S] for all S tokens so far, the cached ones included; see `pi_attention`.
             cache: holds the keys and values of earlier tokens, and is updated.
+
+        Raises:
+            ValueError: the hidden states are not [B, T, hidden_size].
         """
+        if hidden_states.dim() != 3 or hidden_states.shape[2] != self.q_proj.in_features:
+            raise ValueError(
+                f"hidden_states must be [B, T, hidden_size = {self.q_proj.in_features}], "
+                f"got shape {tuple(hidden_states.shape)}."
+            )
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]
             for projection in (self.q_proj, self.k_proj, self.v_proj)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi_attention.pattern import PiPattern
+from pi_attention.pattern import PiPattern, need_pattern
 
 FUSIONS = ("gate", "mass")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -76,8 +76,7 @@ def check_arguments(
 ) -> None:
     """Raise TypeError or ValueError for arguments that no implementation of `pi_attention` could serve."""
     check_qkv(query, key, value)
-    if not isinstance(pattern, PiPattern):
-        raise TypeError(f"pattern must be a PiPattern, got {type(pattern).__name__}: PiPattern(window, period, skips).")
+    need_pattern(pattern)
     pattern.check_heads(query.shape[1])
     pattern.check_length(key.shape[2])
     if fusion not in FUSIONS:
