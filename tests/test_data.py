@@ -27,6 +27,8 @@ def test_local_files(tmp_path):
     assert load_documents(str(tmp_path / "c.jsonl"), text_field="body") == ["one", "two"]
     with pytest.raises(ValueError, match=r"no field 'text'.*body"):
         load_documents(str(tmp_path / "c.jsonl"))
+    (tmp_path / "d.csv").write_text('number,text\n1,one\n2,"two, or\nthree"\n')
+    assert load_documents(str(tmp_path / "d.csv")) == ["one", "two, or\nthree"]
 
 
 def test_parquet(tmp_path):
@@ -40,6 +42,8 @@ def test_parquet(tmp_path):
 def test_wrong_corpora_are_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_documents(str(tmp_path / "nowhere.txt"))
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv"):  # at once: it is no name on the hub
+        load_documents("nowhere.csv")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="no text"):
         load_documents(str(tmp_path / "empty.txt"))

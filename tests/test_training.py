@@ -129,7 +129,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(stop, finished, corpus, tmp_p
     if stop == signal.SIGINT:
         assert process.returncode == 130 and "--resume" in printed
     assert not (out / "model").exists()
-    run("train", "--out", str(out), "--resume")
+    assert "missing keys" not in run("train", "--out", str(out), "--resume").stderr
     for name, tensor in weights(finished[0]).items():
         assert torch.equal(tensor, weights(out)[name]), name
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -26,7 +26,7 @@ class Eval:
     data: str | None = None
     """Text to evaluate on, as for train; the run's own validation text by default."""
     text_field: str = "text"
-    """The field of .jsonl and .parquet files and data sets that holds the text."""
+    """The field of .jsonl, .csv and .parquet files and data sets that holds the text."""
     split: str = "test"
     """Split of a data set on the hub."""
     context: int | None = None

@@ -8,7 +8,8 @@ from importlib import resources
 from pathlib import Path
 
 BUNDLED = "shakespeare"
-READERS = {".txt": "text", ".md": "text", ".tokens": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+READERS = {".txt": "text", ".md": "text", ".tokens": "text"}
+READERS |= {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_documents(data: str, *, split: str = "train", text_field: str = "text") -> list[str]:
@@ -16,7 +17,7 @@ def load_documents(data: str, *, split: str = "train", text_field: str = "text")
 
     Args:
         data: "shakespeare" (bundled, public domain), a .txt file (one document), a folder of .txt files (one document
-            each), a .jsonl or .parquet file with a text field, or the name of a data set on the hub, with its
+            each), a .jsonl, .csv or .parquet file with a text field, or the name of a data set on the hub, with its
             configuration after a colon ("Salesforce/wikitext:wikitext-103-raw-v1").
         split: of a data set on the hub.
         text_field: the column that holds the text.

@@ -62,6 +62,12 @@ class AtomicTrainer(Trainer):
             self._publish(staging, run)
         self.accelerator.wait_for_everyone()
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As the Trainer's, but for weights that the model ties to others: a checkpoint holds them once."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _publish(self, staging: Path, run: Path) -> None:
         (written,) = staging.glob("checkpoint-*")
         sync(written)

@@ -17,10 +17,10 @@ class DataSettings:
     """Where the text comes from."""
 
     data: str = "shakespeare"
-    """The bundled public-domain corpus "shakespeare", a .txt, .jsonl or .parquet file, a folder of .txt files, or a
-    data set on the hub ("Salesforce/wikitext:wikitext-103-raw-v1")."""
+    """The bundled public-domain corpus "shakespeare", a .txt, .jsonl, .csv or .parquet file, a folder of .txt files, or
+    a data set on the hub ("Salesforce/wikitext:wikitext-103-raw-v1")."""
     text_field: str = "text"
-    """The field of .jsonl and .parquet files and data sets that holds the text."""
+    """The field of .jsonl, .csv and .parquet files and data sets that holds the text."""
     tokenizer: str = "bytes"
     """"bytes", or the name or folder of any Hugging Face tokenizer."""
     validation_fraction: float = 0.05
