@@ -7,21 +7,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as parquet
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-
-from pi_attention.data.corpus import load_documents
-
-Documents = list[np.ndarray]
 
 
 def need(path: Path, how: str) -> Path:
@@ -41,72 +33,6 @@ def prepared(data: Path, name: str, make: Callable[[], dict[str, np.ndarray]]) -
         part.replace(path)
     with np.load(path) as arrays:
         return dict(arrays)
-
-
-def corpus(name: str, data: Path) -> list[str]:
-    """The documents of a text corpus: the bundled "shakespeare", or `data/NAME.parquet` with a column `text`."""
-    if name == "shakespeare":
-        return list(load_documents(name))
-    path = need(data / f"{name}.parquet", f"write the documents of the corpus {name!r} to it, one a row")
-    return parquet.read_table(path, columns=["text"])["text"].to_pylist()
-
-
-@cache
-def bpe(name: str, vocabulary: int, data: Path) -> Tokenizer:
-    """Byte-level BPE of `vocabulary` entries (0 ends a document), trained on every tenth document of a corpus."""
-    path = data / "prepared" / f"{name}-{vocabulary}.json"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True, parents=True)
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<end>"], initial_alphabet=alphabet)
-        tokenizer.train_from_iterator(corpus(name, data)[::10], trainer)
-        tokenizer.save(str(path))
-    return Tokenizer.from_file(str(path))
-
-
-@cache
-def documents(name: str, vocabulary: int, data: Path) -> dict[str, Documents]:
-    """Tokens of the training, validation and test documents (90 : 5 : 5, drawn by document), as uint16."""
-    split = np.array([9, 9, 9, 9, 9, 9, 9, 9, 9, 1, 9, 9, 9, 9, 9, 9, 9, 9, 9, 2])
-
-    def make() -> dict[str, np.ndarray]:
-        texts = corpus(name, data)
-        random.Random(0).shuffle(texts)
-        encoded = [np.array(e.ids, np.uint16) for e in bpe(name, vocabulary, data).encode_batch(texts)]
-        return {"tokens": np.concatenate(encoded), "ends": np.cumsum([len(e) for e in encoded])}
-
-    arrays = prepared(data, f"{name}-{vocabulary}", make)
-    pieces = np.split(arrays["tokens"], arrays["ends"][:-1])
-    parts = {"training": 9, "validation": 1, "test": 2}
-    return {part: [p for i, p in enumerate(pieces) if split[i % 20] == number] for part, number in parts.items()}
-
-
-def windows(pieces: Documents, length: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches [batch, length] of random windows inside single documents, each start equally likely."""
-    long = [piece for piece in pieces if len(piece) >= length]
-    if not long:
-        raise ValueError(f"no document has context={length} tokens: take a shorter context or longer documents.")
-    weights = torch.tensor([len(piece) - length + 1 for piece in long], dtype=torch.float64)
-    while True:
-        chosen = torch.multinomial(weights, batch, replacement=True, generator=generator).tolist()
-        starts = [int(torch.randint(len(long[i]) - length + 1, (), generator=generator)) for i in chosen]
-        rows = [long[i][start : start + length] for i, start in zip(chosen, starts, strict=True)]
-        yield torch.from_numpy(np.stack(rows).astype(np.int64))
-
-
-def blocks(pieces: Documents, length: int, most: int) -> Tensor:
-    """The first `most` consecutive blocks [N, length] inside single documents, at most four of each."""
-    found = [
-        piece[start : start + length]
-        for piece in pieces
-        for start in range(0, min(len(piece), 4 * length) - length + 1, length)
-    ]
-    if not found:
-        raise ValueError(f"no held-out document has context={length} tokens: take a shorter context.")
-    return torch.from_numpy(np.stack(found[:most]).astype(np.int64))
 
 
 def joined(texts: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from experiments.data import blocks, bpe, documents, need, windows
+from experiments.data import need
 from experiments.runner import Experiment, Result, Scale, Settings
+from experiments.texts import blocks, bpe, documents, hub, windows
 from experiments.training import DEVICE, fit, products
 from experiments.variants import BASELINE, DILATED_HEADS, MAIN, PLANNED, RANDOM_BLOCKS, VARIANTS, config, specialise
 from pi_attention.models import PiForCausalLM
@@ -81,8 +82,14 @@ def gates(model: PiForCausalLM, block: Tensor, tokenizer: Tokenizer) -> dict[str
 
 @cache
 def wikitext(corpus: str, vocabulary: int, length: int, data: Path) -> tuple[Tensor, float]:
-    """Blocks of the real WikiText-103 test set in a corpus' tokenizer, and its tokens for each word token."""
-    text = need(data / "wikitext-103" / "wiki.test.tokens", "WikiText-103's test file").read_text()
+    """Blocks of the real WikiText-103 test set in a corpus' tokenizer, and its tokens for each word token.
+
+    Of a corpus that is WikiText on the hub, the test set of that.
+    """
+    if corpus.partition(":")[0].endswith("/wikitext"):
+        text = "".join(hub(corpus, "test"))
+    else:
+        text = need(data / "wikitext-103" / "wiki.test.tokens", "WikiText-103's test file").read_text()
     ids = bpe(corpus, vocabulary, data).encode(text).ids
     kept = len(ids) // length * length
     words = len(text.split()) + text.count("\n")  # <eos> for each line, as is the custom
@@ -119,8 +126,14 @@ def measure(settings: Settings, data: Path) -> Result:
 
 
 def prepare(settings: Settings, data: Path) -> None:
-    """Train the tokenizer and encode the corpus."""
-    documents(settings["corpus"], settings["vocabulary"], data)
+    """Train the tokenizer and encode the corpus; whatever is missing or too short fails here, not after training."""
+    name, vocabulary, context = settings["corpus"], settings["vocabulary"], settings["context"]
+    parts = documents(name, vocabulary, data)
+    next(windows(parts["training"], context, 1, torch.Generator()))
+    for part in ("validation", "test"):
+        blocks(parts[part], context, 1)
+    if name != "shakespeare":
+        wikitext(name, vocabulary, context, data)
 
 
 PATTERN: Settings = {"window": 64, "period": 64, "skips": 16}

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -53,6 +53,19 @@ def load(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The finished rows of an experiment."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def on_dataset(experiment: Experiment, dataset: str) -> Experiment:
+    """The experiment with a data set of the hub in place of its corpora.
+
+    Raises:
+        ValueError: it does not train on a corpus of text.
+    """
+    if not any("corpus" in cell for cell in experiment.cells("smoke")):
+        raise ValueError(f"dataset={dataset!r}: {experiment.name} trains on no corpus of text; leave dataset out.")
+    if "/" not in dataset:
+        raise ValueError(f"dataset={dataset!r} is no name on the hub: give OWNER/NAME or OWNER/NAME:CONFIGURATION.")
+    return replace(experiment, cells=lambda scale: [{**cell, "corpus": dataset} for cell in experiment.cells(scale)])
 
 
 def without(settings: Settings, *names: str) -> Settings:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
-from experiments.data import bpe, documents, need, windows
+from experiments.data import need
 from experiments.runner import Settings
+from experiments.texts import bpe, documents, windows
 from experiments.training import DEVICE, fit
 from experiments.variants import MAIN, attention, config, specialise
 from pi_attention.convert import convert

@@ -21,7 +21,9 @@ from experiments import (
     lra,
     recall,
     retrieval_qa,
+    runner,
     span_finders,
+    texts,
 )
 
 
@@ -88,7 +90,7 @@ def test_a_corpus_is_written_from_folders(tmp_path):
     (folder / "short.c").write_text(";")
     (folder / "other.txt").write_text("no source at all")
     made = corpora.Corpus(tmp_path / "new" / "linux.parquet", (folder,), suffixes=(".c", ".h"), least=3)
-    assert made.write() == ["int one;", "int two;", "int three;"] == data.corpus("linux", tmp_path / "new")
+    assert made.write() == ["int one;", "int two;", "int three;"] == texts.corpus("linux", tmp_path / "new")
     assert replace(made, every=2).write() == ["int one;", "int three;"]
     with pytest.raises(ValueError, match="hold no file"):
         replace(made, suffixes=(".py",)).write()
@@ -198,7 +200,62 @@ def test_karpathy_s_splits(tmp_path):
 
 def test_missing_data_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"linux\.parquet"):
-        data.corpus("linux", tmp_path)
+        texts.corpus("linux", tmp_path)
+
+
+LINES = [
+    "",
+    " = First title = \n",
+    "",
+    " = = A section = = \n",
+    " 1 = 1 , it says = \n",
+    "",
+    " = Second = \n",
+    " more \n",
+]
+
+
+@pytest.fixture
+def wikitext(monkeypatch):
+    """WikiText on the hub, whose rows are lines: three articles a split, the first two as in `LINES`."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(repository, configuration, *, split):
+        asked.append((repository, configuration, split))
+        words = " ".join(f"word{i % 97}" for i in range(600))
+        return datasets.Dataset.from_dict({"text": [*LINES, f" = {split} = \n", f" {words} \n"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    texts.bpe.cache_clear(), texts.documents.cache_clear(), language_modelling.wikitext.cache_clear()
+    return asked
+
+
+def test_wikitext_of_the_hub_becomes_articles_again(wikitext, tmp_path):
+    articles = texts.hub("Salesforce/wikitext", "test")
+    assert [article.split("=")[1].strip() for article in articles[1:]] == ["First title", "Second", "test"]
+    assert "".join(articles) == "".join(line.rstrip("\n") + "\n" for line in [*LINES, *articles[-1].splitlines()])
+    assert texts.hub("other/name:part", "test")[1] == LINES[1]
+    assert wikitext == [("Salesforce/wikitext", "wikitext-103-v1", "test"), ("other/name", "part", "test")]
+    _, ratio = language_modelling.wikitext("Salesforce/wikitext", 512, 64, tmp_path)
+    words = len("".join(articles).split()) + len(LINES) + 2  # the end of a line counts
+    ids = texts.bpe("Salesforce/wikitext", 512, tmp_path).encode("".join(articles)).ids
+    assert ratio == pytest.approx(len(ids) / words)
+
+
+def test_a_language_model_trains_on_the_splits_of_the_hub(wikitext, tmp_path):
+    experiment = runner.on_dataset(language_modelling.EXPERIMENT, "Salesforce/wikitext")
+    row, *_ = runner.run(experiment, "smoke", tmp_path, folder=tmp_path, seeds=1, only='"pi"')
+    assert row["settings"]["corpus"] == "Salesforce/wikitext" and row["result"]["test"] < 1000
+    assert {split for _, _, split in wikitext} == {"train", "validation", "test"}
+    assert (tmp_path / "prepared" / "Salesforce--wikitext-512-train.npz").exists()
+    with pytest.raises(ValueError, match="take a shorter context"):
+        language_modelling.prepare(row["settings"] | {"context": 16384}, tmp_path)
+    with pytest.raises(ValueError, match="no corpus of text"):
+        runner.on_dataset(listops.EXPERIMENT, "Salesforce/wikitext")
+    with pytest.raises(ValueError, match="OWNER/NAME"):
+        runner.on_dataset(language_modelling.EXPERIMENT, "wikitext")
 
 
 def test_reviews_and_images_are_read(made_up):

@@ -36,6 +36,8 @@ class Experiment:
     """"smoke" shows that the code works, in seconds on a CPU; "laptop" takes an hour there; "small" needs a GPU."""
     data: Path = Path("data")
     """Folder of the data sets; docs/results.md says what belongs there."""
+    dataset: str | None = None
+    """A data set of the hub to train the language models on, with its own splits, such as Salesforce/wikitext."""
     results: Path | None = None
     """Folder of the result files, where a finished row is not measured again; experiments/results by default."""
     workers: int = 1
@@ -70,6 +72,10 @@ class Experiment:
         if self.seeds is not None and self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}.")
         chosen = [experiments[self.name]] if self.name else [e for e in experiments.values() if e.cells(self.scale)]
+        if self.dataset is not None:
+            if not self.name:
+                raise ValueError("dataset needs the name of the experiment to run: language_modelling, for example.")
+            chosen = [runner.on_dataset(entry, self.dataset) for entry in chosen]
         for entry in chosen:
             console.print(f"[bold]{entry.title}[/]")
             runner.run(

@@ -33,7 +33,7 @@ def load_documents(data: str, *, split: str = "train", text_field: str = "text")
     elif path.suffix in READERS or path.exists():
         documents = _local_file(path, text_field)
     else:
-        documents = _from_hub(data, split, text_field)
+        documents = from_hub(data, split, text_field)
     documents = [document for document in documents if document]
     if not documents:
         raise ValueError(f"data={data!r} holds no text.")
@@ -59,7 +59,12 @@ def _local_file(path: Path, text_field: str) -> list[str]:
     return _column(load_dataset(kind, data_files=str(path), split="train"), text_field, str(path))
 
 
-def _from_hub(name: str, split: str, text_field: str) -> list[str]:
+def from_hub(name: str, split: str, text_field: str = "text") -> list[str]:
+    """The rows of a split of a data set on the hub, its configuration after a colon; empty ones too.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no such field.
+    """
     from datasets import load_dataset
 
     repository, _, configuration = name.partition(":")
