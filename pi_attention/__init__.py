@@ -5,7 +5,14 @@ transformers) the Hugging Face models.
 """
 
 from pi_attention.ops.api import PiAux, pi_attention
-from pi_attention.pattern import Band, PiPattern, coprime_periods, geometric_periods
+from pi_attention.pattern import (
+    Band,
+    PiPattern,
+    coordinated_heads,
+    coprime_periods,
+    dilated_heads,
+    geometric_periods,
+)
 from pi_attention.segments import segments_from_cu_seqlens, segments_from_mask
 
 __version__ = "0.1.0"
@@ -14,7 +21,9 @@ __all__ = [
     "Band",
     "PiAux",
     "PiPattern",
+    "coordinated_heads",
     "coprime_periods",
+    "dilated_heads",
     "geometric_periods",
     "pi_attention",
     "segments_from_cu_seqlens",

@@ -3,7 +3,8 @@
 A query at position q sees the keys of two disjoint bands of distances (arXiv 2511.10696, section 3):
 
 * the ring-local band, distances 0 … window − 1;
-* the periodic skip band, distances c·period for `skips` consecutive c, from the first multiple beyond the window.
+* the periodic skip band, distances c·period + phase for `skips` consecutive c, from the first that lies beyond the
+  window. Heads of one period and different phases share the distance: together they see every lag, each once.
 
 Standard library only. Predicates use operators only, so the same code serves ints and tensors.
 """
@@ -11,46 +12,50 @@ Standard library only. Predicates use operators only, so the same code serves in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Band:
-    """The lags `stride · c` for first ≤ c < last (`last=None`: without end).
+    """The lags `stride · c + phase` for first ≤ c < last (`last=None`: without end).
 
     A band of stride 1 is a run of neighbours; a band of stride π is a run of neighbours in the sequence taken in
-    residue order, i.e. viewed as π interleaved sequences. Every implementation works on that second view.
+    residue order, i.e. viewed as π interleaved sequences: the keys of residue ρ are the rows of residue ρ − phase.
+    Every implementation works on that second view.
     """
 
     stride: int
     first: int
     last: int | None
+    phase: int = 0
 
     def contains(self, lag: Any) -> Any:
         """True where `lag` (int or integer tensor) belongs to the band."""
+        lag = lag - self.phase
         inside = (lag % self.stride == 0) & (lag >= self.first * self.stride)
         return inside if self.last is None else inside & (lag < self.last * self.stride)
 
     def within(self, length: int) -> Band:
         """The part of the band with |lag| < length."""
-        most = (length - 1) // self.stride
+        most = (length - 1 - self.phase) // self.stride
         last = most + 1 if self.last is None else min(self.last, most + 1)
-        first = max(self.first, -most)
-        return Band(self.stride, first, max(first, last))
+        first = max(self.first, -((length - 1 + self.phase) // self.stride))
+        return Band(self.stride, first, max(first, last), self.phase)
 
     def mirrored(self) -> Band:
         """The band of the opposite lags; only for a bounded band."""
         if self.last is None:
             raise ValueError("a band without end has no mirror image: bound it with within(length) first.")
-        return Band(self.stride, 1 - self.last, 1 - self.first)
+        return Band(self.stride, 1 - self.last, 1 - self.first, -self.phase)
 
     def lags(self) -> range:
         """The lags in increasing order; only for a bounded band."""
         if self.last is None:
             raise ValueError("a band without end has no list of lags: bound it with within(length) first.")
-        return range(self.first * self.stride, self.last * self.stride, self.stride)
+        return range(self.first * self.stride + self.phase, self.last * self.stride + self.phase, self.stride)
 
     def __len__(self) -> int:
         return len(self.lags())
@@ -75,11 +80,13 @@ class PiPattern:
         window: keys of the ring-local band on each side, the token itself counted: |lag| < window.
         period: distance between two skip keys; an int, or one int per query head (head-level coordination).
         skips: skip keys of a query (on each side when bidirectional), the first at the first multiple of the period
-            that lies beyond the window. 0 is ring-local attention. None is every multiple back to the start: cost
-            S²/period, and a decoding cache that grows with the context.
+            (plus the phase) that lies beyond the window. 0 is ring-local attention. None is every multiple back to the
+            start: cost S²/period, and a decoding cache that grows with the context.
         causal: only keys at or before the query.
         ring: positions wrap modulo the length; bidirectional only, and every period must divide the length.
         sinks: the first `sinks` keys of the query's segment always belong to the local band (causal only).
+        phase: offset of the skip lags, 0 ≤ phase < period; an int, or one int per query head. Heads of period p with
+            the phases 0 … p − 1 see together every lag up to the reach (see `coordinated_heads`).
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or contradicts another; the message names the remedy.
@@ -91,17 +98,23 @@ class PiPattern:
     causal: bool = True
     ring: bool = False
     sinks: int = 0
+    phase: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
         need_int("window", self.window, 1, "the window counts the token itself, so 1 is the smallest")
-        if isinstance(self.period, list | tuple):
-            if not self.period:
-                raise ValueError("period must not be an empty sequence: give one int, or one int per query head.")
-            for head, period in enumerate(self.period):
-                need_int(f"period[{head}]", period, 1, "every head needs a distance of at least one token")
-            object.__setattr__(self, "period", tuple(self.period))
-        else:
-            need_int("period", self.period, 1, "give a distance in tokens, or one per query head as a tuple")
+        self._need_ints_of_heads("period", 1, "a distance of at least one token")
+        self._need_ints_of_heads("phase", 0, "an offset of at least 0 tokens")
+        if isinstance(self.period, tuple) and isinstance(self.phase, tuple) and len(self.period) != len(self.phase):
+            raise ValueError(
+                f"phase has {len(self.phase)} entries and period has {len(self.period)}: give each one int for all "
+                "heads, or one int per query head."
+            )
+        for head, (period, phase) in enumerate(zip(self.periods, self.phases, strict=True)):
+            if phase >= period:
+                name = f"phase[{head}]" if isinstance(self.phase, tuple) else "phase"
+                raise ValueError(
+                    f"{name}={phase} must be smaller than the period of its head, {period}: take it modulo the period."
+                )
         if self.skips is not None:
             need_int("skips", self.skips, 0, "0 is ring-local attention, None every multiple of the period")
         need_int("sinks", self.sinks, 0, "0 means no attention sinks")
@@ -115,14 +128,50 @@ class PiPattern:
         if self.sinks and not self.causal:
             raise ValueError(f"sinks={self.sinks} needs causal=True: sinks are the first keys before a query.")
 
+    def _need_ints_of_heads(self, name: str, least: int, what: str) -> None:
+        """Check a field that holds one int, or one int per query head; the latter becomes a tuple."""
+        value = getattr(self, name)
+        if not isinstance(value, list | tuple):
+            need_int(name, value, least, f"give {what}, or one per query head as a tuple")
+            return
+        if not value:
+            raise ValueError(f"{name} must not be an empty sequence: give one int, or one int per query head.")
+        for head, of_head in enumerate(value):
+            need_int(f"{name}[{head}]", of_head, least, f"every head needs {what}")
+        object.__setattr__(self, name, tuple(value))
+
+    @property
+    def per_head(self) -> bool:
+        """Whether the pattern is spelled head by head, so that it fits one number of heads only."""
+        return isinstance(self.period, tuple) or isinstance(self.phase, tuple)
+
     @property
     def periods(self) -> tuple[int, ...]:
-        """The periods, one per head, or a single one that all heads share."""
-        return self.period if isinstance(self.period, tuple) else (self.period,)
+        """The periods, one per head, or a single one where all heads share period and phase."""
+        if isinstance(self.period, tuple):
+            return self.period
+        return (self.period,) * (len(self.phase) if isinstance(self.phase, tuple) else 1)
+
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """The phases, as many as `periods`."""
+        if isinstance(self.phase, tuple):
+            return self.phase
+        return (self.phase,) * (len(self.period) if isinstance(self.period, tuple) else 1)
 
     def period_of(self, head: int) -> int:
         """The period of query head `head`."""
-        return self.periods[head] if isinstance(self.period, tuple) else self.period
+        return self.period[head] if isinstance(self.period, tuple) else self.period
+
+    def phase_of(self, head: int) -> int:
+        """The phase of query head `head`."""
+        return self.phase[head] if isinstance(self.phase, tuple) else self.phase
+
+    def of_heads(self, first: int, last: int) -> PiPattern:
+        """The pattern of the query heads [first, last) alone, as a rank of tensor parallelism holds them."""
+        if not self.per_head:
+            return self
+        return replace(self, period=self.periods[first:last], phase=self.phases[first:last])
 
     @property
     def local_band(self) -> Band:
@@ -131,9 +180,13 @@ class PiPattern:
 
     def skip_band(self, head: int = 0) -> Band:
         """The distances of the periodic skip band of query head `head`."""
-        period = self.period_of(head)
-        first = max(1, -(-self.window // period))
-        return Band(period, first, None if self.skips is None else first + self.skips)
+        period, phase = self.period_of(head), self.phase_of(head)
+        first = -((phase - self.window) // period)  # ⌈(w − φ)/π⌉: the first lag that the window leaves out
+        return Band(period, first, None if self.skips is None else first + self.skips, phase)
+
+    def skip_bands(self) -> tuple[Band, ...]:
+        """The skip band of every head, or a single one that all heads share."""
+        return tuple(self.skip_band(head) for head in range(len(self.periods)))
 
     @property
     def reach(self) -> int | None:
@@ -145,7 +198,7 @@ class PiPattern:
             return None
         if self.skips == 0:
             return self.window - 1
-        return max(self.window - 1, *(self.skip_band(h).lags()[-1] for h in range(len(self.periods))))
+        return max(self.window - 1, *(band.lags()[-1] for band in self.skip_bands()))
 
     def signed_bands(self, band: Band, length: int) -> tuple[Band, ...]:
         """The disjoint bands of signed lags that `band`, a band of distances, stands for at S = length.
@@ -159,12 +212,13 @@ class PiPattern:
             return (band,) if len(band) else ()
         last, mirror_last = band.last, band.last
         if self.ring:
-            last = min(last, length // 2 // band.stride + 1)
-            mirror_last = min(mirror_last, (length - 1) // 2 // band.stride + 1)
-        if band.first == 0:
+            last = min(last, (length // 2 - band.phase) // band.stride + 1)
+            mirror_last = min(mirror_last, ((length - 1) // 2 - band.phase) // band.stride + 1)
+        if band.first == 0 and not band.phase:
             return (Band(band.stride, 1 - mirror_last, last),)
-        both = (Band(band.stride, 1 - mirror_last, 1 - band.first), Band(band.stride, band.first, last))
-        return tuple(side for side in both if side.first < (side.last or 0))
+        mirror = Band(band.stride, 1 - mirror_last, 1 - band.first, -band.phase)
+        both = (mirror, Band(band.stride, band.first, last, band.phase))
+        return tuple(side for side in both if len(side))
 
     def distance(self, query: Any, key: Any, length: int | None = None) -> Any:
         """Distance from key to query position: the lag, its absolute value (bidirectional), or that on the ring.
@@ -204,12 +258,14 @@ class PiPattern:
         return local, skip
 
     def check_heads(self, num_heads: int) -> None:
-        """Raise ValueError unless there is one period for all, or one for each of `num_heads` query heads."""
-        if isinstance(self.period, tuple) and len(self.period) != num_heads:
-            raise ValueError(
-                f"period has {len(self.period)} entries but there are {num_heads} query heads: "
-                "give one int for all heads, or one int per query head."
-            )
+        """Raise ValueError unless period and phase are one for all, or one for each of `num_heads` query heads."""
+        for name in ("period", "phase"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != num_heads:
+                raise ValueError(
+                    f"{name} has {len(value)} entries but there are {num_heads} query heads: "
+                    "give one int for all heads, or one int per query head."
+                )
 
     def check_length(self, length: int) -> None:
         """Raise ValueError when a ring pattern has a period that does not divide the length S."""
@@ -220,6 +276,45 @@ class PiPattern:
                         f"ring=True needs every period to divide the length, but {length} % {period} != 0: "
                         "pad the sequence to a multiple of the period, or set ring=False."
                     )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The pattern as JSON: its fields by name, a list where there is one int per head."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> PiPattern:
+        """Inverse of `to_dict`; fields that have a default may be left out.
+
+        Raises:
+            TypeError, ValueError: a field is unknown, is missing, or has a wrong value.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no field of a pattern: use {', '.join(known)}.")
+        missing = [name for name in ("window", "period", "skips") if name not in settings]
+        if missing:
+            raise ValueError(f"the pattern {dict(settings)} has no {missing[0]!r}: give window, period and skips.")
+        return cls(**settings)
+
+    def to_ints(self) -> list[int]:
+        """The pattern as the integers that the schema of a registered operator can carry."""
+        skips = -1 if self.skips is None else self.skips
+        return [self.window, skips, int(self.causal), int(self.ring), self.sinks, *self.periods, *self.phases]
+
+    @staticmethod
+    def from_ints(code: Sequence[int]) -> PiPattern:
+        """Inverse of `to_ints`, but for the spelling: what all heads share may come back once a head."""
+        return _from_ints(tuple(code))
+
+
+@lru_cache(maxsize=256)
+def _from_ints(code: tuple[int, ...]) -> PiPattern:
+    window, skips, causal, ring, sinks, *of_heads = code
+    heads = len(of_heads) // 2
+    period, phase = (tuple(x) if heads > 1 else x[0] for x in (of_heads[:heads], of_heads[heads:]))
+    return PiPattern(window, period, None if skips < 0 else skips, bool(causal), bool(ring), sinks, phase)
 
 
 def need_pattern(pattern: object) -> None:
@@ -262,3 +357,70 @@ def _coprime_from(base: int) -> Iterator[int]:
             product *= period
             yield period
         period += 1
+
+
+def coordinated_heads(
+    window: int,
+    skips: int | None,
+    heads: int,
+    period: int | Sequence[int] | None = None,
+    *,
+    sinks: int = 0,
+) -> PiPattern:
+    """Heads that share the distance: one period, and phases spread evenly over the heads.
+
+    With as many phases as the period the heads together see the lags 0 … window + skips · period − 1 without a hole,
+    and each lag beyond the window is seen by one phase. There are as many phases as divide the heads, at most `period`.
+
+    Args:
+        window: keys of the ring-local band, of every head.
+        skips: skip keys of every head; None for every one back to the start.
+        heads: query heads.
+        period: distance between two skip keys of a head; the largest divisor of the heads up to 4 when None (all the
+            heads, if they have none). Several periods are several scales: the heads are split evenly over them.
+        sinks: as in `PiPattern`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or the periods do not divide the heads.
+
+    >>> coordinated_heads(window=16, skips=64, heads=4)
+    PiPattern(window=16, period=4, skips=64, causal=True, ring=False, sinks=0, phase=(0, 1, 2, 3))
+    """
+    need_int("heads", heads, 1, "one phase is made for each query head")
+    if period is None:
+        period = next((n for n in (4, 3, 2) if heads % n == 0), heads)
+    scales = [period] if isinstance(period, int) else list(period)
+    if not scales or heads % len(scales):
+        raise ValueError(
+            f"period={period!r} has {len(scales)} entries, which must divide heads={heads}: as many heads look at each "
+            "scale."
+        )
+    for scale in scales:
+        need_int("period", scale, 1, "a period is a distance in tokens")
+    share = heads // len(scales)
+    periods, phases = [], []
+    for scale in scales:
+        count = max(n for n in range(1, min(scale, share) + 1) if share % n == 0)
+        periods += [scale] * share
+        phases += [number % count * scale // count for number in range(share)]
+    return PiPattern(window, scales[0] if len(scales) == 1 else tuple(periods), skips, sinks=sinks, phase=tuple(phases))
+
+
+def dilated_heads(window: int, skips: int, heads: int, context: int, *, sinks: int = 0) -> PiPattern:
+    """Heads whose stride grows from 1 geometrically, so that the last one sees about the whole context.
+
+    Args:
+        window: keys of the ring-local band, of every head.
+        skips: skip keys of every head.
+        heads: query heads.
+        context: tokens that the head of the largest stride should see.
+        sinks: as in `PiPattern`.
+
+    >>> dilated_heads(window=16, skips=64, heads=4, context=2048).period
+    (1, 3, 9, 25)
+    """
+    need_int("context", context, 1, "the strides are chosen for a length")
+    need_int("window", window, 1, "the window counts the token itself, so 1 is the smallest")
+    need_int("skips", skips, 0, "0 is ring-local attention")
+    last = max(1, (context - 1) // max(1, window + skips - 1))
+    return PiPattern(window, geometric_periods(1, last, heads), skips, sinks=sinks)

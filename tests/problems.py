@@ -61,7 +61,8 @@ class Case:
         sinks = f"-s{p.sinks}" if p.sinks else ""
         packed = "-packed" if self.segments else ""
         heads = f"B{self.B}-H{self.H}-G{self.G}-T{self.T}-S{self.S}-D{self.D}"
-        return f"{heads}-w{p.window}-p{p.period}-m{p.skips}{flags}{sinks}{packed}-{self.fusion}".replace(" ", "")
+        phase = f"-f{p.phase}" if p.phase else ""
+        return f"{heads}-w{p.window}-p{p.period}{phase}-m{p.skips}{flags}{sinks}{packed}-{self.fusion}".replace(" ", "")
 
     def tensors(self, dtype: torch.dtype = torch.float64, grad: bool = True, seed: int = 0) -> tuple[Tensor, ...]:
         """query, key, value and gate logits; drawn in `dtype`, so that only arithmetic differs between precisions."""
@@ -99,9 +100,16 @@ def patterns(draw: st.DrawFn, heads: int, length: int) -> PiPattern:
     ring = not causal and draw(st.booleans())
     if ring:
         periods = st.sampled_from([p for p in range(1, length + 1) if length % p == 0])
+    period = draw(periods | st.lists(periods, min_size=heads, max_size=heads).map(tuple))
+    smallest = min(period) if isinstance(period, tuple) else period
+    phase = draw(st.just(0) | st.integers(0, smallest - 1) | st.none())
+    if phase is None:  # one a head
+        of_heads = period if isinstance(period, tuple) else (period,) * heads
+        phase = tuple(draw(st.integers(0, p - 1)) for p in of_heads)
     return PiPattern(
         window=draw(st.integers(1, 48)),
-        period=draw(periods | st.lists(periods, min_size=heads, max_size=heads).map(tuple)),
+        period=period,
+        phase=phase,
         skips=draw(st.none() | st.integers(0, 9)),
         causal=causal,
         ring=ring,
@@ -154,5 +162,11 @@ CASES = [
     Case(PiPattern(8, 4, None), T=50, S=63),
     Case(PiPattern(8, 4, 0), T=63, S=63, H=2, G=2),
     Case(PiPattern(8, 8, 3, sinks=1), segments=((-1,) * 9 + (0,) * 28, (0,) * 20 + (1,) * 12 + (-1,) * 5)),
+    Case(PiPattern(6, 4, 9, phase=(0, 1, 2, 3)), T=63, S=63, fusion="mass"),
+    Case(PiPattern(3, 16, 2, phase=11), T=5, S=50, G=1),
+    Case(PiPattern(5, (4, 8, 4, 7), 3, sinks=2, phase=(3, 5, 0, 6)), T=31, S=57, G=1),
+    Case(PiPattern(4, (5, 10, 12, 20), 4, causal=False, ring=True, phase=(0, 7, 11, 3)), T=60, S=60),
+    Case(PiPattern(2, 9, 3, causal=False, phase=(4, 0, 8, 4)), T=40, S=63, fusion="mass"),
+    Case(PiPattern(4, 4, None, phase=(0, 3, 1, 2)), segments=((-1,) * 9 + (0,) * 28, (0,) * 20 + (1,) * 17)),
 ]
 """The corners, by hand: sizes that divide nothing, below the window, below the period, T < S, padding, packing."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pi_attention.ops.bands import compute_dtype
 from pi_attention.ops.fusion import fuse, gate_values
-from pi_attention.ops.library import band, encode
+from pi_attention.ops.library import band
 from pi_attention.pattern import PiPattern
 
 
@@ -74,11 +74,11 @@ def blocked_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
-    local, lse_local = band(query, key, value, starts, encode(pattern), False, scale)
+    local, lse_local = band(query, key, value, starts, pattern.to_ints(), False, scale)
     if pattern.sinks:
         local, lse_local = join_sinks(local, lse_local, query, key, value, starts, pattern, scale)
     if pattern.skips == 0:
         return local.to(query.dtype), lse_local, torch.full_like(lse_local, -torch.inf)
-    skip, lse_skip = band(query, key, value, starts, encode(pattern), True, scale)
+    skip, lse_skip = band(query, key, value, starts, pattern.to_ints(), True, scale)
     weight = gate_values(lse_local, lse_skip, gate, fusion)
     return fuse(local, skip, weight).to(query.dtype), lse_local, lse_skip

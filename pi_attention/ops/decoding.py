@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pi_attention.ops.library import decode_pattern
 from pi_attention.pattern import PiPattern
 
 MAX_QUERIES = 16
@@ -45,7 +44,7 @@ def _decode(
     from pi_attention.ops.triton.launch import launch_decode
     from pi_attention.ops.triton.plan import Launch
 
-    return launch_decode(Launch(query, key, value, starts, decode_pattern(pattern), True, scale), gate, mass)
+    return launch_decode(Launch(query, key, value, starts, PiPattern.from_ints(pattern), True, scale), gate, mass)
 
 
 @torch.library.register_fake("pi_attention::decode")

@@ -14,7 +14,6 @@ from torch import Tensor
 from pi_attention.ops.blocked import join_sinks
 from pi_attention.ops.decoding import decode, is_decoding
 from pi_attention.ops.fusion import fuse, gate_values
-from pi_attention.ops.library import decode_pattern, encode
 from pi_attention.pattern import PiPattern
 
 BOTH, LOCAL, SKIP = 0, 1, 2
@@ -69,7 +68,7 @@ def _fused(
     from pi_attention.ops.triton.launch import launch_forward
     from pi_attention.ops.triton.plan import Launch
 
-    shape = decode_pattern(pattern)
+    shape = PiPattern.from_ints(pattern)
     if bands != BOTH:
         out, lse = launch_forward(Launch(query, key, value, starts, shape, bands == SKIP, scale))
         return out, lse, out.new_empty(0), lse.new_empty(0)
@@ -120,7 +119,7 @@ def _fused_backward(
     from pi_attention.ops.triton.launch import Saved, launch_backward_key, launch_backward_query, launch_row_terms
     from pi_attention.ops.triton.plan import Launch, has_periods
 
-    shape = decode_pattern(pattern)
+    shape = PiPattern.from_ints(pattern)
     both = bands == BOTH
     saved = Saved(out, lse, skip_out if both else None, skip_lse if both else None)
     several = has_periods(shape) and query.shape[1] != key.shape[1]  # launches that add to one gradient
@@ -207,7 +206,7 @@ def fused_attention(
     """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
     if scale <= 0:  # the kernels' running maximum takes a positive one
         query, scale = query * scale, 1.0
-    code = encode(pattern)
+    code = pattern.to_ints()
     if is_decoding(query, key, value, gate, pattern):
         return decode(query, key, value, gate, starts, code, fusion == "mass", scale)
     if not pattern.sinks:

@@ -5,7 +5,6 @@ Registered operators are opaque to torch.compile, so a graph holds one node a ba
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,30 +15,12 @@ from pi_attention.ops.bands import band_forward, compute_dtype
 from pi_attention.pattern import PiPattern
 
 
-def encode(pattern: PiPattern) -> list[int]:
-    """A pattern as the integers that an operator schema can carry."""
-    skips = -1 if pattern.skips is None else pattern.skips
-    return [pattern.window, skips, int(pattern.causal), int(pattern.ring), pattern.sinks, *pattern.periods]
-
-
-@lru_cache(maxsize=256)
-def _decode(code: tuple[int, ...]) -> PiPattern:
-    window, skips, causal, ring, sinks, *periods = code
-    period = periods[0] if len(periods) == 1 else tuple(periods)
-    return PiPattern(window, period, None if skips < 0 else skips, bool(causal), bool(ring), sinks)
-
-
-def decode_pattern(code: list[int]) -> PiPattern:
-    """Inverse of `encode`."""
-    return _decode(tuple(code))
-
-
 @torch.library.custom_op("pi_attention::band", mutates_args=())
 def band(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: list[int], skip: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """One band of the encoded pattern: see `bands.band_forward`."""
-    return band_forward(query, key, value, starts, decode_pattern(pattern), skip, scale)
+    return band_forward(query, key, value, starts, PiPattern.from_ints(pattern), skip, scale)
 
 
 @band.register_fake
@@ -64,7 +45,9 @@ def band_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one band: see `bands.band_backward`."""
-    return eager_band_backward(grad_out, grad_lse, query, key, value, out, starts, decode_pattern(pattern), skip, scale)
+    return eager_band_backward(
+        grad_out, grad_lse, query, key, value, out, starts, PiPattern.from_ints(pattern), skip, scale
+    )
 
 
 @band_backward.register_fake
@@ -107,7 +90,7 @@ def _differentiate_band_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """Double backward: run the plain PyTorch backward again under autograd, and differentiate that."""
     *tensors, starts = ctx.saved_tensors
     inputs = [x.detach().requires_grad_() for x in tensors]
-    rest: tuple[Any, ...] = (starts, decode_pattern(ctx.pattern), ctx.skip, ctx.scale)
+    rest: tuple[Any, ...] = (starts, PiPattern.from_ints(ctx.pattern), ctx.skip, ctx.scale)
     with torch.enable_grad():
         outputs = eager_band_backward(*inputs, *rest)
     return *torch.autograd.grad(outputs, inputs, grads, allow_unused=True), None, None, None, None
