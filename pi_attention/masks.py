@@ -95,5 +95,6 @@ def flex_mask_mod(
             return seen
         return seen & (start == starts[batch, key]) & (start >= 0)
 
-    mask_mod.__name__ = f"pi_w{pattern.window}_p{'-'.join(map(str, pattern.periods))}_m{pattern.skips}_{band}"
+    heads = "-".join(f"{skip.stride}+{skip.phase}" if skip.phase else str(skip.stride) for skip in pattern.skip_bands())
+    mask_mod.__name__ = f"pi_w{pattern.window}_p{heads}_m{pattern.skips}_{band}"
     return mask_mod

@@ -64,20 +64,20 @@ class Part:
 
 
 def parts(query: Tensor, key: Tensor, pattern: PiPattern, skip: bool) -> Iterator[Part]:
-    """Split batch and heads so that a part has one period and its tensors stay in cache."""
+    """Split batch and heads so that a part has one band and its tensors stay in cache."""
     batch, heads, _, dim = query.shape
     groups, length = key.shape[1:3]
     share = heads // groups
     fit = max(1, PART_ELEMENTS // (length * dim * share))  # key heads with their query heads
-    if skip and len(set(pattern.periods)) > 1:
-        members: dict[int, list[int]] = {}
-        for head in range(heads):
-            members.setdefault(pattern.period_of(head), []).append(head)
-        for chosen in members.values():
+    if skip and len(set(pattern.skip_bands())) > 1:
+        members: dict[Band, list[int]] = {}
+        for head, band in enumerate(pattern.skip_bands()):
+            members.setdefault(band, []).append(head)
+        for band, chosen in members.items():
             for first in range(0, len(chosen), fit):
                 some = chosen[first : first + fit]
                 for row in range(batch):
-                    yield Part(pattern.skip_band(some[0]), slice(row, row + 1), some, [head // share for head in some])
+                    yield Part(band, slice(row, row + 1), some, [head // share for head in some])
         return
     band = pattern.skip_band() if skip else pattern.local_band
     step, rows = min(fit, groups), max(1, fit // groups)
