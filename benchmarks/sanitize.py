@@ -12,6 +12,7 @@ CASES = [  # pattern, H, G, T, S, D
     (PiPattern(32, 32, 4, sinks=2), 4, 2, 161, 161, 40),
     (PiPattern(64, 64, 8), 2, 2, 300, 300, 64),
     (PiPattern(20, (7, 9), 3), 2, 1, 97, 97, 16),
+    (PiPattern(20, 8, 3, phase=(0, 3, 5, 6)), 4, 1, 97, 97, 16),
     (PiPattern(16, 16, 4, causal=False), 2, 2, 130, 130, 32),
     (PiPattern(64, 64, 8, sinks=4), 2, 2, 4, 500, 64),
 ]

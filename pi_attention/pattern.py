@@ -83,7 +83,8 @@ class PiPattern:
             (plus the phase) that lies beyond the window. 0 is ring-local attention. None is every multiple back to the
             start: cost S²/period, and a decoding cache that grows with the context.
         causal: only keys at or before the query.
-        ring: positions wrap modulo the length; bidirectional only, and every period must divide the length.
+        ring: positions wrap modulo the length, and the distance of a key is the shorter way round; bidirectional only,
+            and every period must divide the length.
         sinks: the first `sinks` keys of the query's segment always belong to the local band (causal only).
         phase: offset of the skip lags, 0 ≤ phase < period; an int, or one int per query head. Heads of period p with
             the phases 0 … p − 1 see together every lag up to the reach (see `coordinated_heads`).

@@ -13,6 +13,7 @@ PATTERNS = [
     PiPattern(6, (3, 11), 2, sinks=3),
     PiPattern(1, 1, 0),
     PiPattern(3, 4, None, sinks=1),
+    PiPattern(5, 4, 3, sinks=1, phase=(3, 2)),
 ]
 
 

@@ -70,6 +70,7 @@ def shardings(draw):
         causal=causal,
         sinks=draw(st.integers(0, 3)) if causal else 0,
         ring=ring,
+        phase=tuple(draw(st.integers(0, period - 1)) for period in periods) if len(periods) > 1 else 0,
     )
     return pattern, lengths, documents
 

@@ -25,13 +25,19 @@ PATTERNS = [
     PiPattern(256, 256, 1),
     PiPattern(100, (60, 70, 80, 90), 12),
     PiPattern(128, 128, 8, causal=False),
+    PiPattern(16, 4, 64, phase=(0, 1, 2, 3)),
+    PiPattern(128, (4, 4, 9, 64), 70, phase=(3, 1, 5, 40)),
+    PiPattern(20, 16, None, phase=(0, 5, 10, 15)),
+    PiPattern(30, 16, 5, causal=False, phase=(0, 5, 10, 15)),
 ]
 
 
 @pytest.mark.parametrize("dim", [64, 128, 80, 256])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_long_sequences_agree_with_the_blocked_implementation(pattern, dim):
-    inputs = qkv(1, 4, 3333, dim)
+@pytest.mark.parametrize("groups", [4, 1])
+def test_long_sequences_agree_with_the_blocked_implementation(pattern, dim, groups):
+    query, key, value = qkv(1, 4, 3333, dim)
+    inputs = query, *(x.detach()[:, :groups].requires_grad_() for x in (key, value))
     gate = torch.randn(1, 4, 3333, device="cuda", requires_grad=True)
     grad = torch.randn(1, 4, 3333, dim, device="cuda", dtype=torch.bfloat16)
     results = []

@@ -17,7 +17,7 @@ SMALL = [
         fusion="mass",
         segments=((-1,) * 2 + (0,) * 9, (0,) * 6 + (1,) * 5),
     ),
-    Case(PiPattern(2, 3, 2, causal=False), T=9, S=9, B=1, H=2, G=1, D=2, fusion="mass"),
+    Case(PiPattern(2, 3, 2, causal=False, phase=(2, 0)), T=9, S=9, B=1, H=2, G=1, D=2, fusion="mass"),
     Case(PiPattern(2, 3, 2, causal=False, ring=True), T=9, S=9, B=1, H=2, G=1, D=2),
 ]
 

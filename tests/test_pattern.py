@@ -21,7 +21,8 @@ def keys_by_definition(p: PiPattern, query: int, length: int, head: int) -> tupl
     signs = [1] if p.causal else [1, -1]
     if p.ring:
         local = {(query - lag) % length for lag in range(1 - p.window, p.window)}
-        skip = {(query - sign * lag) % length for lag in lags for sign in signs} - local
+        shorter = {lag for lag in lags if 2 * lag <= length}  # a key has one distance, the shorter way round
+        skip = {(query - sign * lag) % length for lag in shorter for sign in signs} - local
         return local, skip
     near = range(0, p.window) if p.causal else range(1 - p.window, p.window)
     inside = set(range(length))

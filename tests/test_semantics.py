@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import CASES, Case, assert_close, attend, cases, need_triton, outputs_and_gradients
 
-from pi_attention import PiPattern, segments_from_mask
+from pi_attention import PiPattern, coordinated_heads, segments_from_mask
 from pi_attention.masks import dense_mask
 
 FAST = ["blocked", "triton"]
@@ -183,7 +183,7 @@ def test_future_keys_change_nothing(case, impl):
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
 def test_chunks_appended_to_cached_keys_equal_the_whole(chunk, impl):
-    case = Case(PiPattern(5, (6, 7, 11, 64), 3, sinks=1), T=63, S=63)
+    case = Case(PiPattern(5, (6, 7, 11, 64), 3, sinks=1, phase=(0, 4, 10, 1)), T=63, S=63)
     query, key, value, gate = case.tensors(grad=False)
     whole = case.run(impl, (query, key, value, gate))
     for first in range(0, 63, chunk):
@@ -192,7 +192,11 @@ def test_chunks_appended_to_cached_keys_equal_the_whole(chunk, impl):
         assert_close(part, whole[:, :, first:end], impl=impl)
 
 
-@pytest.mark.parametrize("pattern", [PiPattern(4, 5, 3, sinks=1), PiPattern(4, 5, 2, causal=False)], ids=str)
+@pytest.mark.parametrize(
+    "pattern",
+    [PiPattern(4, 5, 3, sinks=1), PiPattern(4, 5, 2, causal=False), PiPattern(4, 5, 3, sinks=1, phase=(0, 2, 3, 4))],
+    ids=str,
+)
 def test_packed_documents_equal_separate_ones(pattern, impl):
     lengths = [1, 17, 4, 15]
     case = Case(pattern, B=1, segments=(tuple(i for i, n in enumerate(lengths) for _ in range(n)),))
@@ -240,12 +244,12 @@ def test_a_batch_row_does_not_depend_on_its_neighbours(impl):
 
 def test_permuted_heads_give_permuted_outputs(impl):
     order = [2, 0, 3, 1]
-    periods = (5, 6, 7, 9)
-    case = Case(PiPattern(4, periods, 3), G=4)
+    periods, phases = (5, 6, 7, 9), (3, 0, 6, 2)
+    case = Case(PiPattern(4, periods, 3, phase=phases), G=4)
     inputs = case.tensors(grad=False)
     permuted = attend(
         *(x[:, order] for x in inputs[:3]),
-        PiPattern(4, tuple(periods[h] for h in order), 3),
+        PiPattern(4, tuple(periods[h] for h in order), 3, phase=tuple(phases[h] for h in order)),
         gate=inputs[3][:, order],
         impl=impl,
     )
@@ -258,9 +262,36 @@ def test_equal_periods_per_head_are_one_period(impl):
     assert_close(Case(PiPattern(4, (6, 6, 6, 6), 3)).run(impl, inputs), one, impl=impl)
 
 
+@pytest.mark.parametrize("phase", [2, 3])
+def test_a_phase_is_a_shift_of_the_keys(phase, impl):
+    """The skip branch of phase φ is that of phase 0 over keys and values that are moved on by φ tokens."""
+    case = Case(PiPattern(4, 4, 5, phase=phase))
+    query, key, value, gate = case.tensors(grad=False)
+    far = torch.full_like(gate, -torch.inf)  # the skip branch alone
+    got = attend(query, key, value, case.pattern, gate=far, impl=impl)
+    moved = [F.pad(x, (0, 0, phase, 0))[:, :, : case.S] for x in (key, value)]
+    want = attend(query, *moved, PiPattern(4, 4, 5), gate=far, impl=impl)
+    start = 4 * 5 + phase  # from here on no key lies before the first
+    assert_close(got[:, :, start:], want[:, :, start:], impl=impl)
+
+
+def test_a_phase_of_zero_for_each_head_is_none(impl):
+    inputs = Case(PiPattern(4, 6, 3)).tensors(grad=False)
+    none = Case(PiPattern(4, 6, 3)).run(impl, inputs)
+    assert torch.equal(Case(PiPattern(4, 6, 3, phase=0)).run(impl, inputs), none)
+    assert torch.equal(Case(PiPattern(4, 6, 3, phase=(0, 0, 0, 0))).run(impl, inputs), none)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_heads_with_all_phases_together_are_a_window(causal):
+    pattern = replace(coordinated_heads(6, 5, heads=4, period=4), causal=causal)
+    together = dense_mask(pattern, 63, 63).any(dim=1)
+    assert torch.equal(together, dense_mask(PiPattern(6 + 5 * 4, 1, 0, causal=causal), 63, 63)[:, 0])
+
+
 @pytest.mark.parametrize("shift", [3, 17])
 def test_a_ring_has_no_first_token(shift, impl):
-    case = Case(PiPattern(4, (5, 6, 10, 15), 3, causal=False, ring=True), T=60, S=60)
+    case = Case(PiPattern(4, (5, 6, 10, 15), 3, causal=False, ring=True, phase=(1, 0, 7, 3)), T=60, S=60)
     inputs = case.tensors(grad=False)
     turned = case.run(impl, tuple(x.roll(shift, dims=2) for x in inputs))
     assert_close(turned, case.run(impl, inputs).roll(shift, dims=2), impl=impl)

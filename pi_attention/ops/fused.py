@@ -117,17 +117,13 @@ def _fused_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and gate logits (fp32; empty without a gate)."""
     from pi_attention.ops.triton.launch import Saved, launch_backward_key, launch_backward_query, launch_row_terms
-    from pi_attention.ops.triton.plan import Launch, has_periods
+    from pi_attention.ops.triton.plan import Launch
 
     shape = PiPattern.from_ints(pattern)
     both = bands == BOTH
     saved = Saved(out, lse, skip_out if both else None, skip_lse if both else None)
-    several = has_periods(shape) and query.shape[1] != key.shape[1]  # launches that add to one gradient
-    key_dtype = torch.float32 if several else key.dtype
-    grads = (
-        torch.empty(query.shape, dtype=query.dtype, device=query.device),
-        torch.empty(key.shape, dtype=key_dtype, device=key.device),
-        torch.empty(value.shape, dtype=key_dtype, device=value.device),
+    grad_query, grad_key, grad_value = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
     )
     terms, grad_gate = launch_row_terms(saved, grad_out, grad_lse, grad_skip_lse, gate, mass)
     work = []
@@ -136,11 +132,11 @@ def _fused_backward(
     if bands != SKIP:
         work.append((Launch(query, key, value, starts, shape, False, scale), lse, terms[:2]))
     for number, (launch, band_lse, band_terms) in enumerate(work):
-        launch_backward_query(launch, grad_out, band_lse, band_terms, grads[0], add=number > 0)
-        launch_backward_key(launch, grad_out, band_lse, band_terms, grads[1:], add=number > 0)
+        launch_backward_query(launch, grad_out, band_lse, band_terms, grad_query, add=number > 0)
+        launch_backward_key(launch, grad_out, band_lse, band_terms, (grad_key, grad_value), add=number > 0)
     if grad_gate is None:
         grad_gate = lse.new_empty(0)
-    return grads[0], grads[1].to(key.dtype), grads[2].to(value.dtype), grad_gate
+    return grad_query, grad_key, grad_value, grad_gate
 
 
 @torch.library.register_fake("pi_attention::fused_backward")

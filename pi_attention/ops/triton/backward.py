@@ -13,7 +13,9 @@ from pi_attention.ops.triton.band import (
     LOG2E,
     RUN_TIME,
     band_of_head,
+    first_row,
     gate_weight,
+    last_row,
     load_key_tags,
     load_query_tags,
     load_rows,
@@ -87,8 +89,8 @@ def _side_of_query(
     begin = row0 - last + 1
     last_key = row_end - first
     if not RING:
-        begin = tl.maximum(begin, -(offset // period))
-        last_key = tl.minimum(last_key, (S - 1 - offset) // period)
+        begin = tl.maximum(begin, first_row(offset, period))
+        last_key = tl.minimum(last_key, last_row(offset, period, S))
     TAGS: tl.constexpr = SEGMENTS or SINKS
     for start in tl.range(begin, last_key + 1, BN):
         key_row = start + tl.arange(0, BN)
@@ -122,8 +124,8 @@ def _side_of_key(
     begin = row0 + first
     last_query = row_end + last - 1
     if not RING:
-        begin = tl.maximum(begin, 0)
-        last_query = tl.minimum(last_query, (S - 1 - offset + period) // period - 1)
+        begin = tl.maximum(begin, first_row(offset - (S - T), period))
+        last_query = tl.minimum(last_query, last_row(offset, period, S))
     for start in tl.range(begin, last_query + 1, BN):
         row = start + tl.arange(0, BN)
         position = offset + row * period
@@ -154,7 +156,7 @@ def _side_of_key(
 def band_backward_query_kernel(
     Q, K, V, Starts, Bands, GradOut, Lse, Weight, Shift, GradQ,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
-    tiles, H, T, S, period, first, last, mirror_first, mirror_last, sinks, scale, scale_log2,
+    tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
     MIRROR: tl.constexpr, ADD: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
@@ -166,8 +168,8 @@ def band_backward_query_kernel(
     tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = row_of_heads // H, row_of_heads % H
     group = head // GROUP
-    period, first, last, mirror_first, mirror_last = band_of_head(
-        Bands, head, period, first, last, mirror_first, mirror_last, PER_HEAD
+    period, phase, first, last, mirror_first, mirror_last = band_of_head(
+        Bands, head, period, phase, first, last, mirror_first, mirror_last, PER_HEAD
     )
     residues = tl.minimum(period, T)
     residue, row0 = tile % residues, tile // residues * BM
@@ -195,13 +197,13 @@ def band_backward_query_kernel(
         dq = tl.zeros([BM, BD], tl.float32)
         dq = _side_of_query(
             q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
-            row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+            row0, row_end, row, query_tag, offset - phase, period, S, first, last, sinks, scale_log2,
             D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
         )  # fmt: skip
         if MIRROR:
             dq = _side_of_query(
                 q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
-                row0, row_end, row, query_tag, offset, period, S, mirror_first, mirror_last, sinks, scale_log2,
+                row0, row_end, row, query_tag, offset + phase, period, S, mirror_first, mirror_last, sinks, scale_log2,
                 D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
             )  # fmt: skip
         store_rows(GradQ + of_head * D, D, token, present, dq * scale, D, BD, ADD)
@@ -209,24 +211,27 @@ def band_backward_query_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def band_backward_key_kernel(
-    Q, K, V, Starts, Bands, GradOut, Lse, Weight, Shift, GradK, GradV,
+    Q, K, V, Starts, Bands, Members, GradOut, Lse, Weight, Shift, GradK, GradV,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
-    tiles, H, T, S, period, first, last, mirror_first, mirror_last, sinks, first_member, members, scale, scale_log2,
+    tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, classes, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
     MIRROR: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GradK and GradV [B, G, S, D] of one tile of BM key rows of one residue, from some query heads of the group.
+    """GradK and GradV [B, classes, G, S, D] of one tile of BM key rows of one residue.
 
-    All `members` heads from `first_member` on have one period.
+    A class holds the query heads of a group that have one period: their queries of a tile of keys are runs of rows.
+    With PER_HEAD the table Members [G, classes, 1 + GROUP] says how many and which; else a group is one class.
     """
     groups = H // GROUP
-    tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    batch, group = row_of_heads // groups, row_of_heads % groups
-    head = group * GROUP + first_member
-    period, first, last, mirror_first, mirror_last = band_of_head(
-        Bands, head, period, first, last, mirror_first, mirror_last, PER_HEAD
-    )
+    tile, unit = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    batch, group = unit // (groups * classes), unit % groups
+    head0, members = group * GROUP, GROUP
+    if PER_HEAD:
+        Members += (group * classes + unit // groups % classes) * (GROUP + 1)
+        members = tl.load(Members)
+        head0 = tl.load(Members + 1)
+        period = tl.load(Bands + head0 * 6)
     residue = tile % period
     offset = S - T + residue
     row0 = tile // period * BM - offset // period
@@ -243,23 +248,29 @@ def band_backward_key_kernel(
         dk = tl.zeros([BM, BD], tl.float32)
         dv = tl.zeros([BM, BD], tl.float32)
         for number in tl.range(0, members):
-            member = head + number
+            member = head0 + number
+            if PER_HEAD:
+                member = tl.load(Members + 1 + number)
+            _, phase, first, last, mirror_first, mirror_last = band_of_head(
+                Bands, member, period, phase, first, last, mirror_first, mirror_last, PER_HEAD
+            )
             of_head = (wide * H + member) * T
             q_of_head = Q + wide * sq_b + member.to(tl.int64) * sq_h
             d_of_head = GradOut + wide * sd_b + member.to(tl.int64) * sd_h
             dk, dv = _side_of_key(
                 k, v, dk, dv, q_of_head, d_of_head, Starts,
                 Lse + of_head, Weight + of_head, Shift + of_head, sq_t, sq_d, sd_t, sd_d,
-                row0, row_end, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
+                row0, row_end, key_row, key_tag, offset + phase, period, T, S, first, last, scale_log2,
                 D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
             )  # fmt: skip
             if MIRROR:
                 dk, dv = _side_of_key(
                     k, v, dk, dv, q_of_head, d_of_head, Starts,
                     Lse + of_head, Weight + of_head, Shift + of_head, sq_t, sq_d, sd_t, sd_d,
-                    row0, row_end, key_row, key_tag, offset, period, T, S, mirror_first, mirror_last, scale_log2,
+                    row0, row_end, key_row, key_tag, offset - phase, period, T, S, mirror_first, mirror_last,
+                    scale_log2,
                     D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
                 )  # fmt: skip
-        of_group = row_of_heads.to(tl.int64) * S * D
+        of_group = unit.to(tl.int64) * S * D
         store_rows(GradK + of_group, D, position, present, dk * scale, D, BD, ADD)
         store_rows(GradV + of_group, D, position, present, dv, D, BD, ADD)

@@ -1,7 +1,8 @@
 """The inner steps that all kernels share: where a tile lies, which lags are visible, the online softmax.
 
 A band of stride π is a run of rows of the sequence in residue order: row r of residue ρ is the token at position
-p₀ + ρ + r·π, with p₀ = S − T the position of query 0. Key rows may be negative; query rows are not.
+p₀ + ρ + r·π, with p₀ = S − T the position of query 0. A band of phase φ pairs the query rows of residue ρ with the key
+rows of residue ρ − φ, and its mirror image those with the key rows of residue ρ + φ. Key rows may be negative.
 
 Letters: BM query rows of a tile · BN key rows · BD head dim, padded to a power of two.
 """
@@ -9,8 +10,8 @@ Letters: BM query rows of a tile · BN key rows · BD head dim, padded to a powe
 import triton
 import triton.language as tl
 
-RUN_TIME = ["tiles", "H", "T", "S", "period", "first", "last", "mirror_first", "mirror_last", "sinks"]
-RUN_TIME += ["first_member", "members", "window", "splits", "rows", "sg_b", "sg_h", "sg_t"]
+RUN_TIME = ["tiles", "H", "T", "S", "period", "phase", "first", "last", "mirror_first", "mirror_last", "sinks"]
+RUN_TIME += ["classes", "window", "splits", "rows", "sg_b", "sg_h", "sg_t"]
 """Arguments that vary from call to call: no value of theirs is compiled in."""
 
 ABSENT = tl.constexpr(1 << 30)
@@ -21,15 +22,28 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def band_of_head(Bands, head, period, first, last, mirror_first, mirror_last, PER_HEAD: tl.constexpr):
-    """Period and the row lags [first, last) and [mirror_first, mirror_last) of a head."""
+def band_of_head(Bands, head, period, phase, first, last, mirror_first, mirror_last, PER_HEAD: tl.constexpr):
+    """Period, phase, and the row lags [first, last) and [mirror_first, mirror_last) of a head."""
     if PER_HEAD:
-        period = tl.load(Bands + head * 5)
-        first = tl.load(Bands + head * 5 + 1)
-        last = tl.load(Bands + head * 5 + 2)
-        mirror_first = tl.load(Bands + head * 5 + 3)
-        mirror_last = tl.load(Bands + head * 5 + 4)
-    return period, first, last, mirror_first, mirror_last
+        period = tl.load(Bands + head * 6)
+        phase = tl.load(Bands + head * 6 + 1)
+        first = tl.load(Bands + head * 6 + 2)
+        last = tl.load(Bands + head * 6 + 3)
+        mirror_first = tl.load(Bands + head * 6 + 4)
+        mirror_last = tl.load(Bands + head * 6 + 5)
+    return period, phase, first, last, mirror_first, mirror_last
+
+
+@triton.jit
+def first_row(origin, period):
+    """The least row r with origin + r·period ≥ 0, for origin > −period."""
+    return 1 - (origin + period) // period
+
+
+@triton.jit
+def last_row(origin, period, length):
+    """The largest row r with origin + r·period < length, for origin < length + 2·period."""
+    return (length - 1 - origin + 2 * period) // period - 2
 
 
 @triton.jit

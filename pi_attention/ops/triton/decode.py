@@ -47,21 +47,21 @@ def _part(length, split, splits):
 def decode_kernel(
     Q, K, V, Starts, Bands, PartOut, PartLse,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d,
-    splits, H, T, S, period, first, last, mirror_first, mirror_last, sinks, window, scale_log2,
+    splits, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, window, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys, for the query heads of one group: PartOut [2, splits, B, H, T, D] and PartLse without D.
 
-    The first index is the band: local with sinks, or skip. Where heads differ in their period a program takes one head.
+    The first index is the band: local with sinks, or skip. Where heads differ in their skips a program takes one head.
     """
     MEMBERS: tl.constexpr = 1 if PER_HEAD else GROUP
     units = H // MEMBERS
     split, unit = tl.program_id(0) % splits, tl.program_id(0) // splits
     batch, head0 = (unit // units).to(tl.int64), unit % units * MEMBERS
     batches = tl.num_programs(0) // (splits * units)
-    period, first, last, mirror_first, mirror_last = band_of_head(
-        Bands, head0, period, first, last, mirror_first, mirror_last, PER_HEAD
+    period, phase, first, last, mirror_first, mirror_last = band_of_head(
+        Bands, head0, period, phase, first, last, mirror_first, mirror_last, PER_HEAD
     )
     Starts += batch * S
     K += batch * sk_b + (head0 // GROUP).to(tl.int64) * sk_h
@@ -115,7 +115,7 @@ def decode_kernel(
     for start in tl.range(begin, end, BN):
         number = start + tl.arange(0, BN)
         owner = number // skips
-        position = S - T + owner - (first + number % skips) * period
+        position = S - T + owner - phase - (first + number % skips) * period
         present = (number < end) & (position >= 0)
         key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, True)
         seen = (query_tag[:, None] == key_tag[None, :]) & (owner[None, :] == query[:, None])

@@ -8,7 +8,9 @@ from pi_attention.ops.triton.band import (
     RUN_TIME,
     band_of_head,
     end_of_softmax,
+    first_row,
     gate_weight,
+    last_row,
     load_key_tags,
     load_query_tags,
     load_rows,
@@ -26,13 +28,16 @@ def _side(
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
     SINKS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to all key rows at lags [first, last) of the tile's rows row0 … row_end, by tiles of BN."""
+    """Attend to all key rows at lags [first, last) of the tile's rows row0 … row_end, by tiles of BN.
+
+    Key row 0 is at position `offset`.
+    """
     TAGS: tl.constexpr = SEGMENTS or SINKS
     begin = row0 - last + 1
     last_key = row_end - first
     if not RING:
-        begin = tl.maximum(begin, -(offset // period))
-        last_key = tl.minimum(last_key, (S - 1 - offset) // period)
+        begin = tl.maximum(begin, first_row(offset, period))
+        last_key = tl.minimum(last_key, last_row(offset, period, S))
     for start in tl.range(begin, last_key + 1, BN):
         key_row = start + tl.arange(0, BN)
         position = offset + key_row * period
@@ -58,7 +63,7 @@ def _side(
 def band_forward_kernel(
     Q, K, V, Starts, Bands, Gate, SkipOut, SkipLse, Out, Lse,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sg_b, sg_h, sg_t,
-    tiles, H, T, S, period, first, last, mirror_first, mirror_last, sinks, scale_log2,
+    tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
     MIRROR: tl.constexpr, FUSE: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
@@ -72,8 +77,8 @@ def band_forward_kernel(
     tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = row_of_heads // H, row_of_heads % H
     group = head // GROUP
-    period, first, last, mirror_first, mirror_last = band_of_head(
-        Bands, head, period, first, last, mirror_first, mirror_last, PER_HEAD
+    period, phase, first, last, mirror_first, mirror_last = band_of_head(
+        Bands, head, period, phase, first, last, mirror_first, mirror_last, PER_HEAD
     )
     residues = tl.minimum(period, T)
     residue, row0 = tile % residues, tile // residues * BM
@@ -96,13 +101,13 @@ def band_forward_kernel(
         row_end = tl.minimum(row0 + BM, rows) - 1
         acc, m, l = _side(
             q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
-            row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+            row0, row_end, row, query_tag, offset - phase, period, S, first, last, sinks, scale_log2,
             D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
         )  # fmt: skip
         if MIRROR:
             acc, m, l = _side(
                 q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
-                row0, row_end, row, query_tag, offset, period, S, mirror_first, mirror_last, sinks, scale_log2,
+                row0, row_end, row, query_tag, offset + phase, period, S, mirror_first, mirror_last, sinks, scale_log2,
                 D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
             )  # fmt: skip
         out, lse = end_of_softmax(acc, m, l)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,7 +14,7 @@ from pi_attention.ops.triton.backward import band_backward_key_kernel, band_back
 from pi_attention.ops.triton.decode import decode_kernel, join_kernel
 from pi_attention.ops.triton.forward import band_forward_kernel
 from pi_attention.ops.triton.launcher import Constants, Launcher
-from pi_attention.ops.triton.plan import INTERPRETED, Launch, has_periods, padded, precision, row_lags
+from pi_attention.ops.triton.plan import INTERPRETED, Launch, heads_differ, padded, precision, row_lags
 
 LOG2E = 1.4426950408889634
 
@@ -105,25 +104,29 @@ def launch_backward_query(
 def launch_backward_key(
     launch: Launch, grad_out: Tensor, lse: Tensor, terms: Tensor, grads: tuple[Tensor, Tensor], add: bool
 ) -> None:
-    """Write the gradients of the keys and values of one band, or add them to what is there."""
-    for first, members in _members(launch):
-        plan = launch.plan("backward key", ADD=add or first > 0)
-        backward_key(
-            plan.programs * launch.query.shape[0],
-            (launch.query, launch.key, launch.value, *launch.others(), grad_out, lse, terms[0], terms[1], *grads),
-            launch.strides() + grad_out.stride(),
-            (*plan.sizes, first, members, launch.scale, launch.scale * LOG2E),
-            plan.constants,
-        )
+    """Write the gradients of the keys and values of one band, or add them to what is there.
 
-
-def _members(launch: Launch) -> Iterator[tuple[int, int]]:
-    """Heads of a group that one launch serves: all, or one after another where their periods differ."""
-    if launch.skip and has_periods(launch.pattern):
-        for member in range(launch.group):
-            yield member, 1
-    else:
-        yield 0, launch.group
+    Each class of query heads writes a share of its own, and these are added up in order.
+    """
+    plan = launch.plan("backward key", ADD=add)
+    classes, members = launch.members()
+    shares: tuple[Tensor, ...] = grads
+    if classes > 1:
+        batch, groups, length, dim = launch.key.shape
+        shares = launch.query.new_empty(2, batch, classes, groups, length, dim, dtype=torch.float32).unbind()
+    backward_key(
+        plan.programs * launch.query.shape[0] * classes,
+        (
+            *(launch.query, launch.key, launch.value, *launch.others(), members),
+            *(grad_out, lse, terms[0], terms[1], *shares),
+        ),
+        launch.strides() + grad_out.stride(),
+        (*plan.sizes, classes, launch.scale, launch.scale * LOG2E),
+        plan.constants,
+    )
+    if classes > 1:
+        for grad, share in zip(grads, shares, strict=True):
+            grad.copy_(share.sum(dim=1))
 
 
 @lru_cache(maxsize=256)
@@ -165,7 +168,7 @@ def launch_decode(launch: Launch, gate: Tensor | None, mass: bool) -> tuple[Tens
     batch, heads, length, dim = query.shape
     keys = launch.key.shape[2]
     window = min(pattern.window, keys)
-    per_head = has_periods(pattern)
+    per_head = heads_differ(pattern)
     programs = batch * (heads if per_head else heads // launch.group)
     splits = min(cdiv(2 * _multiprocessors(query.device), programs), cdiv(window + length - 1, 32), 64)
     parts = torch.empty(2, splits, batch, heads, length, dim, dtype=torch.float32, device=query.device)

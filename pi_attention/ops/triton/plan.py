@@ -13,32 +13,56 @@ from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pi_attention.ops.triton.launcher import Constants
-from pi_attention.ops.triton.tuning import Tiles, choose_tiles
+from pi_attention.ops.triton.tuning import MANY, Tiles, choose_tiles
 from pi_attention.pattern import PiPattern
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 @lru_cache(maxsize=4096)
-def row_lags(pattern: PiPattern, skip: bool, head: int, length: int) -> tuple[int, int, int, int, int]:
-    """Period, and the row lags [first, last) of the band and of its mirror image, of one head."""
+def row_lags(pattern: PiPattern, skip: bool, head: int, length: int) -> tuple[int, int, int, int, int, int]:
+    """Period, phase, and the row lags [first, last) of the band and of its mirror image, of one head."""
     band = pattern.skip_band(head) if skip else pattern.local_band
     sides = [(side.first, side.last or 0) for side in pattern.signed_bands(band, length)]
     sides = [(0, 0)] * (2 - len(sides)) + sides
-    return band.stride, *sides[1], *sides[0]
+    return band.stride, band.phase, *sides[1], *sides[0]
 
 
 @lru_cache(maxsize=64)
 def band_table(pattern: PiPattern, length: int, device: torch.device) -> Tensor:
-    """`row_lags` of the skip band of every head, [H, 5]."""
+    """`row_lags` of the skip band of every head, [H, 6]."""
     rows = [row_lags(pattern, True, head, length) for head in range(len(pattern.periods))]
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=256)
-def has_periods(pattern: PiPattern) -> bool:
-    """Whether heads differ in their period."""
-    return len(set(pattern.periods)) > 1
+def heads_differ(pattern: PiPattern) -> bool:
+    """Whether heads differ in their skip keys."""
+    return len(set(pattern.skip_bands())) > 1
+
+
+@lru_cache(maxsize=256)
+def classes(pattern: PiPattern, group: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """The query heads of every key head, by their period: as many classes for each, the last of them perhaps empty."""
+    heads = range(len(pattern.periods))
+    found = []
+    for first in heads[::group]:
+        of_period: dict[int, list[int]] = {}
+        for head in heads[first : first + group]:
+            of_period.setdefault(pattern.period_of(head), []).append(head)
+        found.append([tuple(members) for members in of_period.values()])
+    most = max(map(len, found))
+    return tuple((*of_group, *[()] * (most - len(of_group))) for of_group in found)
+
+
+@lru_cache(maxsize=64)
+def member_table(pattern: PiPattern, group: int, device: torch.device) -> Tensor:
+    """`classes` as [G, classes, 1 + group]: how many heads, and which; an empty class names one, for its period."""
+    rows = [
+        [[len(members), *members, *[number * group] * (group - len(members))] for members in of_group]
+        for number, of_group in enumerate(classes(pattern, group))
+    ]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 def padded(size: int) -> int:
@@ -65,7 +89,7 @@ class Plan(NamedTuple):
     programs: int
     """For each row of the batch."""
     sizes: tuple[int, ...]
-    """tiles, H, T, S, period, first, last, mirror_first, mirror_last, sinks."""
+    """tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks."""
     tiles: Tiles
     constants: Constants
 
@@ -76,11 +100,12 @@ def make_plan(kernel: str, pattern: PiPattern, skip: bool, shape: Shape, flags: 
     periods = pattern.periods if skip else (1,)
     length = shape.keys if kernel == "backward key" else shape.queries
     rows, wide = cdiv(length, min(periods)), shape.dtype.itemsize > 2
-    tiles = choose_tiles(kernel, skip, shape.dim, rows, wide=wide, interpreted=INTERPRETED)
+    lags = row_lags(pattern, skip, 0, shape.keys)
+    few = skip and lags[3] - lags[2] < MANY
+    tiles = choose_tiles(kernel, few, shape.dim, rows, wide=wide, interpreted=INTERPRETED)
     # Queries leave out the residues that have none.
     residues = [min(period, length) if kernel != "backward key" else period for period in periods]
     count = max(r * cdiv(cdiv(length, period), tiles.rows) for r, period in zip(residues, periods, strict=True))
-    lags = row_lags(pattern, skip, 0, shape.keys)
     constants = Constants(
         {"num_warps": tiles.warps, "num_stages": tiles.stages},
         GROUP=shape.heads // shape.groups,
@@ -91,7 +116,7 @@ def make_plan(kernel: str, pattern: PiPattern, skip: bool, shape: Shape, flags: 
         RING=pattern.ring,
         SEGMENTS=shape.segments,
         SINKS=skip and pattern.sinks > 0,
-        PER_HEAD=skip and has_periods(pattern),
+        PER_HEAD=skip and heads_differ(pattern),
         MIRROR=skip and not pattern.causal,
         **dict(flags),
         PRECISION=shape.precision,
@@ -158,9 +183,16 @@ class Launch:
     def others(self) -> tuple[Tensor, Tensor]:
         """Starts and Bands; what is not there is any pointer, and not read."""
         bands = self.query
-        if self.skip and has_periods(self.pattern):
+        if self.skip and heads_differ(self.pattern):
             bands = band_table(self.pattern, self.key.shape[2], self.query.device)
         return self.query if self.starts is None else self.starts, bands
+
+    def members(self) -> tuple[int, Tensor]:
+        """Classes of query heads that a tile of keys meets one after another, and the table of their members."""
+        if not self.skip or not heads_differ(self.pattern):
+            return 1, self.query
+        table = member_table(self.pattern, self.group, self.query.device)
+        return table.shape[1], table
 
     def strides(self) -> tuple[int, ...]:
         return self.query.stride() + self.key.stride() + self.value.stride()

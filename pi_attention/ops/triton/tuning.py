@@ -22,22 +22,25 @@ LOCAL = {
     "backward query": {64: Tiles(64, 32, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 32, 8, 1)},
     "backward key": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 32, 8, 1)},
 }
-"""For the run of neighbouring tokens, which is bound by arithmetic; measured at D = 128 (`benchmarks/tune.py`)."""
+"""For a row with many keys, which is bound by arithmetic; measured at D = 128 (`benchmarks/tune.py`)."""
 
 SKIP = {
     "forward": {64: Tiles(64, 16, 4, 4), 128: Tiles(64, 16, 4, 4), 256: Tiles(32, 16, 4, 2)},
     "backward query": {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 16, 4, 1)},
     "backward key": {64: Tiles(64, 16, 4, 3), 128: Tiles(64, 16, 4, 3), 256: Tiles(32, 16, 4, 1)},
 }
-"""For the rows of a residue, few keys a query, which is bound by memory; measured at D = 128."""
+"""For a row with few keys, as of long periods, which is bound by memory; measured at D = 128 with 16 keys."""
+
+MANY = 48
+"""Keys of a row from which the skip band, too, is bound by arithmetic."""
 
 
-def choose_tiles(kernel: str, skip: bool, head_dim: int, rows: int, *, wide: bool, interpreted: bool) -> Tiles:
+def choose_tiles(kernel: str, few: bool, head_dim: int, rows: int, *, wide: bool, interpreted: bool) -> Tiles:
     """Tiles of a kernel.
 
     Args:
         kernel: "forward", "backward query" or "backward key".
-        skip: the skip band, else the local band.
+        few: the skip band with fewer than `MANY` keys a row.
         head_dim: D.
         rows: of a sequence in residue order; a tile need not be larger.
         wide: elements of 4 bytes, which take twice the shared memory.
@@ -45,7 +48,7 @@ def choose_tiles(kernel: str, skip: bool, head_dim: int, rows: int, *, wide: boo
     """
     if interpreted:
         return Tiles(INTERPRETER_ROWS, INTERPRETER_ROWS, 4, 1)
-    table = (SKIP if skip else LOCAL)[kernel]
+    table = (SKIP if few else LOCAL)[kernel]
     return _fit(table[min(size for size in table if size >= head_dim)], rows, wide)
 
 
