@@ -20,7 +20,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 
 from benchmarks.peers import Attend, cudnn, fla, flex, sdpa
 from benchmarks.timing import machine, write
-from pi_attention import PiPattern, coordinated_heads, pi_attention
+from pi_attention import PiPattern, pi_attention
 from pi_attention.accounting import attention_bytes, attention_flops, roofline_seconds
 
 HEADS = 16
@@ -185,26 +185,6 @@ def variants(length: int, limits: tuple[float, float]) -> list[dict[str, Any]]:
     return found
 
 
-COORDINATED = [(16, 4, 64), (128, 4, 128)]
-"""Window, period and skips of the rows of coordinated heads."""
-
-
-def coordinated(length: int, dim: int, groups: int, limits: tuple[float, float]) -> list[dict[str, Any]]:
-    """Heads with all phases of a period, beside the same pattern without phases and a window of as many keys."""
-    found = []
-    for w, period, m in COORDINATED:
-        pattern = coordinated_heads(w, m, HEADS, period)
-        inputs, grad = problem(length, dim, groups)
-        kind = {"S": length, "D": dim, "key heads": groups, "pattern": f"{w},{period},{m}"}
-        short = [x[:, :, :4096] for x in inputs]
-        check("pi", ours(pattern)(*short), pi_attention(*short[:3], pattern, gate=short[3], impl="blocked"))
-        result: dict[str, Any] = kind | {"pi": time_both(ours(pattern), inputs, grad)}
-        result["without phases"] = time_both(ours(PiPattern(w, period, m)), inputs, grad)
-        result["our window of as many keys"] = time_both(ours(PiPattern(w + m, 1, 0)), inputs, grad)
-        found.append(finished(result | floors(pattern, length, dim, limits, groups)))
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 32768, 131072])
@@ -213,14 +193,13 @@ def main() -> None:
     parser.add_argument("--dense", action="store_true", help="dense attention beside the main pattern at every length")
     parser.add_argument("--peers", action="store_true", help="every peer beside the main pattern at 32768")
     parser.add_argument("--variants", action="store_true", help="bidirectional, GQA, packed, per-head rows at 32768")
-    parser.add_argument("--coordinated", action="store_true", help="heads with phases at 32768, two patterns")
     parser.add_argument("--longest", type=int, nargs="*", default=[], help="lengths for the main pattern alone")
     options = parser.parse_args()
     device = torch.cuda.get_device_name()
     limits = ceilings()
     print(device, f"{limits[0] / 1e12:.2f} TB/s, {limits[1] / 1e12:.0f} TFLOP/s", machine(), flush=True)
     head = {"gpu": device, "copy bytes/s": limits[0], "matrix flop/s": limits[1], "H": HEADS, "dtype": "bfloat16"}
-    found: dict[str, list[dict[str, Any]]] = {"rows": [], "variants": [], "coordinated": []}
+    found: dict[str, list[dict[str, Any]]] = {"rows": [], "variants": []}
 
     def keep(kind: str, rows: list[dict[str, Any]]) -> None:
         found[kind] += rows
@@ -231,9 +210,6 @@ def main() -> None:
             keep("rows", [with_peers(32768, dim, limits)])
     if options.variants:
         keep("variants", variants(32768, limits))
-    if options.coordinated:
-        for dim, groups in itertools.product((128, 64), (HEADS, HEADS // 4)):
-            keep("coordinated", coordinated(32768, dim, groups, limits))
     for pattern, dim, length in itertools.product(PATTERNS[: options.patterns], options.dims, options.lengths):
         if not (options.peers and pattern == MAIN and length == 32768):
             keep("rows", [row(pattern, length, dim, limits, beside_dense=options.dense and pattern == MAIN)])
