@@ -1,4 +1,4 @@
-"""Measure tile sizes for each kernel, from which `pi_attention/ops/triton/tuning.py` is filled by hand.
+"""Measure tile sizes for each kernel, from which `pi_attention/ops/fused/tuning.py` is filled by hand.
 
     python -m benchmarks.tune [--dim 128] [--workers 14]
 
@@ -17,16 +17,16 @@ import torch
 from triton.testing import do_bench
 
 from pi_attention import PiPattern
-from pi_attention.ops.triton import tuning
-from pi_attention.ops.triton.launch import (
+from pi_attention.ops.fused import tuning
+from pi_attention.ops.fused.launch import (
     Saved,
     launch_backward_key,
     launch_backward_query,
     launch_forward,
     launch_row_terms,
 )
-from pi_attention.ops.triton.plan import Launch, make_plan
-from pi_attention.ops.triton.tuning import Tiles
+from pi_attention.ops.fused.tiling import Launch, plan_tiles
+from pi_attention.ops.fused.tuning import Tiles
 
 PATTERN = PiPattern(256, 256, 16)
 KERNELS = ["forward", "backward query", "backward key"]
@@ -100,7 +100,7 @@ def main() -> None:
     times: dict[tuple[bool, str], list[tuple[float, Tiles]]] = {}
     for skip, kernel, tiles in todo:
         (tuning.SKIP if skip else tuning.LOCAL)[kernel] = {options.dim: tiles}
-        make_plan.cache_clear()
+        plan_tiles.cache_clear()
         try:
             if options.shard is not None:
                 benches[skip].run(kernel)

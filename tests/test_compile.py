@@ -4,7 +4,7 @@ import torch._dynamo.testing
 from problems import Case
 
 from pi_attention import PiPattern, pi_attention
-from pi_attention.ops.library import band, band_backward
+from pi_attention.ops.blocked.operator import band, band_backward
 from pi_attention.segments import segment_starts
 
 

@@ -84,7 +84,7 @@ def test_cuda_graph_capture():
 
 
 def test_a_new_length_compiles_nothing():
-    from pi_attention.ops.triton.forward import band_forward_kernel
+    from pi_attention.ops.fused.kernels.forward import band_forward_kernel
 
     pattern = PiPattern(64, 64, 8)
     for length in (5000, 9000):  # below and above the size from which tensor descriptors pay

@@ -14,8 +14,9 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pi_attention import PiPattern, coordinated_heads
-from pi_attention.ops.triton import backward, decode, forward, launch
-from pi_attention.ops.triton.plan import Shape, make_plan
+from pi_attention.ops.fused import launch
+from pi_attention.ops.fused.kernels import backward, decode, forward
+from pi_attention.ops.fused.tiling import Shape, plan_tiles
 
 LONE = PiPattern(256, 256, 16)
 KERNELS = {
@@ -52,7 +53,7 @@ for dim, (dtype, element) in [(d, t) for d in DIMS for t in TYPES]:
     shape = Shape(16, 4, 32768, 32768, dim, dtype, True, precision)
     bands = {"local": (LONE, False), "skip": (LONE, True), "coordinated": (coordinated_heads(16, 64, 16), True)}
     for band, (name, (kernel, flags)) in [(b, k) for b in bands for k in KERNELS.items()]:
-        plan = make_plan(name, *bands[band], shape, tuple(flags.items()))
+        plan = plan_tiles(name, *bands[band], shape, tuple(flags.items()))
         shared = shared_memory(kernel, plan.constants, element)
         print(shared, dim, element, band, name, plan.tiles)
     for per_head in (False, True):

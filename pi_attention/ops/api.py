@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pi_attention.ops.blocked import blocked_attention
+from pi_attention.ops.blocked.attention import blocked_attention
 from pi_attention.ops.checks import check_arguments, refuse_context_parallel
 from pi_attention.ops.dense import covers_everything, dense_attention
-from pi_attention.ops.fused import fused_attention, why_not_triton
+from pi_attention.ops.fused.attention import fused_attention, why_not_triton
 from pi_attention.ops.fusion import gate_values
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segment_starts

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores and sums: fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def gate_values(lse_local: Tensor, lse_skip: Tensor, gate: Tensor | None, fusion: str) -> Tensor:
     """Weight g of the local band, [B, H, T], from the log-sum-exps and the gate logits a.
 

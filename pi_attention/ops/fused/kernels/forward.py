@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pi_attention.ops.triton.band import (
+from pi_attention.ops.fused.kernels.steps import (
     ABSENT,
     RUN_TIME,
     band_of_head,

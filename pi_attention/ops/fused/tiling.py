@@ -12,8 +12,8 @@ from torch import Tensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pi_attention.ops.triton.launcher import Constants
-from pi_attention.ops.triton.tuning import MANY, Tiles, choose_tiles
+from pi_attention.ops.fused.compiled import Constants
+from pi_attention.ops.fused.tuning import MANY, Tiles, choose_tiles
 from pi_attention.pattern import PiPattern
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -83,7 +83,7 @@ class Shape(NamedTuple):
     precision: str
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     """How a kernel serves one band of one shape."""
 
     programs: int
@@ -95,7 +95,9 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def make_plan(kernel: str, pattern: PiPattern, skip: bool, shape: Shape, flags: tuple[tuple[str, bool], ...]) -> Plan:
+def plan_tiles(
+    kernel: str, pattern: PiPattern, skip: bool, shape: Shape, flags: tuple[tuple[str, bool], ...]
+) -> TilePlan:
     """The plan of "forward", "backward query" or "backward key"."""
     periods = pattern.periods if skip else (1,)
     length = shape.keys if kernel == "backward key" else shape.queries
@@ -122,7 +124,7 @@ def make_plan(kernel: str, pattern: PiPattern, skip: bool, shape: Shape, flags: 
         PRECISION=shape.precision,
     )
     programs = count * (shape.groups if kernel == "backward key" else shape.heads)
-    return Plan(programs, (count, shape.heads, shape.queries, shape.keys, *lags, pattern.sinks), tiles, constants)
+    return TilePlan(programs, (count, shape.heads, shape.queries, shape.keys, *lags, pattern.sinks), tiles, constants)
 
 
 @lru_cache(maxsize=16)
@@ -163,10 +165,10 @@ class Launch:
         segments, dtype = self.starts is not None, self.query.dtype
         return Shape(heads, groups, queries, keys, dim, dtype, segments, precision(self.query))
 
-    def plan(self, kernel: str, **flags: bool) -> Plan:
-        return make_plan(kernel, self.pattern, self.skip, self.shape, tuple(flags.items()))
+    def plan(self, kernel: str, **flags: bool) -> TilePlan:
+        return plan_tiles(kernel, self.pattern, self.skip, self.shape, tuple(flags.items()))
 
-    def keys(self, kernel: str, **flags: bool) -> tuple[Plan, tuple[Any, Any]]:
+    def keys(self, kernel: str, **flags: bool) -> tuple[TilePlan, tuple[Any, Any]]:
         """The plan of a kernel that walks over keys, and what it loads keys and values from: descriptors if they pay.
 
         They serve the local band, whose rows are neighbours. Below 2²¹ elements the kernels are short, and the host's

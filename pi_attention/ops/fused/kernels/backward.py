@@ -8,7 +8,7 @@ With the weights P of the band, a row weight w and a row shift c (see `row_terms
 import triton
 import triton.language as tl
 
-from pi_attention.ops.triton.band import (
+from pi_attention.ops.fused.kernels.steps import (
     ABSENT,
     LOG2E,
     RUN_TIME,

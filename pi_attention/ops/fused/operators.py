@@ -1,40 +1,18 @@
-"""The Triton implementation as registered PyTorch operators, and π-Attention made of them.
+"""The fused kernels as registered PyTorch operators: schema, fake tensors, autograd.
 
 This file needs torch alone, so that the operators are registered before anything is traced; kernels load when run.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pi_attention.ops.blocked import join_sinks
-from pi_attention.ops.decoding import decode, is_decoding
-from pi_attention.ops.fusion import fuse, gate_values
 from pi_attention.pattern import PiPattern
 
 BOTH, LOCAL, SKIP = 0, 1, 2
-HAS_TRITON = find_spec("triton") is not None
-
-
-def why_not_triton(query: Tensor) -> str | None:
-    """Why the kernels cannot serve a call with this query; None when they can."""
-    if not HAS_TRITON:
-        return "the package triton is not installed"
-    if not query.is_cuda:
-        from triton import knobs
-
-        if not knobs.runtime.interpret:
-            return f"the tensors are on {query.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
-    if query.dtype == torch.float64:
-        return "the kernels compute in fp32, and the tensors are float64"
-    if query.shape[3] > 256:
-        return f"head dim {query.shape[3]} is larger than 256"
-    return None
-
 
 # Defined without torch.library.custom_op, which costs a call of each operator some 50 µs more.
 torch.library.define(
@@ -65,8 +43,8 @@ def _fused(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and for both bands the skip band's output and log-sum-exp (else empty tensors)."""
-    from pi_attention.ops.triton.launch import launch_forward
-    from pi_attention.ops.triton.plan import Launch
+    from pi_attention.ops.fused.launch import launch_forward
+    from pi_attention.ops.fused.tiling import Launch
 
     shape = PiPattern.from_ints(pattern)
     if bands != BOTH:
@@ -116,8 +94,8 @@ def _fused_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and gate logits (fp32; empty without a gate)."""
-    from pi_attention.ops.triton.launch import Saved, launch_backward_key, launch_backward_query, launch_row_terms
-    from pi_attention.ops.triton.plan import Launch
+    from pi_attention.ops.fused.launch import Saved, launch_backward_key, launch_backward_query, launch_row_terms
+    from pi_attention.ops.fused.tiling import Launch
 
     shape = PiPattern.from_ints(pattern)
     both = bands == BOTH
@@ -188,34 +166,42 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
 torch.library.register_autograd("pi_attention::fused_backward", _refuse)
 
 
-def fused_attention(
+torch.library.define(
+    "pi_attention::decode",
+    "(Tensor query, Tensor key, Tensor value, Tensor? gate, Tensor? starts, int[] pattern, bool mass, float scale) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+decode = torch.ops.pi_attention.decode.default
+
+
+@torch.library.impl("pi_attention::decode", ("cpu", "cuda"))
+def _decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pattern: PiPattern,
-    *,
     gate: Tensor | None,
-    fusion: str,
     starts: Tensor | None,
+    pattern: list[int],
+    mass: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
-    if scale <= 0:  # the kernels' running maximum takes a positive one
-        query, scale = query * scale, 1.0
-    code = pattern.to_ints()
-    if is_decoding(query, key, value, gate, pattern):
-        return decode(query, key, value, gate, starts, code, fusion == "mass", scale)
-    if not pattern.sinks:
-        if pattern.skips == 0:
-            out, lse, _, _ = fused(query, key, value, None, starts, code, LOCAL, False, scale)
-            return out, lse, torch.full_like(lse, -torch.inf)
-        out, lse, _, lse_skip = fused(query, key, value, gate, starts, code, BOTH, fusion == "mass", scale)
-        return out, lse, lse_skip
-    # Sinks, few keys a query, are joined to the local band outside of the kernels.
-    local, lse, _, _ = fused(query, key, value, None, starts, code, LOCAL, False, scale)
-    local, lse = join_sinks(local.float(), lse, query, key, value, starts, pattern, scale)
-    if pattern.skips == 0:
-        return local.to(query.dtype), lse, torch.full_like(lse, -torch.inf)
-    skip, lse_skip, _, _ = fused(query, key, value, None, starts, code, SKIP, False, scale)
-    weight = gate_values(lse, lse_skip, gate, fusion)
-    return fuse(local, skip.float(), weight).to(query.dtype), lse, lse_skip
+    """Output [B, H, T, D] of the fused bands; log-sum-exps [B, H, T] of the local band with sinks, of the skip band."""
+    from pi_attention.ops.fused.launch import launch_decode
+    from pi_attention.ops.fused.tiling import Launch
+
+    return launch_decode(Launch(query, key, value, starts, PiPattern.from_ints(pattern), True, scale), gate, mass)
+
+
+@torch.library.register_fake("pi_attention::decode")
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    starts: Tensor | None,
+    pattern: list[int],
+    mass: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return query.new_empty(query.shape), lse, torch.empty_like(lse)

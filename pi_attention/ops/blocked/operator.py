@@ -1,4 +1,4 @@
-"""The bands as registered PyTorch operators: schema, fake tensors, autograd. Glue only; the arithmetic is in bands.py.
+"""The bands as registered PyTorch operators: schema, fake tensors, autograd. Glue only; the arithmetic is in band.py.
 
 Registered operators are opaque to torch.compile, so a graph holds one node a band whatever the lengths.
 """
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pi_attention.ops.bands import band_backward as eager_band_backward
-from pi_attention.ops.bands import band_forward, compute_dtype
+from pi_attention.ops.blocked.band import band_backward as eager_band_backward
+from pi_attention.ops.blocked.band import band_forward
+from pi_attention.ops.fusion import compute_dtype
 from pi_attention.pattern import PiPattern
 
 
@@ -19,7 +20,7 @@ from pi_attention.pattern import PiPattern
 def band(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: list[int], skip: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """One band of the encoded pattern: see `bands.band_forward`."""
+    """One band of the encoded pattern: see `band.band_forward`."""
     return band_forward(query, key, value, starts, PiPattern.from_ints(pattern), skip, scale)
 
 
@@ -44,7 +45,7 @@ def band_backward(
     skip: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one band: see `bands.band_backward`."""
+    """Gradients of one band: see `band.band_backward`."""
     return eager_band_backward(
         grad_out, grad_lse, query, key, value, out, starts, PiPattern.from_ints(pattern), skip, scale
     )

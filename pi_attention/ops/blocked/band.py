@@ -1,6 +1,6 @@
 """One band of π-Attention in plain PyTorch, forward and backward. It runs on every device and is tuned for CPUs.
 
-Time and memory are O(T · keys of the band). Each block of C query rows meets one window of key rows (see layout.py)
+Time and memory are O(T · keys of the band). Each block of C query rows meets one window of key rows (see rows.py)
 in two small matrix products; chunks of blocks stay in cache. Scores and sums are fp32 (fp64 for fp64 inputs).
 """
 
@@ -13,29 +13,20 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from pi_attention.ops.layout import (
-    Plan,
-    Side,
+from pi_attention.ops.blocked.one_query import band_of_one_query
+from pi_attention.ops.blocked.rows import (
+    Rows,
     add_windows,
     give_blocks_back,
     give_rows_back,
-    make_plan,
+    lay_out,
     take_blocks,
-    take_rows,
-    windows,
 )
-from pi_attention.ops.single import band_of_one_query
+from pi_attention.ops.fusion import compute_dtype
 from pi_attention.pattern import Band, PiPattern
 
 PART_ELEMENTS = 1 << 20
 """Elements of the keys computed together: 4 MiB in fp32, so that the memory of what is made of them is reused."""
-
-PADDING_QUERY = -2  # differs from the −1 of padding and absent keys, so that a padding query sees nothing
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, fp32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -85,138 +76,6 @@ def parts(query: Tensor, key: Tensor, pattern: PiPattern, skip: bool) -> Iterato
         for group in range(0, groups, step):
             end = min(group + step, groups)
             yield Part(band, slice(row, row + rows), slice(group * share, end * share), slice(group, end))
-
-
-class Visibility:
-    """Which columns of the windows of a chunk are hidden from which rows."""
-
-    def __init__(self, plan: Plan, pattern: PiPattern, skip: bool, starts: Tensor | None, device: torch.device):
-        self.plan, self.segmented, self.ring = plan, starts is not None, pattern.ring
-        self.sinks = pattern.sinks if skip else 0
-        if starts is None:
-            starts = torch.zeros(1, plan.keys, dtype=torch.int32, device=device)
-        queries = starts[:, plan.keys - plan.queries :]
-        tag = torch.where(queries < 0, PADDING_QUERY, queries)
-        if self.sinks:  # sinks belong to the local band alone
-            position = torch.arange(plan.keys, dtype=torch.int32, device=device)
-            starts = torch.where(position - starts < self.sinks, -1, starts)
-        self.query_tag = self._rows(tag, 0, plan.rows, ring=False, fill=PADDING_QUERY)
-        self.key_tags = [self._rows(starts, s.first_key, s.rows, ring=pattern.ring, fill=-1) for s in plan.sides]
-        row = torch.arange(plan.block, device=device)[:, None]
-        lag = [torch.arange(side.window, device=device) - row for side in plan.sides]
-        outside = [(c < 0) | (c >= side.lags) for c, side in zip(lag, plan.sides, strict=True)]
-        self.outside = torch.cat(outside, dim=-1)  # [C, columns], a column being a window row of some side
-        self.bound = torch.where(self.outside, -torch.inf, torch.inf)
-
-    def _rows(self, tags: Tensor, first: int, rows: int, ring: bool, fill: int) -> Tensor:
-        """[B, S] in residue order, [B · R, rows, 1]."""
-        return take_rows(tags[:, None, :, None], self.plan, first, rows, ring, fill).flatten(0, 2)
-
-    def _interior(self, side: Side, blocks: slice) -> bool:
-        """True when each window of these blocks lies inside of the sequence and holds no sink."""
-        plan = self.plan
-        first = side.first_key + blocks.start * plan.block * plan.stride
-        rows = (blocks.stop - 1) * plan.block + side.window
-        end = side.first_key + (rows - 1) * plan.stride + plan.residues
-        return first >= self.sinks and end <= plan.keys
-
-    def hide(self, scores: Tensor, chunk: tuple[slice, slice], sequences_per_batch: int, finite: bool) -> Tensor | None:
-        """Set hidden scores [count, heads, C, columns] to −inf in place; the rows that see nothing, [count, 1, C, 1].
-
-        Those rows keep their scores, so that their softmax is finite. None: there are none. `finite`: no score is NaN.
-        """
-        if not self.segmented and all(self._interior(side, chunk[1]) for side in self.plan.sides):
-            if finite:
-                scores.clamp_max_(self.bound)  # on a CPU a tenth of the time of masked_fill_
-            else:
-                scores.masked_fill_(self.outside, -torch.inf)
-            return None
-        hidden = self._hidden(chunk, sequences_per_batch)
-        empty = hidden.all(dim=-1, keepdim=True)
-        scores.masked_fill_(hidden & ~empty, -torch.inf)
-        return empty
-
-    def _hidden(self, chunk: tuple[slice, slice], sequences_per_batch: int) -> Tensor:
-        """Hidden pairs [count, 1, C, columns]: outside of the band, of the sequence or of the segment."""
-        plan, (sequences, blocks) = self.plan, chunk
-        device = self.outside.device
-        sequence = torch.arange(sequences.start, sequences.stop, device=device)
-        tag_row = sequence % plan.residues
-        if self.segmented:
-            tag_row = tag_row + sequence // sequences_per_batch * plan.residues
-        everything = slice(0, len(tag_row))
-        query = self.query_tag[tag_row].unflatten(1, (-1, plan.block))[:, blocks].flatten(0, 1)  # [count, C, 1]
-        keys = [
-            windows(tags[tag_row], plan, side, everything, blocks).transpose(-1, -2)  # [count, 1, W]
-            for side, tags in zip(plan.sides, self.key_tags, strict=True)
-        ]
-        return (self.outside | (torch.cat(keys, dim=-1) != query))[:, None]
-
-
-@dataclass
-class Rows:
-    """One part in residue order, as forward and backward walk over it."""
-
-    plan: Plan
-    visibility: Visibility
-    groups: int  # key heads G
-    heads: int  # query heads of a key head
-    query: Tensor  # [N, blocks, heads · C, D], times the scale
-    keys: list[Tensor]  # of each side, [N, rows, D]
-    values: list[Tensor]
-    finite: bool  # known to hold no NaN in query and key
-
-    def weights(self, chunk: tuple[slice, slice]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Softmax weights of a chunk [count, heads · C, columns], its log-sum-exp, and the key windows of each side."""
-        sequences, blocks = chunk
-        query = self.query[sequences, blocks].flatten(0, 1)
-        key_windows = [windows(k, self.plan, s, *chunk) for k, s in zip(self.keys, self.plan.sides, strict=True)]
-        # [heads · C, D] @ [D, W] -> [heads · C, W]
-        scores = [torch.bmm(query, window.transpose(1, 2)) for window in key_windows]
-        score = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).unflatten(1, (self.heads, -1))
-        empty = self.visibility.hide(score, chunk, self.groups * self.plan.residues, self.finite)
-        weights = torch.softmax(score, dim=-1)
-        # The largest weight is exp(largest score − log-sum-exp).
-        lse = score.detach().amax(dim=-1) - weights.detach().amax(dim=-1).log()
-        if empty is not None:
-            weights = weights.masked_fill(empty, 0.0)
-            lse = lse.masked_fill(empty.squeeze(-1), -torch.inf)
-        return weights.flatten(1, 2), lse.flatten(1, 2), key_windows
-
-    def split(self, columns: Tensor) -> tuple[Tensor, ...]:
-        """The columns that belong to each side."""
-        return columns.split([side.window for side in self.plan.sides], dim=-1)
-
-    def value_windows(self, chunk: tuple[slice, slice]) -> list[Tensor]:
-        return [windows(v, self.plan, s, *chunk) for v, s in zip(self.values, self.plan.sides, strict=True)]
-
-
-def lay_out(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: PiPattern, skip: bool, band: Band
-) -> Rows | None:
-    """One part in residue order, in the dtype of the scaled query; None when the sequence is too short for its band."""
-    length = key.shape[2]
-    bands = pattern.signed_bands(band, length)
-    if not bands:
-        return None
-    plan = make_plan(bands, query.shape[2], length)
-    groups = key.shape[1]
-
-    def sides(x: Tensor) -> list[Tensor]:
-        taken = [take_rows(x, plan, side.first_key, side.rows, pattern.ring) for side in plan.sides]
-        return [rows.to(query.dtype).flatten(0, 2).contiguous() for rows in taken]
-
-    finite = query.device.type == "cpu" and bool((query.sum() + key.sum()).isfinite())
-    return Rows(
-        plan=plan,
-        visibility=Visibility(plan, pattern, skip, starts, query.device),
-        groups=groups,
-        heads=query.shape[1] // groups,
-        query=take_blocks(query, plan, groups),
-        keys=sides(key),
-        values=sides(value),
-        finite=finite,
-    )
 
 
 def _lay_out_part(

@@ -10,11 +10,15 @@ import triton
 from torch import Tensor
 from triton import cdiv
 
-from pi_attention.ops.triton.backward import band_backward_key_kernel, band_backward_query_kernel, row_terms_kernel
-from pi_attention.ops.triton.decode import decode_kernel, join_kernel
-from pi_attention.ops.triton.forward import band_forward_kernel
-from pi_attention.ops.triton.launcher import Constants, Launcher
-from pi_attention.ops.triton.plan import INTERPRETED, Launch, heads_differ, padded, precision, row_lags
+from pi_attention.ops.fused.compiled import Constants, Launcher
+from pi_attention.ops.fused.kernels.backward import (
+    band_backward_key_kernel,
+    band_backward_query_kernel,
+    row_terms_kernel,
+)
+from pi_attention.ops.fused.kernels.decode import decode_kernel, join_kernel
+from pi_attention.ops.fused.kernels.forward import band_forward_kernel
+from pi_attention.ops.fused.tiling import INTERPRETED, Launch, heads_differ, padded, precision, row_lags
 
 LOG2E = 1.4426950408889634
 

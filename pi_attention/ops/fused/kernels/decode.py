@@ -7,7 +7,7 @@ The keys that T queries can see are three lists, each cut into equal parts, one 
 import triton
 import triton.language as tl
 
-from pi_attention.ops.triton.band import (
+from pi_attention.ops.fused.kernels.steps import (
     LN2,
     RUN_TIME,
     band_of_head,

@@ -1,13 +1,11 @@
-"""π-Attention in plain PyTorch, linear in the length in time and memory: the CPU path, which runs on every device."""
+"""Sinks beside the kernels of a band: the first keys of a segment that lie beyond a query's window."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pi_attention.ops.bands import compute_dtype
-from pi_attention.ops.fusion import fuse, gate_values
-from pi_attention.ops.library import band
+from pi_attention.ops.fusion import compute_dtype, fuse, gate_values
 from pi_attention.pattern import PiPattern
 
 
@@ -16,7 +14,7 @@ def sink_attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over the sinks of its segment that lie beyond its window.
 
-    Shapes and dtypes as those of `bands.band_forward`. In packed rows each query's sinks are gathered, which takes
+    Shapes and dtypes as those of `band_forward`. In packed rows each query's sinks are gathered, which takes
     O(T · sinks · D) of memory; elsewhere all queries share them.
     """
     heads, length, groups, key_length = query.shape[1], query.shape[2], key.shape[1], key.shape[2]
@@ -60,25 +58,3 @@ def join_sinks(
     out = fuse(out, out_sink, gate_values(lse, lse_sink, None, "mass"))
     no_sink = lse_sink == -torch.inf
     return out, torch.where(no_sink, lse, torch.logaddexp(lse, lse_sink.masked_fill(no_sink, 0.0)))
-
-
-def blocked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: PiPattern,
-    *,
-    gate: Tensor | None,
-    fusion: str,
-    starts: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
-    local, lse_local = band(query, key, value, starts, pattern.to_ints(), False, scale)
-    if pattern.sinks:
-        local, lse_local = join_sinks(local, lse_local, query, key, value, starts, pattern, scale)
-    if pattern.skips == 0:
-        return local.to(query.dtype), lse_local, torch.full_like(lse_local, -torch.inf)
-    skip, lse_skip = band(query, key, value, starts, pattern.to_ints(), True, scale)
-    weight = gate_values(lse_local, lse_skip, gate, fusion)
-    return fuse(local, skip, weight).to(query.dtype), lse_local, lse_skip

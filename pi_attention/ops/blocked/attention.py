@@ -1,0 +1,33 @@
+"""π-Attention in plain PyTorch, linear in the length in time and memory: the CPU path, which runs on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pi_attention.ops.blocked.operator import band
+from pi_attention.ops.fusion import fuse, gate_values
+from pi_attention.ops.sinks import join_sinks
+from pi_attention.pattern import PiPattern
+
+
+def blocked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: PiPattern,
+    *,
+    gate: Tensor | None,
+    fusion: str,
+    starts: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
+    local, lse_local = band(query, key, value, starts, pattern.to_ints(), False, scale)
+    if pattern.sinks:
+        local, lse_local = join_sinks(local, lse_local, query, key, value, starts, pattern, scale)
+    if pattern.skips == 0:
+        return local.to(query.dtype), lse_local, torch.full_like(lse_local, -torch.inf)
+    skip, lse_skip = band(query, key, value, starts, pattern.to_ints(), True, scale)
+    weight = gate_values(lse_local, lse_skip, gate, fusion)
+    return fuse(local, skip, weight).to(query.dtype), lse_local, lse_skip

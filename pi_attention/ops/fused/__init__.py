@@ -1,0 +1,1 @@
+"""The implementation by fused Triton kernels. Kernels load when they are run."""

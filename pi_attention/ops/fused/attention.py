@@ -1,0 +1,78 @@
+"""π-Attention by the fused kernels: what they can serve, and which of their operators a call takes."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from pi_attention.ops.fused.operators import BOTH, LOCAL, SKIP, decode, fused
+from pi_attention.ops.fusion import fuse, gate_values
+from pi_attention.ops.sinks import join_sinks
+from pi_attention.pattern import PiPattern
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+def why_not_triton(query: Tensor) -> str | None:
+    """Why the kernels cannot serve a call with this query; None when they can."""
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    if not query.is_cuda:
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            return f"the tensors are on {query.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
+    if query.dtype == torch.float64:
+        return "the kernels compute in fp32, and the tensors are float64"
+    if query.shape[3] > 256:
+        return f"head dim {query.shape[3]} is larger than 256"
+    return None
+
+
+MAX_QUERIES = 16
+MAX_ROWS = 64
+"""Query rows of a program: the heads of a group times the queries."""
+
+
+def is_decoding(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, pattern: PiPattern) -> bool:
+    """Whether the decoding kernels serve this call: few causal queries, and nothing to differentiate."""
+    differentiable = query.requires_grad or key.requires_grad or value.requires_grad
+    differentiable = differentiable or (gate is not None and gate.requires_grad)
+    if not pattern.causal or (differentiable and torch.is_grad_enabled()):
+        return False
+    return query.shape[2] <= MAX_QUERIES and query.shape[1] // key.shape[1] * query.shape[2] <= MAX_ROWS
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: PiPattern,
+    *,
+    gate: Tensor | None,
+    fusion: str,
+    starts: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
+    if scale <= 0:  # the kernels' running maximum takes a positive one
+        query, scale = query * scale, 1.0
+    code = pattern.to_ints()
+    if is_decoding(query, key, value, gate, pattern):
+        return decode(query, key, value, gate, starts, code, fusion == "mass", scale)
+    if not pattern.sinks:
+        if pattern.skips == 0:
+            out, lse, _, _ = fused(query, key, value, None, starts, code, LOCAL, False, scale)
+            return out, lse, torch.full_like(lse, -torch.inf)
+        out, lse, _, lse_skip = fused(query, key, value, gate, starts, code, BOTH, fusion == "mass", scale)
+        return out, lse, lse_skip
+    # Sinks, few keys a query, are joined to the local band outside of the kernels.
+    local, lse, _, _ = fused(query, key, value, None, starts, code, LOCAL, False, scale)
+    local, lse = join_sinks(local.float(), lse, query, key, value, starts, pattern, scale)
+    if pattern.skips == 0:
+        return local.to(query.dtype), lse, torch.full_like(lse, -torch.inf)
+    skip, lse_skip, _, _ = fused(query, key, value, None, starts, code, SKIP, False, scale)
+    weight = gate_values(lse, lse_skip, gate, fusion)
+    return fuse(local, skip.float(), weight).to(query.dtype), lse, lse_skip

@@ -1,0 +1,1 @@
+"""Triton kernels, forward, backward and decoding, and the steps that they share."""

@@ -1,1 +1,0 @@
-"""Fused Triton kernels, forward and backward. Loaded only when used."""
