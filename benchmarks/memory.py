@@ -75,9 +75,7 @@ def peak(sizes: Sizes, layout: Layout, zero: int, loss_slice: int | None) -> int
         num_attention_heads=sizes.num_attention_heads,
         num_key_value_heads=sizes.num_key_value_heads,
         head_dim=sizes.head_dim,
-        window=PATTERN.window,
-        period=PATTERN.period,
-        skips=PATTERN.skips,
+        **PATTERN.to_dict(),
         tie_word_embeddings=False,
         loss_slice=loss_slice,
     )

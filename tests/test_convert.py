@@ -16,7 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pi_attention import PiPattern
+from pi_attention import PiPattern, coordinated_heads
 from pi_attention.convert import PiConvertedForCausalLM, convert
 from pi_attention.masks import dense_mask
 from pi_attention.models import PiCache
@@ -48,6 +48,7 @@ FAMILIES = {
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, HYBRID),
 }
 PATTERN = PiPattern(4, 5, 3, sinks=2)
+PHASES = coordinated_heads(4, 3, heads=4, sinks=2)
 
 
 def pretrained(family="llama"):
@@ -60,9 +61,10 @@ def prompt(batch=2, length=40):
     return torch.randint(3, 99, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, "llama, phases"])
 def converted(request):
-    model = convert(pretrained(request.param), PATTERN)
+    family, _, phases = request.param.partition(", ")
+    model = convert(pretrained(family), PHASES if phases else PATTERN)
     for name, parameter in model.named_parameters():
         if "pi_gate" in name:
             torch.nn.init.normal_(parameter)
@@ -70,7 +72,9 @@ def converted(request):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-@pytest.mark.parametrize("pattern", [PATTERN, PiPattern(6, (3, 5, 7, 11), 4)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [PATTERN, PHASES, PiPattern(6, (3, 5, 7, 11), 4), PiPattern(3, (4, 6, 4, 6), None, phase=(1, 5, 3, 0))]
+)
 def test_the_first_forward_is_masked_softmax_with_the_same_weights(family, pattern):
     model, ids = pretrained(family), prompt()
     mask = torch.where(dense_mask(pattern, 40, 40), 0.0, -torch.inf).double()
@@ -223,7 +227,8 @@ def test_command_converts_fine_tunes_saves_and_generates(tmp_path, monkeypatch, 
     tokenizer.save_pretrained(tmp_path / "llama")
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be, that is the question. " * 60)
-    options = ["--window", "8", "--period", "8", "--skips", "4", "--context", "64", "--data", str(text)]
+    options = ["--window", "8", "--period", "8", "--skips", "4", "--phase", "0", "2", "4", "6"]
+    options += ["--context", "64", "--data", str(text)]
     options += ["--finetune-steps", "3", "--part", "gates", "--eval-blocks", "2"]
 
     def run(*arguments):
@@ -237,6 +242,7 @@ def test_command_converts_fine_tunes_saves_and_generates(tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert "dense: perplexity" in printed and "after 3 steps of gates: perplexity" in printed
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "pi")
+    assert saved.config.patterns() == [PiPattern(8, 8, 4, sinks=4, phase=(0, 2, 4, 6))] * 3
     gates = [p for name, p in saved.named_parameters() if "pi_gate.fc_out.weight" in name]
     assert len(gates) == 3 and all(gate.abs().sum() > 0 for gate in gates)
     llama = LlamaForCausalLM.from_pretrained(tmp_path / "llama").state_dict()

@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from pi_attention import PiPattern
+from pi_attention import PiPattern, coordinated_heads
 from pi_attention.masks import dense_mask
 from pi_attention.models import PiCache, PiConfig, PiForCausalLM, PiForMaskedLM, PiModel
 from pi_attention.models.modeling_pi import segments_of_batch
@@ -23,6 +23,14 @@ CONFIGS = {
     "pi": {"window": 4, "period": 5, "skips": 3},
     "mixed": {"window": 4, "period": [3, 5, 7, 9], "skips": 2, "sinks": 2, "layer_patterns": ["pi", "local", "dense"]},
     "mass": {"window": 4, "period": 5, "skips": 3, "fusion": "mass", "qk_norm": True, "tie_word_embeddings": True},
+    "phases": {
+        "window": 3,
+        "period": [4, 4, 6, 6],
+        "skips": 3,
+        "phase": [1, 3, 0, 5],
+        "fusion": "mass",
+        "layer_patterns": ["pi", {"period": 4, "skips": None, "phase": [0, 1, 2, 3]}, {"window": 5, "sinks": 1}],
+    },
     "no-gate": {"window": 4, "period": 5, "skips": 3, "gate": False, "layer_patterns": ["pi", {"period": 2}, "dense"]},
 }
 
@@ -169,7 +177,7 @@ def test_saved_and_loaded(model, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.patterns() == model.config.patterns()
-    assert config.sliding_window == max(p.reach for p in config.patterns() if p.reach < 1000) + 1
+    assert config.sliding_window == max(p.reach for p in config.patterns() if (p.reach or 1000) < 1000) + 1
 
 
 def test_a_checkpoint_without_gates_loads_with_a_fresh_gate(tmp_path):
@@ -241,15 +249,49 @@ def test_wrong_arguments_are_named():
         PiConfig(**SIZES, layer_patterns=["full"])
     with pytest.raises(ValueError, match="entries"):
         PiConfig(**SIZES, period=[3, 4])
+    with pytest.raises(ValueError, match="phase has 2 entries but there are 4 query heads"):
+        PiConfig(**SIZES, phase=[0, 1])
+    with pytest.raises(ValueError, match="phase=4 must be smaller than the period of its head, 4"):
+        PiConfig(**SIZES, period=4, phase=4)
+    with pytest.raises(ValueError, match=r"phase\[2\]=2 must be smaller"):
+        PiConfig(**SIZES, period=4, phase=[0, 1, 2, 3], layer_patterns=[{"period": 2}])
+    with pytest.raises(ValueError, match="'periods' is no field of a pattern"):
+        PiConfig(**SIZES, layer_patterns=[{"periods": 2}])
     with pytest.raises(ValueError, match="fusion"):
         PiConfig(**SIZES, fusion="add")
 
 
-def test_config_survives_json():
-    config = PiConfig(**SIZES | CONFIGS["mixed"])
+@pytest.mark.parametrize("name", ["mixed", "phases"])
+def test_config_survives_json(name):
+    config = config_of(name)
     again = PiConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
-    assert again.patterns() == config.patterns()
-    assert config.pattern == PiPattern(4, (3, 5, 7, 9), 2, sinks=2)
+    assert again.patterns() == config.patterns() and again.to_dict() == config.to_dict()
+    assert PiConfig.from_dict(json.loads(config.to_json_string())).to_dict() == config.to_dict()
+    if name == "mixed":
+        assert config.pattern == PiPattern(4, (3, 5, 7, 9), 2, sinks=2)
+
+
+def test_a_pattern_gives_a_config_its_fields():
+    patterns = coordinated_heads(4, 3, heads=4, sinks=2), PiPattern(4, (5, 10, 5, 10), 2, causal=False, ring=True)
+    for pattern in patterns:
+        assert PiConfig(**SIZES, **pattern.to_dict()).patterns() == [pattern] * 3
+    ring = PiConfig(**SIZES, **patterns[1].to_dict(), layer_patterns=["local", {"phase": (1, 2, 3, 4)}, "dense"])
+    assert ring.patterns()[:2] == [
+        PiPattern(4, 1, 0, causal=False, ring=True),
+        PiPattern(4, (5, 10, 5, 10), 2, causal=False, ring=True, phase=(1, 2, 3, 4)),
+    ]
+    plain = PiConfig(**SIZES, window=4, period=5, skips=3, phase=2, layer_patterns=["pi", "local"])
+    assert plain.patterns() == [PiPattern(4, 5, 3, phase=2), PiPattern(4, 1, 0), PiPattern(4, 5, 3, phase=2)]
+
+
+def test_heads_that_differ_have_no_tensor_parallel_plan_of_transformers():
+    for differ, same in (
+        ({"period": [4, 5, 6, 7]}, {"period": 4}),
+        ({"period": 4, "phase": [0, 1, 2, 3]}, {"phase": 3}),
+    ):
+        assert PiConfig(**SIZES, **differ).base_model_tp_plan is None
+        assert PiConfig(**SIZES, layer_patterns=["pi", differ]).base_model_tp_plan is None
+        assert "layers.*.self_attn.q_proj" in PiConfig(**SIZES, **same).base_model_tp_plan
 
 
 def test_plain_batches_need_no_segments():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,9 +88,12 @@ def test_command_prints_a_plan_that_loads_as_a_config(monkeypatch, capsys, tmp_p
     config = PiConfig(num_attention_heads=4, num_hidden_layers=6, hidden_size=64, **found["pattern"])
     assert receptive_field(config.patterns()[:3], 4096).covered() == 4096
     made = load_yaml(Train, out)
+    assert made.model.pattern() == PiPattern.from_dict(found["pattern"])
     assert (made.model.window, made.model.layers, made.model.heads, made.data.context) == (config.window, 6, 4, 4096)
     code, printed = run(monkeypatch, capsys, *sizes, "--budget", "64")
     assert code == 0 and "of 6 layers" in printed.out
+    arguments = re.search(r"PiConfig\((window=.*, period=.*, skips=.*, sinks=0, phase=0)\)", printed.out)
+    assert arguments and eval(f"PiConfig({arguments[1]})").pattern.reach
     code, printed = run(monkeypatch, capsys, "--layers", "0")
     assert code == 2 and "layers must be at least 1, got 0" in printed.err
     code, printed = run(monkeypatch, capsys, "--device", "abacus")

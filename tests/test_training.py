@@ -18,7 +18,9 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
+from pi_attention import PiPattern
 from pi_attention.cli.main import main, parse
+from pi_attention.models import PiConfig
 from pi_attention.training.checkpoints import last_checkpoint
 from pi_attention.training.progress import ProgressBar
 
@@ -188,12 +190,25 @@ def test_inspection(finished, tmp_path):
     assert "the last 8 tokens, 3 keys at multiples of 8" in printed
     flags = ["--window", "4", "--period", "5", "7", "--heads", "2", "--layers", "3", "--html", "--out", str(tmp_path)]
     printed = run("inspect", *flags).stdout
-    assert "one period a head" in printed and "through 3 layers" in printed
+    assert "multiples of 5, 7 (one period a head) beyond" in printed and "through 3 layers" in printed
     for name in ("pattern.png", "receptive_field.png", "explorer.html"):
         assert (tmp_path / name).stat().st_size > 1000
     printed = run("inspect", str(finished[0]), "--empirical", "--tokens", "100", "--out", str(tmp_path)).stdout
     assert "non-zero exactly on the" in printed
     assert (tmp_path / "influence.png").exists() and (tmp_path / "attention_by_lag.png").exists()
+
+
+def test_heads_of_a_run_take_phases(corpus, tmp_path):
+    out = tmp_path / "phases"
+    flags = ["--heads", "4", "--period", "4", "--phase", "0", "1", "2", "3", "--no-gate"]
+    run("train", "--data", corpus, "--out", str(out), "--steps", "4", *TINY, *flags)
+    assert yaml.safe_load((out / "train.yaml").read_text())["model"]["phase"] == [0, 1, 2, 3]
+    assert PiConfig.from_pretrained(out / "model").patterns() == [PiPattern(8, 4, 3, phase=(0, 1, 2, 3))] * 2
+    assert "nothing is left to do" in " ".join(run("train", "--out", str(out), "--resume").stdout.split())
+    result = run("train", "--out", str(out), "--resume", "--phase", "1", check=False)
+    assert result.returncode == 2 and "phase=[1] differs from [0, 1, 2, 3]" in " ".join(result.stderr.split())
+    assert "multiples of 4 plus 0, 1, 2, 3 (one phase a head) beyond" in run("inspect", str(out)).stdout
+    assert "7 times" in run("generate", str(out), "--prompt", "7 times", "--max-new-tokens", "30").stdout
 
 
 def test_settings_from_a_file_and_flags(tmp_path, corpus):
@@ -209,6 +224,8 @@ def test_settings_from_a_file_and_flags(tmp_path, corpus):
     [
         (["train", "--window", "0"], "window must be at least 1"),
         (["train", "--period", "3", "4", "5"], "3 entries"),
+        (["train", "--phase", "0", "1"], "phase has 2 entries but there are 4 query heads"),
+        (["train", "--period", "2", "--phase", "0", "1", "2", "3"], "phase[2]=2 must be smaller than the period"),
         (["train", "--heads", "3"], "must divide"),
         (["train", "--steps", "0"], "steps must be"),
         (["train", "--loss-slice", "0"], "loss_slice must be at least 1"),
@@ -218,6 +235,7 @@ def test_settings_from_a_file_and_flags(tmp_path, corpus):
         (["--config", "x.yaml"], "command"),
         (["eval", "nothing-here"], "no model"),
         (["inspect", "--period", "3", "4"], "2 entries"),
+        (["inspect", "--phase", "128"], "phase=128 must be smaller than the period of its head, 128"),
     ],
 )
 def test_errors_are_one_clear_line(arguments, words, monkeypatch, capsys, tmp_path):

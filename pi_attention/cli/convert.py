@@ -19,12 +19,14 @@ class Convert:
     """Folder for the converted model and its tokenizer."""
     window: int = 512
     """Keys of the ring-local band, the token itself included."""
-    period: int = 512
-    """Distance of the skips."""
+    period: tuple[int, ...] = (512,)
+    """Distance of the skips: one for all heads, or one per head."""
     skips: int = 16
     """Skips a token; 0 is a sliding window alone."""
     sinks: int = 4
     """First tokens that stay visible; pretrained models need some."""
+    phase: tuple[int, ...] = (0,)
+    """Tokens by which skips stand off multiples of the period: one for all heads, or one per head."""
     gate: bool = True
     """Add a learned fusion gate to each converted layer."""
     finetune_steps: int = 0
@@ -56,9 +58,10 @@ class Convert:
         from pi_attention.data.packing import PackedBlocks, hold_out
         from pi_attention.pattern import PiPattern
         from pi_attention.tasks.language_modelling import evaluate
+        from pi_attention.training.config import pattern_of
         from pi_attention.training.finetune import LEARNING_RATES, finetune
 
-        pattern = PiPattern(self.window, self.period, self.skips, sinks=self.sinks)
+        pattern = pattern_of(self)
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         parts = hold_out(load_documents(self.data), 0.1, self.seed)
         training, validation = (PackedBlocks(part, tokenizer, self.context) for part in parts)

@@ -13,6 +13,7 @@ from rich.table import Table
 from pi_attention.cli.runs import model_folder
 from pi_attention.pattern import PiPattern
 from pi_attention.receptive_field import ReceptiveField, receptive_field
+from pi_attention.training.config import pattern_of
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Inspect:
     """Skip keys of a query; None is every multiple back to the start."""
     sinks: int = 0
     """First tokens that every query sees."""
+    phase: tuple[int, ...] = (0,)
+    """Tokens by which skip keys stand off multiples of the period: one for all heads, or one per head."""
     causal: bool = True
     """Only keys at or before the query."""
     context: int = 8192
@@ -114,8 +117,7 @@ class Inspect:
     def _describe(self) -> tuple[list[PiPattern], int, int, int, int]:
         """Pattern of every layer, context, heads, key heads and head dim."""
         if self.run is None:
-            period = self.period[0] if len(self.period) == 1 else self.period
-            pattern = PiPattern(self.window, period, self.skips, causal=self.causal, sinks=self.sinks)
+            pattern = pattern_of(self)
             pattern.check_heads(self.heads)
             kv_heads = self.kv_heads or self.heads
             return [pattern] * self.layers, self.context, self.heads, kv_heads, self.head_dim
@@ -166,10 +168,16 @@ def _in_words(pattern: PiPattern) -> str:
     side = "the last" if pattern.causal else "on each side the nearest"
     words = [f"{side} {pattern.window:,} tokens"]
     if pattern.skips != 0:
-        periods = ", ".join(map(str, pattern.periods))
         count = "every" if pattern.skips is None else f"{pattern.skips}"
-        per_head = " (one period a head)" if len(pattern.periods) > 1 else ""
-        words.append(f"{count} keys at multiples of {periods}{per_head} beyond them")
+        lags = f"multiples of {_of_heads(pattern.period, 'period')}"
+        if any(pattern.phases):
+            lags += f" plus {_of_heads(pattern.phase, 'phase')}"
+        words.append(f"{count} keys at {lags} beyond them")
     if pattern.sinks:
         words.append(f"the first {pattern.sinks}")
     return ", ".join(words)
+
+
+def _of_heads(value: int | tuple[int, ...], name: str) -> str:
+    """A period or a phase in words, whether one for all heads or one a head."""
+    return f"{', '.join(map(str, value))} (one {name} a head)" if isinstance(value, tuple) else str(value)

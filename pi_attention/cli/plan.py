@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,7 @@ from pi_attention.pattern import PiPattern
 from pi_attention.planner import Plan as Found
 from pi_attention.planner import plan
 from pi_attention.receptive_field import receptive_field
+from pi_attention.training.config import ModelSettings
 
 
 @dataclass
@@ -82,14 +84,14 @@ class Plan:
         periods = self.heads if self.head_schedule else 1
         found = plan(self.context, self.layers, heads=periods, budget=budget, hops=self.hops, sinks=self.sinks)
         figures = self.figures(found)
+        words = {name: value for name, value in figures["pattern"].items() if hasattr(ModelSettings, name)}
         if self.gpus is not None:
             figures["bill"] = self.bill(found.pattern, self.gpus)
         if self.out is not None:
             sizes = {"layers": self.layers, "heads": self.heads, "kv_heads": self.kv_heads or self.heads}
-            model = sizes | {"hidden_size": self.heads * self.head_dim} | figures["pattern"]
-            lines = ["data:", f"  context: {self.context}", "model:", *(f"  {k}: {v}" for k, v in model.items())]
+            model = sizes | {"hidden_size": self.heads * self.head_dim} | words
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text("\n".join(lines) + "\n")
+            self.out.write_text(yaml.safe_dump({"data": {"context": self.context}, "model": model}, sort_keys=False))
         if self.json:
             console.print_json(json.dumps(figures))
             return 0
@@ -99,7 +101,7 @@ class Plan:
         console.print(table)
         if self.gpus is not None:
             console.print(self._bill_table(figures["bill"]))
-        arguments = ", ".join(f"{name}={value}" for name, value in figures["pattern"].items())
+        arguments = ", ".join(f"{name}={value}" for name, value in words.items())
         console.print(f"PiConfig({arguments})", highlight=False, soft_wrap=True)
         return 0
 
@@ -111,9 +113,8 @@ class Plan:
         flops = attention_flops(pattern, self.context, heads=heads, head_dim=self.head_dim)
         dense = dense_flops(self.context, heads=heads, head_dim=self.head_dim)
         size = cache_bytes(pattern, self.context, kv_heads=kv_heads, head_dim=self.head_dim)
-        period = list(pattern.period) if isinstance(pattern.period, tuple) else pattern.period
         figures: dict[str, Any] = {
-            "pattern": {"window": pattern.window, "period": period, "skips": pattern.skips, "sinks": pattern.sinks},
+            "pattern": pattern.to_dict(),
             "keys": found.keys,
             "hops": found.hops,
             "reach of a layer": pattern.reach,
@@ -178,9 +179,10 @@ class Plan:
 
     def _rows(self, found: Found, figures: dict[str, Any]) -> list[tuple[str, str]]:
         pattern = found.pattern
-        periods = ", ".join(map(str, dict.fromkeys(pattern.periods)))
+        periods, phases = (", ".join(map(str, dict.fromkeys(x))) for x in (pattern.periods, pattern.phases))
+        words = f"window {pattern.window}, period {periods}, skips {pattern.skips}, sinks {pattern.sinks}"
         rows = [
-            ("pattern", f"window {pattern.window}, period {periods}, skips {pattern.skips}, sinks {pattern.sinks}"),
+            ("pattern", f"{words}, phase {phases}"),
             ("keys of a query", f"{found.keys:,} (dense: up to {self.context:,})"),
             ("reach of a layer", f"{figures['reach of a layer']:,} tokens back"),
             ("sees the whole context through", f"{found.hops} of {self.layers} layers"),

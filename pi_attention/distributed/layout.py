@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -111,7 +111,7 @@ class _NormOfHeads(nn.RMSNorm):
 def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
     """Tensor parallelism: split the heads of each `PiAttention` and the features of each `SwiGLU` over the ranks.
 
-    A head's period and gate go with it. Embeddings, norms and the output layer stay whole on every rank.
+    A head's period, phase and gate go with it. Embeddings, norms and the output layer stay whole on every rank.
 
     Args:
         model: with the same weights on every rank.
@@ -130,10 +130,8 @@ def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
             plan: dict[str, Any] = {"q_proj": columns(), "k_proj": columns(), "v_proj": columns(), "o_proj": rows()}
             if module.gate is not None:
                 plan["gate.fc_out"] = columns()
-            if len(module.pattern.periods) > 1:
-                per_rank = heads // ranks
-                mine = module.pattern.periods[rank * per_rank : (rank + 1) * per_rank]
-                module.pattern = replace(module.pattern, period=mine)
+            per_rank = heads // ranks
+            module.pattern = module.pattern.of_heads(rank * per_rank, (rank + 1) * per_rank)
             for norm in (module.q_norm, module.k_norm):
                 if norm is not None:
                     norm.__class__ = _NormOfHeads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -25,10 +25,12 @@ class PiConfig(PretrainedConfig):
         intermediate_size: feed-forward width; 8/3 of the hidden size, rounded up to a multiple of 32, when None.
         num_key_value_heads: grouped-query attention; num_attention_heads when None.
         head_dim: hidden_size / num_attention_heads when None.
-        window, period, skips, sinks: the pattern of the layers (see `PiPattern`); period may be a list, one per head.
+        window, period, skips, sinks, phase: the pattern of the layers (see `PiPattern`); period and phase may be lists,
+            one int per head. `PiConfig(**pattern.to_dict())` takes them from a pattern.
         layer_patterns: what each layer attends to, repeated over the layers: "pi" (the pattern above), "local" (its
-            window alone), "dense", or a dict of pattern fields to change, e.g. {"period": 64}.
+            window alone), "dense", or a dict of pattern fields to change, e.g. {"period": 64} or {"phase": [0, 2]}.
         causal: False sees both sides, for masked language modelling and encoders; there is no cache then.
+        ring: positions wrap (see `PiPattern`; causal=False only).
         gate: learn a fusion gate; False is one softmax over both bands.
         fusion: "gate" or "mass" (see `pi_attention`).
         gate_features: the gate sees only so many features of the hidden state; None sees all.
@@ -58,8 +60,10 @@ class PiConfig(PretrainedConfig):
         period: int | list[int] | tuple[int, ...] = 128,
         skips: int | None = 16,
         sinks: int = 0,
+        phase: int | list[int] | tuple[int, ...] = 0,
         layer_patterns: list[str | dict[str, Any]] | None = None,
         causal: bool = True,
+        ring: bool = False,
         gate: bool = True,
         fusion: Fusion = "gate",
         gate_features: int | None = None,
@@ -84,12 +88,12 @@ class PiConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.window = window
-        self.period = list(period) if isinstance(period, list | tuple) else period
-        self.skips = skips
-        self.sinks = sinks
+        given = {"window": window, "period": period, "skips": skips, "sinks": sinks, "phase": phase}
+        pattern = PiPattern.from_dict(given | {"causal": causal, "ring": ring}).to_dict()  # checked, and as JSON has it
+        self.window, self.period, self.skips = pattern["window"], pattern["period"], pattern["skips"]
+        self.sinks, self.phase = pattern["sinks"], pattern["phase"]
+        self.causal, self.ring = pattern["causal"], pattern["ring"]
         self.layer_patterns = layer_patterns
-        self.causal = causal
         self.gate = gate
         self.fusion: Fusion = fusion
         self.gate_features = gate_features
@@ -130,8 +134,8 @@ class PiConfig(PretrainedConfig):
         )
 
     def _tensor_parallel_plan(self) -> dict[str, str] | None:
-        """Heads are split over the ranks; None where each head has its own period."""
-        if any(len(pattern.periods) > 1 for pattern in self.patterns()):
+        """Heads are split over the ranks; None where a pattern is spelled head by head, which no rank would split."""
+        if any(pattern.per_head for pattern in self.patterns()):
             return None
         plan = {f"layers.*.self_attn.{x}_proj": "colwise" for x in "qkv"}
         plan |= {f"layers.*.mlp.{x}_proj": "colwise" for x in ("gate", "up")}
@@ -145,13 +149,7 @@ class PiConfig(PretrainedConfig):
     @property
     def pattern(self) -> PiPattern:
         """The pattern of the "pi" layers."""
-        return PiPattern(
-            self.window,
-            tuple(self.period) if isinstance(self.period, list) else self.period,
-            self.skips,
-            causal=self.causal,
-            sinks=self.sinks,
-        )
+        return PiPattern.from_dict({field.name: getattr(self, field.name) for field in fields(PiPattern)})
 
     def sizes(self) -> Sizes:
         """What the cost of the model depends on."""
@@ -171,7 +169,8 @@ class PiConfig(PretrainedConfig):
         """The pattern of every layer.
 
         Raises:
-            ValueError: an entry of layer_patterns is unknown, or a pattern does not fit the number of heads.
+            TypeError, ValueError: an entry of layer_patterns is unknown or contradicts itself, or a pattern does not
+                fit the number of heads.
         """
         kinds = self.layer_patterns or ["pi"]
         patterns = [self._pattern_of(kinds[layer % len(kinds)]) for layer in range(self.num_hidden_layers)]
@@ -181,18 +180,11 @@ class PiConfig(PretrainedConfig):
 
     def _pattern_of(self, kind: str | dict[str, Any]) -> PiPattern:
         if isinstance(kind, dict):
-            fields: dict[str, Any] = {
-                "window": self.window,
-                "period": self.period,
-                "skips": self.skips,
-                "sinks": self.sinks,
-                "causal": self.causal,
-            } | kind
-            return PiPattern(**fields)
+            return PiPattern.from_dict(self.pattern.to_dict() | kind)
         if kind == "pi":
             return self.pattern
         if kind == "local":
-            return PiPattern(self.window, 1, 0, causal=self.causal, sinks=self.sinks)
+            return replace(self.pattern, period=1, skips=0, phase=0)
         if kind == "dense":
             return replace(DENSE, causal=self.causal)
         raise ValueError(f'layer_patterns holds {kind!r}: use "pi", "local", "dense", or a dict of pattern fields.')

@@ -45,9 +45,7 @@ class ConvertedCall:
 
 def settings_of(pattern: PiPattern, layers: list[int] | None = None) -> dict[str, Any]:
     """What `config.pi_attention` holds: JSON."""
-    period = list(pattern.period) if isinstance(pattern.period, tuple) else pattern.period
-    fields = {"window": pattern.window, "period": period, "skips": pattern.skips, "sinks": pattern.sinks}
-    return fields | {"layers": layers}
+    return pattern.to_dict() | {"layers": layers}
 
 
 def register(pattern: PiPattern | None = None) -> None:
@@ -95,9 +93,7 @@ def layer_pattern(config: Any, layer: int, sliding_window: int | None = None) ->
     layers = settings.pop("layers", None)
     if layers is not None and layer not in layers:
         return DENSE
-    if isinstance(settings["period"], list):
-        settings["period"] = tuple(settings["period"])
-    return PiPattern(**settings)
+    return PiPattern.from_dict(settings)
 
 
 def padding_of_keys(

@@ -49,6 +49,9 @@ class ModelSettings:
     """Skip keys of a query; 0 is ring-local attention, None every multiple back to the start."""
     sinks: int = 0
     """First tokens of a document that every query sees."""
+    phase: tuple[int, ...] = (0,)
+    """Tokens by which skip keys stand off multiples of the period: one for all heads, or one per head. Heads with the
+    phases 0 1 2 3 of period 4 see every lag together."""
     layer_patterns: tuple[Literal["pi", "local", "dense"], ...] = ("pi",)
     """What each layer attends to, repeated over the layers."""
     gate: bool = True
@@ -62,9 +65,9 @@ class ModelSettings:
     tie_word_embeddings: bool = True
     """Share the input embedding with the output layer."""
 
-    def pattern_period(self) -> int | tuple[int, ...]:
-        """The period as `PiPattern` takes it."""
-        return self.period[0] if len(self.period) == 1 else self.period
+    def pattern(self) -> PiPattern:
+        """The pattern of the "pi" layers."""
+        return pattern_of(self)
 
 
 @dataclass
@@ -157,7 +160,19 @@ class TrainConfig:
         model = self.model
         if model.heads < 1 or model.hidden_size % model.heads:
             raise ValueError(f"heads={model.heads} must divide hidden_size={model.hidden_size}.")
-        PiPattern(model.window, model.pattern_period(), model.skips, sinks=model.sinks).check_heads(model.heads)
+        model.pattern().check_heads(model.heads)
+
+
+def pattern_of(settings: object) -> PiPattern:
+    """The pattern that the fields of a settings object spell; a period or phase of one entry is that of all heads.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong kind or contradicts another.
+    """
+    names = [field.name for field in dataclasses.fields(PiPattern) if hasattr(settings, field.name)]
+    values = {name: getattr(settings, name) for name in names}
+    alone = {name: x[0] for name, x in values.items() if isinstance(x, tuple) and len(x) == 1}
+    return PiPattern.from_dict(values | alone)
 
 
 Settings = TypeVar("Settings")

@@ -1,0 +1,59 @@
+"""What an earlier version saved, before patterns had a phase, still loads: a run, a model, a converted model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pi_attention import PiPattern
+from pi_attention.cli.main import parse
+from pi_attention.cli.runs import load_run
+from pi_attention.convert import PiConvertedForCausalLM
+from pi_attention.models import PiForCausalLM
+from pi_attention.models.configuration_pi import DENSE
+from pi_attention.training.config import TrainConfig, load_yaml
+from pi_attention.training.train import model_config, settings_to_resume
+
+FIXTURES = Path(__file__).parent / "fixtures"
+RUN = PiPattern(8, (5, 7), 3, sinks=2)
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "patterns"),
+    [
+        ("run/model", PiForCausalLM, [RUN, DENSE]),
+        ("converted", PiConvertedForCausalLM, [DENSE, PiPattern(4, (3, 5, 7, 9), 3, sinks=2)]),
+    ],
+)
+def test_a_saved_model_computes_what_it_did(folder, kind, patterns, tmp_path):
+    ids = torch.tensor([[(7 * n * n + 3 * n) % 32 for n in range(40)]])
+    want = torch.tensor(json.loads((FIXTURES / folder / "logits.json").read_text()), dtype=torch.float64)
+    for again in (FIXTURES / folder, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(again, dtype=torch.float64)
+        assert type(model) is kind and model.config.patterns() == patterns
+        got = model(ids, use_cache=False).logits[0, -1, : len(want)]
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        model.save_pretrained(tmp_path)  # as this version saves it
+
+
+def test_a_saved_run_resumes_with_its_settings(tmp_path):
+    shutil.copytree(FIXTURES / "run", tmp_path, dirs_exist_ok=True)
+    asked = TrainConfig()
+    asked.run.out = tmp_path
+    config = settings_to_resume(asked)
+    assert config.model.pattern() == RUN and config.model.phase == (0,)
+    model, tokenizer = load_run(tmp_path)
+    assert model_config(config, tokenizer).patterns() == model.config.patterns()
+    asked.model.phase = (0, 3)
+    with pytest.raises(ValueError, match=r"phase=\[0, 3\] differs from \[0\]"):
+        settings_to_resume(asked)
+
+
+def test_a_saved_file_of_settings_is_read_by_the_command():
+    file = FIXTURES / "run" / "train.yaml"
+    command = parse(["train", "--config", str(file), "--phase", "1", "6"])
+    assert command.model.pattern() == PiPattern(8, (5, 7), 3, sinks=2, phase=(1, 6))
+    assert load_yaml(TrainConfig, file).model.layer_patterns == ("pi", "dense")
