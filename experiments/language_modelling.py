@@ -17,7 +17,18 @@ from experiments.data import need
 from experiments.runner import Experiment, Result, Scale, Settings
 from experiments.texts import blocks, bpe, documents, hub, windows
 from experiments.training import DEVICE, fit, products
-from experiments.variants import BASELINE, DILATED_HEADS, MAIN, PLANNED, RANDOM_BLOCKS, VARIANTS, config, specialise
+from experiments.variants import (
+    BASELINE,
+    COORDINATED,
+    DILATED_HEADS,
+    HYBRIDS,
+    MAIN,
+    PLANNED,
+    RANDOM_BLOCKS,
+    VARIANTS,
+    config,
+    specialise,
+)
 from pi_attention.models import PiForCausalLM
 from pi_attention.nn import record_aux
 
@@ -162,7 +173,8 @@ def long_cells(scale: Scale) -> list[Settings]:
     sizes = {"smoke": SIZES["smoke"], "small": LONG}.get(scale)
     if sizes is None:
         return []
-    variants = ("dense", BASELINE, "pi", "pi, mass gate", "pi, no gate", "dilated", PLANNED, DILATED_HEADS)
+    variants = ["dense", BASELINE, "pi", "pi, mass gate", "pi, no gate", "dilated", PLANNED, DILATED_HEADS]
+    variants += [*COORDINATED, *HYBRIDS]
     common = {"context": 2048 if scale == "small" else 256, **sizes}
     wider = [{"variant": "pi", "window": 16, "period": 32, "skips": 64, **common}]  # more skips for the same keys
     return [{"variant": variant, **PATTERN, **common} for variant in variants] + wider

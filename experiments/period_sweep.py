@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments import language_modelling
 from experiments.runner import Experiment, Result, Scale, Settings
-from pi_attention.pattern import PiPattern
+from experiments.variants import config
 from pi_attention.receptive_field import receptive_field
 
 CONTEXT: dict[Scale, int] = {"smoke": 256, "laptop": 1024, "small": 2048}
@@ -14,8 +14,7 @@ CONTEXT: dict[Scale, int] = {"smoke": 256, "laptop": 1024, "small": 2048}
 
 def measure(settings: Settings, data: Path) -> Result:
     """As language modelling, with the share of the context that the layers together can see."""
-    pattern = PiPattern(settings["window"], settings["period"], settings["skips"])
-    field = receptive_field([pattern] * settings["layers"], settings["context"])
+    field = receptive_field(config(settings).patterns(), settings["context"])
     return language_modelling.measure(settings, data) | {"coverage": field.covered() / settings["context"]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from experiments.data import need
 from experiments.runner import Settings
 from experiments.texts import bpe, documents, windows
 from experiments.training import DEVICE, fit
-from experiments.variants import MAIN, attention, config, specialise
+from experiments.variants import COORDINATED_HEADS, MAIN, attention, config, specialise
 from pi_attention.convert import convert
 from pi_attention.models import PiForCausalLM, PiForQuestionAnswering
 from pi_attention.pattern import PiPattern
@@ -65,7 +66,7 @@ class CausalSpanFinder(nn.Module):
         return QuestionAnsweringModelOutput(loss=loss, start_logits=first, end_logits=last)
 
 
-CONVERTIBLE = (*MAIN, "window + sinks", "pi + sinks", "pi, coprime heads + sinks")
+CONVERTIBLE = (*MAIN, COORDINATED_HEADS, "window + sinks", "pi + sinks", "pi, coprime heads + sinks")
 """The variants that a pretrained model can be given."""
 
 
@@ -74,10 +75,10 @@ def pattern_of(settings: Settings, heads: int) -> PiPattern | None:
     variant = settings["variant"]
     if variant not in CONVERTIBLE:
         raise ValueError(f"variant={variant!r} of a pretrained model is unknown: use one of {list(CONVERTIBLE)}.")
-    fields = attention({**settings, "heads": heads})
-    if "layer_patterns" in fields:
+    said = attention({**settings, "heads": heads})
+    if "layer_patterns" in said:
         return None
-    return PiPattern(fields["window"], fields["period"], fields["skips"], sinks=fields["sinks"])
+    return PiPattern.from_dict({field.name: said[field.name] for field in fields(PiPattern)})
 
 
 def from_pretrained(settings: Settings, data: Path) -> tuple[CausalSpanFinder, Tokenizer]:

@@ -6,6 +6,7 @@ without a gate saves in parameters goes into the width of its feed-forward netwo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,13 @@ from experiments.runner import Settings
 from pi_attention.models import PiConfig
 from pi_attention.nn import PiAttention
 from pi_attention.nn.gate import GATE_WIDTH
-from pi_attention.pattern import coprime_periods, geometric_periods
+from pi_attention.pattern import (
+    PiPattern,
+    coordinated_heads,
+    coprime_periods,
+    dilated_heads,
+    geometric_periods,
+)
 from pi_attention.planner import plan
 
 BASELINE = "ring-local, same keys"
@@ -39,6 +46,24 @@ VARIANTS = (
 )
 PLANNED = "pi, planned"
 """The periods that the planner chooses for the context, the layers and the keys."""
+COORDINATED_HEADS = "pi, coordinated heads"
+"""A quarter of the window; what it saves goes to skips of period 4, with phases over the heads; one softmax."""
+COORDINATED = (
+    COORDINATED_HEADS,
+    "pi, coordinated heads, mass gate",
+    "pi, coordinated heads, gate",
+    "pi, coordinated heads, half window",
+    "pi, dilated heads, no gate",
+)
+"""Heads that share the distance, by every fusion, with half of the window, and beside dilated heads without a gate."""
+HYBRIDS = (
+    "ring-local + dense layer",
+    "coordinated + dense layer",
+    "dilated + dense layer",
+    "ring-local + coordinated global layer",
+    "coordinated + coordinated global layer",
+)
+"""The middle layer sees everything: by dense attention, or by coordinated heads with every skip, each a quarter."""
 RANDOM_BLOCKS = "window + sinks + random blocks"
 """As in BigBird (arXiv 2007.14062): a window, the first keys, and blocks of earlier keys drawn at random."""
 MAIN = ("dense", BASELINE, "pi", "pi, coprime heads")
@@ -50,40 +75,60 @@ def attention(settings: Settings) -> dict[str, Any]:
 
     Args:
         settings: variant, window, period, skips, heads; context, for the periods that depend on it; layers, for those
-            that are planned; sinks, of the variants that have some: 4 without it.
+            that are planned and for hybrids; sinks, of the variants that have some: 4 without it.
 
     Raises:
         ValueError: there is no such variant.
     """
-    variant, heads = settings["variant"], settings["heads"]
+    variant, heads, layers = settings["variant"], settings["heads"], settings.get("layers", 1)
     w, period, m = settings["window"], settings["period"], settings["skips"]
-    sinks, last = min(settings.get("sinks", 4), m), settings["context"] - 1
-    coprime = {"period": list(coprime_periods(period, heads))}
-    dilated = {"period": list(geometric_periods(1, max(1, last // (w + m - 1)), heads))}
+    sinks, context = min(settings.get("sinks", 4), m), settings["context"]
+    pi, local = PiPattern(w, period, m), PiPattern(w + m, period, 0)
+    coprime = replace(pi, period=coprime_periods(period, heads))
+    geometric = geometric_periods(period, max(period, (context - 1) // max(1, m)), heads)
     with_sinks = {"skips": m - sinks, "sinks": sinks}
-    chosen: dict[str, dict[str, Any]] = {
-        "dense": {"layer_patterns": ["dense"], "gate": False},
-        "ring-local, same window": {"skips": 0, "gate": False},
-        BASELINE: {"window": w + m, "skips": 0, "gate": False},
-        "pi": {"fusion": "gate"},
-        "pi, no gate": {"gate": False},
-        "pi, fixed half": {"fusion": "gate"},
-        "pi, mass gate": {"fusion": "mass"},
-        "pi, coprime heads": coprime,
-        "pi, geometric heads": {"period": list(geometric_periods(period, max(period, last // max(1, m)), heads))},
-        "window + sinks": {"window": w + m - sinks, "skips": 0, "sinks": sinks, "gate": False},
-        "pi + sinks": with_sinks,
-        "pi, coprime heads + sinks": with_sinks | coprime,
-        "dilated": dilated | {"window": 1, "skips": w + m - 1, "gate": False},
-        DILATED_HEADS: dilated | {"window": w // 4, "skips": w - w // 4 + m},
+    quarter, half = max(1, w // 4), max(1, w // 2)
+    dilated = dilated_heads(quarter, w + m - quarter, heads, context)
+    coordinated = coordinated_heads(quarter, w + m - quarter, heads, period=4)
+    wider = coordinated_heads(half, w + m - half, heads, period=4)
+    everything = {name: coordinated.to_dict()[name] for name in ("window", "period", "phase")} | {"skips": None}
+    plain: dict[str, Any] = {"gate": False}
+    before, after = ["pi"] * (layers // 2), ["pi"] * (layers - layers // 2 - 1)
+    dense_layer: dict[str, Any] = plain | {"layer_patterns": [*before, "dense", *after]}
+    global_layer: dict[str, Any] = plain | {"layer_patterns": [*before, everything, *after]}
+    chosen: dict[str, tuple[PiPattern, dict[str, Any]]] = {
+        "dense": (pi, plain | {"layer_patterns": ["dense"]}),
+        "ring-local, same window": (replace(pi, skips=0), plain),
+        BASELINE: (local, plain),
+        "pi": (pi, {"fusion": "gate"}),
+        "pi, no gate": (pi, plain),
+        "pi, fixed half": (pi, {"fusion": "gate"}),
+        "pi, mass gate": (pi, {"fusion": "mass"}),
+        "pi, coprime heads": (coprime, {}),
+        "pi, geometric heads": (replace(pi, period=geometric), {}),
+        "window + sinks": (replace(local, window=w + m - sinks, sinks=sinks), plain),
+        "pi + sinks": (replace(pi, **with_sinks), {}),
+        "pi, coprime heads + sinks": (replace(coprime, **with_sinks), {}),
+        "dilated": (dilated_heads(1, w + m - 1, heads, context), plain),
+        DILATED_HEADS: (dilated, {}),
+        "pi, dilated heads, no gate": (dilated, plain),
+        COORDINATED_HEADS: (coordinated, plain),
+        "pi, coordinated heads, mass gate": (coordinated, {"fusion": "mass"}),
+        "pi, coordinated heads, gate": (coordinated, {"fusion": "gate"}),
+        "pi, coordinated heads, half window": (wider, plain),
+        "ring-local + dense layer": (local, dense_layer),
+        "coordinated + dense layer": (coordinated, dense_layer),
+        "dilated + dense layer": (dilated, dense_layer),
+        "ring-local + coordinated global layer": (local, global_layer),
+        "coordinated + coordinated global layer": (coordinated, global_layer),
     }
     if variant == PLANNED:
-        planned = plan(settings["context"], settings["layers"], heads=heads, budget=w + m).pattern
-        chosen[PLANNED] = {"window": planned.window, "skips": planned.skips, "period": list(planned.periods)}
+        chosen[PLANNED] = (plan(context, layers, heads=heads, budget=w + m).pattern, {})
     chosen[RANDOM_BLOCKS] = chosen["dense"]  # `specialise` puts the mask in
     if variant not in chosen:
         raise ValueError(f"variant={variant!r} is unknown: use one of {list(chosen)}.")
-    return {"window": w, "period": period, "skips": m, "sinks": 0} | chosen[variant]
+    pattern, more = chosen[variant]
+    return pattern.to_dict() | more
 
 
 def config(settings: Settings, **more: Any) -> PiConfig:
@@ -105,7 +150,7 @@ def config(settings: Settings, **more: Any) -> PiConfig:
         "qk_norm": True,
         "use_cache": False,
     }
-    made = PiConfig(**sizes, **more, **attention(settings))
+    made = PiConfig(**sizes | attention(settings) | more)
     if not made.gate:  # the two layers of the gate, with biases
         gate = (made.hidden_size + 1) * GATE_WIDTH + (GATE_WIDTH + 1) * heads
         made.intermediate_size += 8 * round(gate / (24 * made.hidden_size))  # a width that tensor cores like

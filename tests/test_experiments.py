@@ -1,5 +1,6 @@
 """The experiments are fair, resumable, and measure what they say."""
 
+import json
 import math
 import os
 import time
@@ -12,15 +13,30 @@ import torch
 from experiments import pictures, runner
 from experiments.intervals import interval
 from experiments.registry import EXPERIMENTS
-from experiments.variants import BASELINE, MAIN, RANDOM_BLOCKS, SIDE, VARIANTS, config, random_blocks, specialise
+from experiments.span_finders import pattern_of
+from experiments.variants import (
+    BASELINE,
+    COORDINATED,
+    COORDINATED_HEADS,
+    HYBRIDS,
+    MAIN,
+    RANDOM_BLOCKS,
+    SIDE,
+    VARIANTS,
+    config,
+    random_blocks,
+    specialise,
+)
+from pi_attention import PiPattern
 from pi_attention.models import PiForCausalLM
+from pi_attention.models.configuration_pi import DENSE
 
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "window": 16, "period": 16, "skips": 8, "context": 256}
 
 
 def test_variants_have_the_same_parameters_and_keys():
     counts = {}
-    for variant in VARIANTS:
+    for variant in (*VARIANTS, *COORDINATED, *HYBRIDS):
         made = config({"variant": variant, **SIZES}, vocab_size=50)
         counts[variant] = sum(p.numel() for p in PiForCausalLM(made).parameters())
         pattern = made.patterns()[0]
@@ -30,6 +46,40 @@ def test_variants_have_the_same_parameters_and_keys():
     assert max(counts.values()) - min(counts.values()) < 0.02 * min(counts.values()), counts
     with pytest.raises(ValueError, match="variant='other' is unknown"):
         config({"variant": "other", **SIZES})
+
+
+def test_the_variants_of_the_committed_results_are_what_they_were():
+    saved = json.loads((Path(__file__).parent / "fixtures" / "variants.json").read_text())
+    assert set(VARIANTS) < set(saved)
+    for variant, said in saved.items():
+        made = config({"variant": variant, **SIZES}, vocab_size=50)
+        assert {name: getattr(made, name) for name in said} == said, variant
+        assert (made.phase, made.ring) == (0, False)
+
+
+def test_coordinated_heads_see_each_lag_of_the_same_keys_together():
+    for variant in COORDINATED[:4]:
+        pattern = config({"variant": variant, **SIZES}).pattern
+        lags = [lag for band in pattern.skip_bands() for lag in band.lags()]
+        assert sorted(lags) == list(range(pattern.window, pattern.window + 4 * pattern.skips)), variant
+    assert pattern.window == SIZES["window"] // 2
+    named = pattern_of({"variant": COORDINATED_HEADS, **SIZES}, heads=8)
+    assert (named.window, named.period, named.skips, named.phase) == (4, 4, 20, (0, 1, 2, 3, 0, 1, 2, 3))
+
+
+def test_one_layer_of_a_hybrid_sees_everything():
+    for variant in HYBRIDS:
+        made = config({"variant": variant, **SIZES, "layers": 6}, causal=False)
+        whole = made.patterns()[3]
+        others = {pattern for layer, pattern in enumerate(made.patterns()) if layer != 3}
+        first = BASELINE if variant.startswith("ring") else COORDINATED_HEADS
+        first = "pi, dilated heads" if variant.startswith("dilated") else first
+        assert others == {config({"variant": first, **SIZES}, causal=False).pattern}, variant
+        if variant.endswith("+ dense layer"):
+            assert whole == replace(DENSE, causal=False)
+        else:
+            assert whole == PiPattern(4, 4, None, causal=False, phase=(0, 1, 2, 3))
+        assert not made.gate
 
 
 def test_sinks_take_the_place_of_skips_or_of_the_window():
