@@ -286,7 +286,8 @@ def work(rank, ranks, folder, seeds):
             check_compiled(group)
             check_documents_compile_once(group)
         shards = [60 // ranks] * (ranks - 1)
-        for options in ({}, {"period": [3, 5, 7, 9], "sinks": 2, "num_key_value_heads": 2}, {"fusion": "mass"}):
+        phases = {"period": 4, "phase": [0, 1, 2, 3], "fusion": "mass"}
+        for options in ({}, {"period": [3, 5, 7, 9], "sinks": 2, "num_key_value_heads": 2}, phases):
             check_model(group, [*shards, 60 - sum(shards)], options)
             if ranks == 2 or "sinks" in options:
                 check_prefill(group, options)
@@ -296,7 +297,7 @@ def work(rank, ranks, folder, seeds):
         for layout in LAYOUTS.get(ranks, []):
             check_layout(layout, {"period": [3, 5, 7, 9], "num_key_value_heads": 2, "loss_slice": 5})
             if ranks < 8:
-                check_layout(layout, {"sinks": 2, "fusion": "mass"}, zero=1)
+                check_layout(layout, {"sinks": 2, "period": 4, "phase": [0, 2, 3, 1], "fusion": "mass"}, zero=1)
     except BaseException:
         Path(folder, f"error-{rank}").write_text(traceback.format_exc())
         raise
