@@ -1,9 +1,10 @@
+import itertools
 import math
 
 import pytest
 import torch
 
-from pi_attention import PiPattern, pi_attention
+from pi_attention import PiPattern, coordinated_heads, pi_attention
 from pi_attention.cache import LayerCache
 from pi_attention.nn import FusionGate, PiAttention, SwiGLU, apply_rotary, record_aux, rotary_angles
 from pi_attention.nn.attention import GateOptions
@@ -54,16 +55,18 @@ def test_rotary_embedding_depends_on_the_distance_alone():
 
 def test_a_fresh_gate_weighs_bands_by_their_keys():
     """Zero scores: the fresh "gate" layer is the mean over all keys of both bands, as one softmax would be."""
-    pattern = PiPattern(4, 5, 3)
-    for fusion in ("gate", "mass"):
+    alike, phases = PiPattern(4, 5, 3), coordinated_heads(4, 3, heads=4)
+    assert alike.keys(39, 40) == ([36, 37, 38, 39], [24, 29, 34])
+    for pattern, fusion in itertools.product((alike, phases), ("gate", "mass")):
         attention = PiAttention(32, 4, pattern, gate=GateOptions(fusion))
         torch.nn.init.zeros_(attention.q_proj.weight)
         x = torch.randn(1, 40, 32)
-        values = attention.v_proj(x)
-        mean = torch.stack([values[0, [39, 38, 37, 36, 34, 29, 24]].mean(dim=0)])
-        torch.testing.assert_close(attention(x)[0, -1:], attention.o_proj(mean))
-    assert neutral_bias(pattern, "gate") == math.log(4 / 3)
-    assert neutral_bias(pattern, "mass") == neutral_bias(PiPattern(4, 5, None), "gate") == 0.0
+        values = attention.v_proj(x)[0].unflatten(-1, (4, 8))  # [T, H, D]
+        seen = [[*itertools.chain(*pattern.keys(39, 40, head=head))] for head in range(4)]
+        mean = torch.cat([values[keys, head].mean(dim=0) for head, keys in enumerate(seen)])
+        torch.testing.assert_close(attention(x)[0, -1], attention.o_proj(mean))
+        assert neutral_bias(pattern, "gate") == math.log(4 / 3)
+    assert neutral_bias(phases, "mass") == neutral_bias(PiPattern(4, 5, None), "gate") == 0.0
 
 
 def test_gate_reads_the_first_features_only():
