@@ -1,16 +1,21 @@
 """Exact receptive fields against a walk over the graph of visible keys, and against the gradients of real networks."""
 
+import itertools
 import time
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pi_attention import PiPattern
-from pi_attention.pattern import coprime_periods, geometric_periods
+from pi_attention.pattern import coordinated_heads, coprime_periods, dilated_heads, geometric_periods
 from pi_attention.receptive_field import (
     intervals_of,
+    joint_coverage,
+    key_density,
+    keys_read,
     paths,
     positions_of,
     receptive_field,
@@ -26,15 +31,20 @@ def stacks(draw):
     divisors = [d for d in range(1, context + 1) if context % d == 0] if ring else list(range(1, 13))
     layers = []
     for _ in range(draw(st.integers(1, 4))):
-        period = tuple(draw(st.lists(st.sampled_from(divisors), min_size=1, max_size=3)))
+        periods = draw(st.lists(st.sampled_from(divisors), min_size=1, max_size=3))
+        phases = tuple(draw(st.integers(0, period - 1)) for period in periods)
+        phase = draw(st.sampled_from([0, phases]))
+        if len(periods) == 1:
+            phase = draw(st.sampled_from([0, phases[0]]))
         layers.append(
             PiPattern(
                 draw(st.integers(1, 9)),
-                period if len(period) > 1 else period[0],
+                tuple(periods) if len(periods) > 1 else periods[0],
                 draw(st.sampled_from([0, 1, 2, 3, None])),
                 causal=causal,
                 ring=ring,
                 sinks=draw(st.integers(0, 3)) if causal else 0,
+                phase=phase,
             )
         )
     return layers, context, draw(st.integers(0, context - 1))
@@ -90,6 +100,93 @@ def test_paths_are_counted_as_a_walk_counts_them(stack):
     assert paths(layers, context) == [counts.get(context - 1 - lag, 0) for lag in range(context)]
 
 
+def heads_of_lag(pattern, context):
+    """For each lag the heads that see it, by asking about one key after another."""
+    lags = context // 2 + 1 if pattern.ring else context
+    return [
+        sum(
+            bool(pattern.sees_local(lag, 0, length=context) or pattern.sees_skip(lag, 0, head=head, length=context))
+            for head in range(len(pattern.periods))
+        )
+        for lag in range(lags)
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(stack=stacks())
+def test_joint_coverage_and_key_density_are_those_of_the_keys(stack):
+    layers, context, _ = stack
+    pattern = replace(layers[0], sinks=0)
+    heads = heads_of_lag(pattern, context)
+    found = joint_coverage(layers[0], context)
+    seen = {lag for lag, count in enumerate(heads) if count}
+    assert set(positions_of(found.seen)) == seen and found.covered() == len(seen)
+    assert found.reach == max(seen) and found.lags == len(heads)
+    assert found.stretch == next((lag for lag, count in enumerate(heads) if not count), len(heads))
+    inside = {lag for first, last in found.holes() for lag in range(first, last + 1)}
+    assert inside == set(range(found.reach)) - seen
+    octaves = key_density(layers[0], context)
+    assert [lag for first, last, _ in octaves for lag in range(first, last + 1)] == list(range(len(heads)))
+    for first, last, density in octaves:
+        assert density == Fraction(sum(heads[first : last + 1]), (last - first + 1) * len(pattern.periods))
+
+
+@settings(max_examples=200, deadline=None)
+@given(stack=stacks(), groups=st.integers(1, 3))
+def test_keys_read_are_those_that_the_heads_of_a_group_see(stack, groups):
+    layers, length, _ = stack
+    pattern = layers[0]
+    assume(pattern.causal)
+    size = len(pattern.periods)
+    heads = size if pattern.per_head else groups * size
+    for kv_heads in (n for n in range(1, heads + 1) if heads % n == 0):
+        want = 0
+        for first in range(0, heads, heads // kv_heads):
+            of_group = range(first, first + heads // kv_heads)
+            parts = [pattern.keys(length - 1, length, head=head % size) for head in of_group]
+            want += len({key for local, skip in parts for key in local + skip})
+        assert keys_read(pattern, length, heads=heads, kv_heads=kv_heads) == want
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 8, 13])
+@pytest.mark.parametrize("period", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("skips", [0, 1, 2, 5])
+def test_the_theorem_of_coordinated_heads(window, period, skips):
+    """All phases: the window of w + m·p lags, each lag beyond w once. Fewer phases: as many classes of lags, no more."""
+    context = window + skips * period + 3 * period
+    whole = heads_of_lag(coordinated_heads(window, skips, period, period), context)
+    reach = window + skips * period
+    assert whole == [period] * window + [1] * (reach - window) + [0] * (context - reach)
+    for count in range(1, period):
+        for phases in itertools.combinations(range(period), count):
+            some = heads_of_lag(PiPattern(window, (period,) * count, skips, phase=phases), context)
+            want = [lag % period in phases and lag < reach for lag in range(window, context)]
+            assert some[:window] == [count] * window
+            assert some[window:] == want
+            if skips:  # the first hole is the first lag beyond the window whose phase is missing
+                hole = next(lag for lag in range(window, context) if lag % period not in phases)
+                found = joint_coverage(PiPattern(window, (period,) * count, skips, phase=phases), context)
+                assert hole < window + period and found.stretch == hole
+
+
+def test_layers_of_coordinated_heads_add_up_as_windows_do():
+    """Through L layers of stretch W: every lag up to L(W − 1), and not one more."""
+    pattern = coordinated_heads(window=16, skips=64, heads=4)
+    field = receptive_field([pattern] * 6, 4096)
+    for layers in range(7):
+        assert field.covered(layers) == field.reach(layers) + 1 == layers * (272 - 1) + 1
+
+
+def test_the_density_of_the_measured_patterns():
+    """What orders the measured perplexities: keys a lag, of 80 keys a query and four heads."""
+    dense = {first: round(float(share), 3) for first, _, share in key_density(coordinated_heads(16, 64, 4), 2048)}
+    assert [dense[first] for first in (0, 16, 32, 64, 128, 256)] == [1, 0.25, 0.25, 0.25, 0.25, 0.016]
+    dilated = {first: round(float(share), 3) for first, _, share in key_density(dilated_heads(16, 64, 4, 2048), 2048)}
+    assert [dilated[first] for first in (0, 16, 32, 64, 128)] == [1, 0.375, 0.375, 0.184, 0.09]
+    single = joint_coverage(PiPattern(64, 64, 16), 2048)
+    assert single.stretch == 65 and len(single.holes()) == 15 and single.covered() == 80
+
+
 @given(st.integers(0, 1 << 70))
 def test_intervals_are_the_set(bits):
     assert sum((1 << end) - (1 << start) for start, end in intervals_of(bits)) == bits
@@ -139,7 +236,10 @@ def test_a_million_tokens_and_48_layers_take_less_than_a_few_seconds():
     begun = time.perf_counter()
     field = receptive_field(layers, 1 << 20)
     field.hops()
-    assert time.perf_counter() - begun < 20  # 0.4 s alone; machines are shared
+    some = joint_coverage(replace(layers[0], skips=None), 1 << 20)
+    assert len(some.holes()) > 1000 and some.covered() > 1 << 12
+    assert key_density(layers[0], 1 << 20)[0][2] == 1
+    assert time.perf_counter() - begun < 20  # 0.5 s alone; machines are shared
     assert field.covered() == 1 << 20
 
 
@@ -154,5 +254,11 @@ def test_wrong_arguments_are_named():
         receptive_field([PiPattern(2, 2, 1), PiPattern(2, 2, 1, causal=False)], 10)
     with pytest.raises(ValueError, match="divide the length"):
         receptive_field([PiPattern(2, 3, 1, causal=False, ring=True)], 10)
+    with pytest.raises(ValueError, match="context must be at least 1, got 0"):
+        joint_coverage(PiPattern(2, 2, 1), 0)
+    with pytest.raises(ValueError, match="only causal patterns decode"):
+        keys_read(PiPattern(2, 2, 1, causal=False), 10, heads=2)
+    with pytest.raises(ValueError, match="kv_heads=2 must divide heads=3"):
+        keys_read(PiPattern(2, 2, 1), 10, heads=3, kv_heads=2)
     with pytest.raises(ValueError, match="without sinks"):
         paths([PiPattern(2, 2, 1, sinks=1)], 10)
