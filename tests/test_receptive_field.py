@@ -152,7 +152,7 @@ def test_keys_read_are_those_that_the_heads_of_a_group_see(stack, groups):
 @pytest.mark.parametrize("period", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("skips", [0, 1, 2, 5])
 def test_the_theorem_of_coordinated_heads(window, period, skips):
-    """All phases: the window of w + m·p lags, each lag beyond w once. Fewer phases: as many classes of lags, no more."""
+    """All phases: the window of w + m·p lags, each lag beyond w once. Fewer phases: so many classes of lags."""
     context = window + skips * period + 3 * period
     whole = heads_of_lag(coordinated_heads(window, skips, period, period), context)
     reach = window + skips * period
