@@ -190,8 +190,8 @@ def _lags_axis(axis: Any, pattern: PiPattern, length: int, *, most: int = 16) ->
         rows[_label(pattern, band, alike)] = HEADS[number % len(HEADS)], band.contains(distance) & (distance < length)
     if not heads:
         rows["every head"] = LOCAL, torch.zeros_like(near)
-    for place, (colour, skip) in enumerate(rows.values()):
-        _strip(axis, place, torch.tensor([to_rgb(colour)]).expand(bins, 3), near, skip, cell)
+    for row, (colour, skip) in enumerate(rows.values()):
+        _strip(axis, row, torch.tensor([to_rgb(colour)]).expand(bins, 3), near, skip, cell)
     labels = list(rows)
     if len(heads) > 1:
         place = len(rows) + 0.35
@@ -201,7 +201,7 @@ def _lags_axis(axis: Any, pattern: PiPattern, length: int, *, most: int = 16) ->
         _strip(axis, place, _in_colours(by_bin), near, together, cell)
         labels.append("together" + ("" if len(heads) <= most else f" ({len(heads)} kinds)"))
         axis.axhline(place - 0.68, color="#A0A8B2", linewidth=0.6)
-    places = [*range(len(rows)), *([len(rows) + 0.35] if len(heads) > 1 else [])]
+    places: list[float] = [*range(len(rows)), *([len(rows) + 0.35] if len(heads) > 1 else [])]
     covered = joint_coverage(pattern, length)
     holes = len(covered.holes())
     stretch = f"{'together they see' if len(heads) > 1 else 'a query sees'} every lag from 0 to {covered.stretch - 1:,}"
