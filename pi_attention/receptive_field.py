@@ -11,6 +11,7 @@ the mean over heads (`key_density`).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -233,30 +234,36 @@ def joint_coverage(pattern: PiPattern, context: int) -> JointCoverage:
     return JointCoverage(seen, lags)
 
 
-def key_density(pattern: PiPattern, context: int) -> list[tuple[int, int, Fraction]]:
-    """How many keys a lag has, in the mean over heads and over the lags of an octave, sinks aside.
+def key_density(
+    pattern: PiPattern, context: int, edges: Sequence[int] | None = None
+) -> list[tuple[int, int, Fraction]]:
+    """How many keys a lag has, in the mean over heads and over a range of lags, sinks aside.
 
-    1 means that every head sees every lag of the octave; a fraction f at a lag, that a wanted token stands there before
-    a share f of the heads. The octaves begin at the window: lags 0 … w − 1, then w … 2w − 1, 2w … 4w − 1, … up to
-    the context.
+    1 means that every head sees every lag of the range; f, that a token there is visible to a share f of the heads.
+    Over all lags the densities of a pattern add up to its keys, w + m.
 
     Args:
         pattern: of the layer.
         context: S, tokens of the sequence.
+        edges: first lags of the ranges, increasing; by default 0, w, 2w, 4w, …: the window, then octaves.
 
     Returns:
-        (first lag, last lag, density) of each octave, nearest first; densities are exact fractions.
+        (first lag, last lag, density) of each range up to the context, nearest first; densities are exact fractions.
 
     Raises:
-        ValueError: as `joint_coverage`.
+        ValueError: as `joint_coverage`, or edges that do not increase from 0 on.
     """
     lags = _lags_of(pattern, context)
     bands = pattern.skip_bands()
-    found, first, end = [], 0, min(pattern.window, lags)
-    while first < lags:
+    if edges is None:
+        edges = [0, *(pattern.window << octave for octave in range(lags.bit_length()))]
+    if list(edges) != sorted({0, *edges}):
+        raise ValueError(f"edges must increase from 0 on, got {list(edges)}.")
+    inside = [edge for edge in edges if edge < lags]
+    found = []
+    for first, end in itertools.pairwise([*inside, lags]):
         keys = len(bands) * _between(pattern.local_band, first, end) + sum(_between(b, first, end) for b in bands)
         found.append((first, end - 1, Fraction(keys, len(bands) * (end - first))))
-        first, end = end, min(2 * end, lags)
     return found
 
 

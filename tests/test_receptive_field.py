@@ -1,6 +1,7 @@
 """Exact receptive fields against a walk over the graph of visible keys, and against the gradients of real networks."""
 
 import itertools
+import math
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -169,6 +170,78 @@ def test_the_theorem_of_coordinated_heads(window, period, skips):
                 assert hole < window + period and found.stretch == hole
 
 
+def spans(field):
+    """How many lags from 0 on are seen without a hole."""
+    holes = field.holes()
+    return holes[0][0] if holes else field.reach() + 1
+
+
+def test_the_coverage_theorem_for_any_first_skip():
+    """If c₀π ≤ b(w − 1) + 1, a skips and b local hops see every lag below aπ(c₀ + m − 1) + b(w − 1) + 1."""
+    told = 0
+    for window, period, skips, layers in itertools.product(range(1, 9), range(1, 10), range(1, 5), range(1, 5)):
+        first = max(1, -(-window // period))
+        stack = [PiPattern(window, period, skips)] * layers
+        for local in range(layers + 1):
+            if first * period <= local * (window - 1) + 1:
+                promised = (layers - local) * period * (first + skips - 1) + local * (window - 1) + 1
+                assert spans(receptive_field(stack, promised + 50)) >= promised
+                told += first > 1
+        if first > 1:
+            assert first * period <= 2 * (window - 1) + 1  # so two local hops always do
+    assert told > 500  # the case that the old statement left out
+
+
+@pytest.mark.parametrize("window", [2, 3, 5])
+@pytest.mark.parametrize("period", [4, 6, 7])
+def test_two_layers_close_the_holes_of_missing_phases(window, period):
+    """If no gap between phases, around the period, is more than the window: every lag below w + m·p."""
+    for count in range(1, period + 1):
+        for phases in itertools.combinations(range(period), count):
+            gaps = [after - before for before, after in itertools.pairwise([*phases, phases[0] + period])]
+            pattern = PiPattern(window, (period,) * count, 3, phase=phases)
+            if max(gaps) <= window:
+                assert spans(receptive_field([pattern] * 2, 100)) >= window + 3 * period
+
+
+def test_for_which_patterns_the_paper_s_bound_holds():
+    """R(L) ≤ kL + π⌈log₂L⌉ at every depth exactly if a layer reaches no further than k: m = 0, or m = 1 and π | k."""
+    for window, period, skips in itertools.product(range(1, 17), range(1, 40), range(4)):
+        reach = PiPattern(window, period, skips).reach
+        depths = [1, 2, 3, 5, 8, 100, 1 << 20]
+        kept = [depth * reach <= window * depth + period * (depth - 1).bit_length() for depth in depths]
+        tight = skips == 0 or (skips == 1 and window % period == 0)
+        assert tight == (reach <= window)
+        assert all(kept) if tight else not kept[0] and not kept[-1]
+        if skips > 1 and period >= window:
+            assert not any(kept)
+        if skips:  # as a lower bound it holds up to a factor of two
+            for depth in depths:
+                assert 2 * depth * reach + depth >= window * depth + period * (depth - 1).bit_length()
+    broken = [n for n in range(2, 99) if n * 128 > 64 * n + 128 * (n - 1).bit_length()]
+    assert broken[0] == 7 and 6 * PiPattern(64, 64, 1).reach == 384 <= 64 * 6 + 64 * 3 == 576
+    assert 6 * PiPattern(64, 64, 16).reach == 6144
+
+
+def test_a_harmonic_schedule_over_layers_has_the_paper_s_bound():
+    for window, period, layers in itertools.product((1, 8, 64), (64, 200, 4096), (1, 2, 6, 24)):
+        stack = [PiPattern(window, max(1, period // number), 1) for number in range(1, layers + 1)]
+        stack = [pattern if pattern.period > window else PiPattern(window, 1, 0) for pattern in stack]
+        reach = receptive_field(stack, 1 << 17).reach()
+        assert reach == sum(max(window - 1, period // n if period // n > window else 0) for n in range(1, layers + 1))
+        assert reach <= window * layers + period * (1 + math.log(layers))
+
+
+@settings(max_examples=100, deadline=None)
+@given(stack=stacks())
+def test_densities_add_up_to_the_keys(stack):
+    pattern = replace(stack[0][0], sinks=0, causal=True, ring=False)
+    pattern = replace(pattern, skips=3 if pattern.skips is None else pattern.skips)
+    ranges = key_density(pattern, 400, [0, 1, 7, 50])
+    assert [first for first, _, _ in ranges] == [0, 1, 7, 50] and ranges[-1][1] == 399
+    assert sum(share * (last - first + 1) for first, last, share in ranges) == pattern.window + pattern.skips
+
+
 def test_layers_of_coordinated_heads_add_up_as_windows_do():
     """Through L layers of stretch W: every lag up to L(W − 1), and not one more."""
     pattern = coordinated_heads(window=16, skips=64, heads=4)
@@ -256,6 +329,8 @@ def test_wrong_arguments_are_named():
         receptive_field([PiPattern(2, 3, 1, causal=False, ring=True)], 10)
     with pytest.raises(ValueError, match="context must be at least 1, got 0"):
         joint_coverage(PiPattern(2, 2, 1), 0)
+    with pytest.raises(ValueError, match=r"edges must increase from 0 on, got \[0, 4, 4\]"):
+        key_density(PiPattern(2, 2, 1), 10, [0, 4, 4])
     with pytest.raises(ValueError, match="only causal patterns decode"):
         keys_read(PiPattern(2, 2, 1, causal=False), 10, heads=2)
     with pytest.raises(ValueError, match="kv_heads=2 must divide heads=3"):
