@@ -16,7 +16,7 @@ from benchmarks.timing import RESULTS, write
 from pi_attention import PiPattern, plots
 from pi_attention.cli.runs import load_run
 from pi_attention.models import PiForCausalLM
-from pi_attention.pattern import coprime_periods, geometric_periods
+from pi_attention.pattern import coordinated_heads, coprime_periods, dilated_heads, geometric_periods
 from pi_attention.receptive_field import ReceptiveField, receptive_field
 from pi_attention.tasks.influence import influence
 
@@ -26,11 +26,21 @@ PATTERNS = {
     "π": PiPattern(64, 64, 8),
     "π, geometric periods": PiPattern(64, geometric_periods(64, 4096, 4), 8),
     "π, coprime heads": PiPattern(64, coprime_periods(64, 4), 8),
+    "coordinated heads": coordinated_heads(16, 56, heads=4),
 }
+"""The examples of docs/theory.md: 72 keys a query."""
+ONE_LAYER = {
+    "ring-local": PiPattern(80, 1, 0),
+    "π": PiPattern(64, 64, 16),
+    "dilated heads": dilated_heads(16, 64, heads=4, context=2048),
+    "coordinated heads": coordinated_heads(16, 64, heads=4),
+    "the same, a quarter of the phases": PiPattern(16, 16, 64, phase=(0, 4, 8, 12)),
+}
+"""The examples for one layer: 80 keys a query, four heads, as in the language models of docs/results.md."""
 
 
 def fields(context: int, layers: int = 8) -> dict[str, ReceptiveField]:
-    """The examples of docs/theory.md."""
+    """What the last token of a context sees through so many layers, by example."""
     return {name: receptive_field([pattern] * layers, context) for name, pattern in PATTERNS.items()}
 
 
