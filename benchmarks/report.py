@@ -303,18 +303,15 @@ def _spelled(pattern: PiPattern) -> str:
 
 def one_layer() -> str:
     """What the heads see together in one layer, how many keys a lag has, and what layers cover."""
-    from benchmarks.theory import ONE_LAYER
-    from pi_attention.receptive_field import joint_coverage, key_density, receptive_field
-
-    context, edges = 2048, [0, 16, 64, 256, 1024]
+    result = json.loads((RESULTS / "one_layer.json").read_text())
+    context, edges = result["context"], result["edges"]
     rows = []
-    for name, pattern in ONE_LAYER.items():
-        covered = joint_coverage(pattern, context)
-        shares = [float(share) for *_, share in key_density(pattern, context, edges)]
-        hops = receptive_field([pattern] * 12, context).layers_to_cover()
-        cells = [f"{covered.stretch:,}", f"{len(covered.holes()):,}", f"{covered.reach:,}"]
-        cells += [f"{share:.3f}" if share else "0" for share in shares]
-        rows.append([name, _spelled(pattern), *cells, "more than 12" if hops is None else str(hops)])
+    for row in result["rows"]:
+        hops = row["layers to see everything"]
+        cells = [f"{row[kind]:,}" for kind in ("stretch", "holes", "reach")]
+        cells += [f"{share:.3f}" if share else "0" for share in row["density"]]
+        cells.append(f"more than {result['layers at most']}" if hops is None else str(hops))
+        rows.append([row["name"], _spelled(PiPattern.from_dict(row["pattern"])), *cells])
     ranges = [f"{first:,} to {end - 1:,}" for first, end in zip(edges, [*edges[1:], context], strict=True)]
     head = ["", "periods", "stretch", "holes", "reach", *(f"keys at {lags}" for lags in ranges)]
     return table([*head, f"layers to see {context:,}"], rows)
