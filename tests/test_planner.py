@@ -152,7 +152,7 @@ def test_command_prints_a_coordinated_plan(monkeypatch, capsys, tmp_path):
     found = json.loads(printed.out)
     pattern = PiPattern.from_dict(found["pattern"])
     assert code == 0 and pattern == coordinated_heads(16, 64, 4)
-    assert found["stretch of a layer"] == 272 and found["covered in these hops"] == 272
+    assert found["stretch of a layer"] == 272 and found["covered in these hops"] == 2048
     assert found["hops"] == receptive_field([pattern] * 8, 2048).layers_to_cover() == 8
     assert "  phase: [0, 1, 2, 3]" in out.read_text().splitlines()
     code, printed = run(monkeypatch, capsys, *sizes, "--budget", "80", "--least-window", "40", "--layers", "2")

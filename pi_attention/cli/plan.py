@@ -128,7 +128,7 @@ class Plan:
         pattern, heads, kv_heads = found.pattern, self.heads, self.kv_heads or self.heads
         field = receptive_field([pattern] * self.layers, self.context)
         hops = field.layers_to_cover() if self.coordinated else found.hops
-        after = receptive_field([pattern] * found.hops, self.context)
+        after = receptive_field([pattern] * (hops or self.layers), self.context)
         flops = attention_flops(pattern, self.context, heads=heads, head_dim=self.head_dim)
         dense = dense_flops(self.context, heads=heads, head_dim=self.head_dim)
         size = cache_bytes(pattern, self.context, kv_heads=kv_heads, head_dim=self.head_dim)
