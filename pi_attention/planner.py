@@ -143,7 +143,8 @@ def longest_stretch(
     need_int("least_window", least_window, 1, "the window counts the token itself, so 1 is the smallest")
     if least_window > budget:
         raise ValueError(
-            f"least_window={least_window} is more than budget={budget} keys a query: raise the budget, or keep fewer neighbours."
+            f"least_window={least_window} is more than budget={budget} keys a query: raise the budget, or keep fewer "
+            "neighbours."
         )
     window = budget if heads == 1 else least_window
     skips = budget - window
