@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks.theory import fields
+from benchmarks.theory import ONE_LAYER, fields
 from benchmarks.timing import RESULTS
 from experiments import pictures
 from experiments.pictures import Lines
@@ -13,7 +13,7 @@ from pi_attention import plots
 from pi_attention.bill import MODELS, WAYS, bill
 from pi_attention.explorer import write_explorer
 from pi_attention.models import PiConfig
-from pi_attention.pattern import PiPattern
+from pi_attention.pattern import PiPattern, coordinated_heads
 
 DOCS = RESULTS.parents[1] / "docs"
 FIGURES = DOCS / "figures"
@@ -58,6 +58,9 @@ def draw() -> None:
     write_explorer(DOCS / "explorer.html", PiPattern(64, 64, 8), heads=8, layers=6, context=8192)
     plots.save(plots.growth_picture(fields(32768)), FIGURES / "growth.svg")
     plots.save(plots.hops_picture(fields(8192)), FIGURES / "hops.svg")
+    shown = coordinated_heads(window=6, skips=6, heads=4, sinks=2)  # small enough to count its tiles
+    plots.save(plots.pattern_picture(shown, 38), FIGURES / "pattern.svg")
+    plots.save(plots.density_picture(ONE_LAYER, 2048), FIGURES / "density.svg")
     sizes = PiConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, vocab_size=50257).sizes()
     patterns = {"π": PiPattern(256, 256, 16), "ring-local": PiPattern(272, 1, 0)}
     lengths = [2**power for power in range(9, 18)]

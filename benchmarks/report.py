@@ -10,6 +10,7 @@ from typing import Any
 
 import experiments.report
 from benchmarks.timing import RESULTS
+from pi_attention.pattern import PiPattern
 
 ROOT = RESULTS.parents[1]
 
@@ -285,11 +286,53 @@ def coverage() -> str:
 
     rows = []
     for name, field in fields(32768).items():
-        periods = ", ".join(map(str, PATTERNS[name].periods)) if PATTERNS[name].skips else "–"
+        periods = _spelled(PATTERNS[name])
         cells = [f"{field.covered(n):,}; {field.reach(n):,}" for n in (1, 2, 4, 8)]
         hops = field.layers_to_cover()
         rows.append([name, periods, *cells, "more than 8" if hops is None else str(hops)])
     return table(["", "periods", "1 layer", "2", "4", "8 layers", "layers to see everything"], rows)
+
+
+def _spelled(pattern: PiPattern) -> str:
+    """The periods of a pattern, and its phases if there are any."""
+    if not pattern.skips:
+        return "–"
+    periods = ", ".join(map(str, dict.fromkeys(pattern.periods)))
+    return periods + (f"; phases {', '.join(map(str, pattern.phases))}" if any(pattern.phases) else "")
+
+
+def one_layer() -> str:
+    """What the heads see together in one layer, how many keys a lag has, and what layers cover."""
+    result = json.loads((RESULTS / "one_layer.json").read_text())
+    context, edges = result["context"], result["edges"]
+    rows = []
+    for row in result["rows"]:
+        hops = row["layers to see everything"]
+        cells = [f"{row[kind]:,}" for kind in ("stretch", "holes", "reach")]
+        cells += [f"{share:.3f}" if share else "0" for share in row["density"]]
+        cells.append(f"more than {result['layers at most']}" if hops is None else str(hops))
+        rows.append([row["name"], _spelled(PiPattern.from_dict(row["pattern"])), *cells])
+    ranges = [f"{first:,} to {end - 1:,}" for first, end in zip(edges, [*edges[1:], context], strict=True)]
+    head = ["", "periods", "stretch", "holes", "reach", *(f"keys at {lags}" for lags in ranges)]
+    return table([*head, f"layers to see {context:,}"], rows)
+
+
+def all_skips() -> str:
+    """A layer of coordinated heads with all skips beside a dense one."""
+    from pi_attention.accounting import attention_flops, decoding_keys, dense_flops, visible_pairs
+    from pi_attention.pattern import coordinated_heads
+
+    rows = []
+    for period in (4, 8):
+        pattern = coordinated_heads(16, None, period, period)
+        for length in (2048, 32768, 1 << 20):
+            share = attention_flops(pattern, length, heads=period, head_dim=64)
+            share /= dense_flops(length, heads=period, head_dim=64)
+            read = sum(decoding_keys(pattern, length))
+            pairs = sum(visible_pairs(pattern, length))
+            rows.append([str(period), f"{length:,}", f"{pairs:,}", f"{share:.2%}", f"{read:,}", f"{read / length:.2%}"])
+    head = ["period", "context", "pairs of head 0", "products, of dense", "keys a decoded token reads", "of the cache"]
+    return table(head, rows)
 
 
 def influence() -> str:
@@ -310,7 +353,6 @@ def influence() -> str:
 def saving() -> str:
     """Share of the forward operations of a dense model that π-attention saves."""
     from pi_attention.accounting import Sizes, saving_over_dense
-    from pi_attention.pattern import PiPattern
 
     lengths = [1024, 2048, 4096, 8192, 16384, 32768, 131072]
     rows = []
@@ -355,6 +397,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "multigpu": multigpu,
     "support": support,
     "coverage": coverage,
+    "one_layer": one_layer,
+    "all_skips": all_skips,
     "influence": influence,
     "saving": saving,
     **experiments.report.TABLES,

@@ -1,7 +1,8 @@
-"""What networks depend on, random and trained: the Jacobian of the last position against the predicted receptive field.
+"""What patterns see, computed, and what networks depend on: the Jacobian against the predicted receptive field.
 
+python -m benchmarks.theory                  # writes results/one_layer.json: joint coverage and density of a layer
 pi-attention train --out runs/demo
-python -m benchmarks.theory runs/demo        # writes results/influence.json and docs/figures/influence.svg
+python -m benchmarks.theory runs/demo        # also results/influence.json and docs/figures/influence.svg
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from benchmarks.timing import RESULTS, write
 from pi_attention import PiPattern, plots
 from pi_attention.cli.runs import load_run
 from pi_attention.models import PiForCausalLM
-from pi_attention.pattern import coprime_periods, geometric_periods
-from pi_attention.receptive_field import ReceptiveField, receptive_field
+from pi_attention.pattern import coordinated_heads, coprime_periods, dilated_heads, geometric_periods
+from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density, receptive_field
 from pi_attention.tasks.influence import influence
 
 FIGURES = RESULTS.parents[1] / "docs" / "figures"
@@ -26,19 +27,44 @@ PATTERNS = {
     "π": PiPattern(64, 64, 8),
     "π, geometric periods": PiPattern(64, geometric_periods(64, 4096, 4), 8),
     "π, coprime heads": PiPattern(64, coprime_periods(64, 4), 8),
+    "coordinated heads": coordinated_heads(16, 56, heads=4),
 }
+"""The examples of docs/theory.md: 72 keys a query."""
+ONE_LAYER = {
+    "ring-local": PiPattern(80, 1, 0),
+    "π": PiPattern(64, 64, 16),
+    "dilated heads": dilated_heads(16, 64, heads=4, context=2048),
+    "coordinated heads": coordinated_heads(16, 64, heads=4),
+    "the same, a quarter of the phases": PiPattern(16, 16, 64, phase=(0, 4, 8, 12)),
+}
+"""The examples for one layer: 80 keys a query, four heads, as in the language models of docs/results.md."""
 
 
 def fields(context: int, layers: int = 8) -> dict[str, ReceptiveField]:
-    """The examples of docs/theory.md."""
+    """What the last token of a context sees through so many layers, by example."""
     return {name: receptive_field([pattern] * layers, context) for name, pattern in PATTERNS.items()}
 
 
+def one_layer(context: int = 2048, edges: tuple[int, ...] = (0, 16, 64, 256, 1024)) -> dict[str, Any]:
+    """What the heads of each example see together in one layer, keys a lag by range, and the layers to see all."""
+    rows = []
+    for name, pattern in ONE_LAYER.items():
+        covered = joint_coverage(pattern, context)
+        density = [float(share) for *_, share in key_density(pattern, context, edges)]
+        row = {"name": name, "pattern": pattern.to_dict(), "stretch": covered.stretch, "holes": len(covered.holes())}
+        hops = receptive_field([pattern] * 12, context).layers_to_cover()
+        rows.append(row | {"reach": covered.reach, "density": density, "layers to see everything": hops})
+    return {"context": context, "edges": list(edges), "layers at most": 12, "rows": rows}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--tokens", type=int, default=1024)
     options = parser.parse_args()
+    print(write("one_layer", one_layer()))
+    if options.run is None:
+        return
     trained, tokenizer = load_run(options.run)
     torch.manual_seed(0)
     text = tokenizer("To be, or not to be, that is the question: " * options.tokens)["input_ids"]

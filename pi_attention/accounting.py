@@ -36,14 +36,28 @@ def visible_pairs(pattern: PiPattern, length: int, *, head: int = 0) -> tuple[in
         sinks = range(min(pattern.sinks, length))
         local += sum(max(0, length - pattern.window - sink) for sink in sinks)
         skip_lags = pattern.skip_band(head).within(length).lags()
-        skip -= sum(min(pattern.sinks, length - lag) for lag in skip_lags)
+        far = len(range(skip_lags.start, max(skip_lags.start, length - pattern.sinks + 1), skip_lags.step))
+        far = min(far, len(skip_lags))  # queries as many as sinks stand this far from them; beyond, fewer
+        skip -= far * pattern.sinks + _pairs_of_lags(skip_lags[far:], length)
     return local, skip
+
+
+def decoding_keys(pattern: PiPattern, length: int, *, head: int = 0) -> tuple[int, int]:
+    """Keys that one head reads for a decoded token, the last of `length`: local (sinks counted) and skip.
+
+    With `skips=None` a head of period p reads 1/p of the keys, those of its phase; `cache_tokens` is what is kept.
+    """
+    local = min(pattern.window, length)
+    sinks = min(pattern.sinks, length - local)  # those that the window leaves out
+    skip_lags = pattern.skip_band(head).within(length).lags()
+    near = range(skip_lags.start, max(skip_lags.start, length - pattern.sinks), skip_lags.step)
+    return local + sinks, min(len(near), len(skip_lags))
 
 
 def attention_flops(pattern: PiPattern, length: int, *, heads: int, head_dim: int) -> int:
     """Floating-point operations of one layer's forward pass over the visible pairs: 4 · D a pair (QKᵀ and PV)."""
-    pairs = sum(sum(visible_pairs(pattern, length, head=h % len(pattern.periods))) for h in range(heads))
-    return 4 * head_dim * pairs
+    of_heads = [sum(visible_pairs(pattern, length, head=head)) for head in range(len(pattern.periods))]
+    return 4 * head_dim * sum(of_heads[head % len(of_heads)] for head in range(heads))
 
 
 def dense_flops(length: int, *, heads: int, head_dim: int, causal: bool = True) -> int:

@@ -17,11 +17,14 @@ def write_explorer(path: Path, pattern: PiPattern, *, heads: int, layers: int, c
     """
     if not pattern.causal or pattern.skips is None:
         raise ValueError(f"the explorer shows causal patterns with a number of skips, not {pattern}.")
-    schedule = "one" if len(pattern.periods) == 1 else "coprime"
+    alike = len(set(pattern.periods)) == 1
+    schedule = "one" if not pattern.per_head else "coordinated" if alike else "coprime"
     initial = {
         "window": pattern.window,
         "period": pattern.period_of(0),
         "periods": list(pattern.periods),
+        "phase": pattern.phase_of(0),
+        "phases": list(pattern.phases),
         "skips": pattern.skips,
         "sinks": pattern.sinks,
         "heads": heads,

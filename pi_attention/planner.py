@@ -6,6 +6,8 @@ periods of their own, of P₁ = P₀(a₀m + 1), P₂ = P₁(a₁m + 1), …: a�
 All lags below P₀·∏(aᵢm + 1) are reached; one more hop along the last period in place of a local one adds
 (b − 1)(w − 1) + 1. With one period and h = 2 the best is w = π = m + 1 ≈ √S; a further period multiplies what is
 covered instead of adding to it.
+
+Another objective is one layer: `longest_stretch` gives the heads that see together the most lags without a hole.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pi_attention.pattern import PiPattern
-from pi_attention.receptive_field import receptive_field
+from pi_attention.pattern import PiPattern, coordinated_heads, need_int
+from pi_attention.receptive_field import joint_coverage, receptive_field
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,53 @@ def fewest_keys(context: int, hops: int, *, heads: int = 1, sinks: int = 0) -> P
     else:
         period = tuple(periods[head % len(periods)] for head in range(heads))
     return Plan(PiPattern(window, period, skips, sinks=sinks), context, hops)
+
+
+def longest_stretch(
+    budget: int, heads: int, *, least_window: int = 16, context: int | None = None, sinks: int = 0
+) -> Plan:
+    """The coordinated heads that see together, in one layer, the longest stretch of lags without a hole.
+
+    H heads of w + m keys see w + H·m lags at most, since all of them see the window. Heads of period H with the phases
+    0 … H − 1 see so many, without a hole; so the window is the least, and the other keys are skips. Where that is more
+    than the context, the window is the widest with which the stretch still spans it.
+
+    Args:
+        budget: most keys w + m of a query, in every head.
+        heads: H, query heads.
+        least_window: fewest neighbours w that every head keeps.
+        context: S, tokens; a longer stretch would be of no use. None: as long as can be.
+        sinks: first tokens that every query sees, beside the budget.
+
+    Returns:
+        A plan of one hop, whose `context` is the stretch: the lags 0 … context − 1 are seen.
+
+    Raises:
+        TypeError, ValueError: an argument is not a positive int, or the least window is more than the budget.
+
+    >>> longest_stretch(budget=80, heads=4).context
+    272
+    """
+    need_int("budget", budget, 1, "a query sees itself at least")
+    need_int("heads", heads, 1, "one phase is made for each query head")
+    need_int("least_window", least_window, 1, "the window counts the token itself, so 1 is the smallest")
+    if least_window > budget:
+        raise ValueError(
+            f"least_window={least_window} is more than budget={budget} keys a query: raise the budget, or keep fewer "
+            "neighbours."
+        )
+    window = budget if heads == 1 else least_window
+    skips = budget - window
+    if context is not None:
+        need_int("context", context, 1, "a stretch spans at least the token itself")
+        if heads > 1:  # the widest window with w + H·(budget − w) ≥ S
+            window = max(window, (heads * budget - context) // (heads - 1))
+        window = min(window, budget, context)
+        skips = min(budget - window, -((window - context) // heads))
+    several = coordinated_heads(window, skips, heads, heads, sinks=sinks)
+    pattern = several if skips else PiPattern(window, 1, 0, sinks=sinks)
+    stretch = joint_coverage(pattern, window + heads * skips).stretch
+    return Plan(pattern, stretch if context is None else min(stretch, context), 1)
 
 
 def plan(

@@ -1,15 +1,21 @@
-"""What a stack of layers can see: reach, coverage, holes, hops and numbers of paths, in exact set arithmetic.
+"""What layers can see: reach, coverage, holes, hops, paths, and the keys of each lag, in exact set arithmetic.
 
 A set of positions of a sequence is a Python int, bit p for position p, so that a step of all positions along a band of
 lags is a few shifts of a long number: a context of a million tokens and dozens of layers take well under a second.
 Layers are taken from the output down: after the first of them a query has seen the keys of its own layer, after the
 next the keys of those, and so on. A token always sees itself, so what was seen stays seen.
+
+Of one layer two things order patterns: which lags some head sees (`joint_coverage`), and how many keys a lag has, in
+the mean over heads (`key_density`).
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pi_attention.pattern import Band, PiPattern
 
@@ -22,14 +28,8 @@ def positions_of(bits: int) -> Iterator[int]:
 
 def intervals_of(bits: int) -> Iterator[tuple[int, int]]:
     """A set as disjoint runs [start, end), in increasing order."""
-    offset = 0
-    while bits:
-        gap = (bits & -bits).bit_length() - 1
-        bits >>= gap
-        run = (~bits & (bits + 1)).bit_length() - 1
-        yield offset + gap, offset + gap + run
-        bits >>= run
-        offset += gap + run
+    digits = bin(bits)[:1:-1]  # linear in the length; shifting the runs away would be quadratic in a set with many
+    return (run.span() for run in re.finditer("1+", digits))
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class _Sequence:
         """The positions at the signed lags of a band before those in the set, by doubling."""
         assert band.last is not None
         steps, found, at, size = band.last - band.first, 0, 0, 1
-        seen = self.moved(bits, band.first * band.stride)  # then every lag is positive, and what leaves is gone
+        seen = self.moved(
+            bits, band.first * band.stride + band.phase
+        )  # then every lag is positive, and what leaves is gone
         while steps:  # `seen` holds the first `size` lags of the band
             if steps & 1:
                 found |= self.moved(seen, at)
@@ -68,12 +70,10 @@ class _Sequence:
 
 def _step(pattern: PiPattern, where: _Sequence, bits: int) -> int:
     """The keys that queries at these positions see, by any head."""
-    bands = set(pattern.signed_bands(pattern.local_band, where.length))
-    for head in range(len(pattern.periods)):
-        bands |= set(pattern.signed_bands(pattern.skip_band(head), where.length))
     found = 0
-    for band in bands:
-        found |= where.along(bits, band)
+    for band in {pattern.local_band, *pattern.skip_bands()}:
+        for side in pattern.signed_bands(band, where.length):
+            found |= where.along(bits, side)
     if pattern.sinks and bits:
         found |= (1 << min(pattern.sinks, bits.bit_length())) - 1
     return found
@@ -168,6 +168,140 @@ def receptive_field(patterns: Sequence[PiPattern], context: int, query: int | No
     return ReceptiveField(query, context, tuple(seen), patterns[0].causal)
 
 
+@dataclass(frozen=True)
+class JointCoverage:
+    """The lags that some head sees in one layer, sinks aside.
+
+    Args:
+        seen: set of lags, bit l for lag l.
+        lags: how many lags there are: those of the context, on a ring up to half of it.
+    """
+
+    seen: int
+    lags: int
+
+    @property
+    def stretch(self) -> int:
+        """Lags from 0 on that are seen without a hole: 0 … stretch − 1."""
+        return (~self.seen & (self.seen + 1)).bit_length() - 1
+
+    @property
+    def reach(self) -> int:
+        """The largest lag that is seen."""
+        return self.seen.bit_length() - 1
+
+    def covered(self) -> int:
+        """How many lags are seen."""
+        return self.seen.bit_count()
+
+    def holes(self) -> list[tuple[int, int]]:
+        """Runs of lags [first, last] within the reach that no head sees, nearest first."""
+        missing = ~self.seen & ((1 << self.reach + 1) - 1)
+        return [(start, end - 1) for start, end in intervals_of(missing)]
+
+
+def _lags_of(pattern: PiPattern, context: int) -> int:
+    """How many lags a pattern can tell apart: on a ring, a key has one distance, the shorter way round."""
+    if context < 1:
+        raise ValueError(f"context must be at least 1, got {context}: it is a number of tokens.")
+    pattern.check_length(context)
+    return context // 2 + 1 if pattern.ring else context
+
+
+def _set_of(band: Band, lags: int) -> int:
+    """The lags of a band of distances below `lags`, as a set: what lag 0 sees, looking the other way."""
+    return _Sequence(lags, ring=False).along(1, band.within(lags).mirrored())
+
+
+def joint_coverage(pattern: PiPattern, context: int) -> JointCoverage:
+    """Which lags some head of one layer sees, exactly; a bidirectional pattern sees them on either side.
+
+    Args:
+        pattern: of the layer.
+        context: S, tokens of the sequence.
+
+    Raises:
+        ValueError: the context is not positive, or a ring whose period does not divide it.
+
+    >>> from pi_attention.pattern import coordinated_heads
+    >>> joint_coverage(coordinated_heads(window=16, skips=64, heads=4), context=2048).stretch
+    272
+    """
+    lags = _lags_of(pattern, context)
+    seen = 0
+    for band in {pattern.local_band, *pattern.skip_bands()}:
+        seen |= _set_of(band, lags)
+    return JointCoverage(seen, lags)
+
+
+def key_density(
+    pattern: PiPattern, context: int, edges: Sequence[int] | None = None
+) -> list[tuple[int, int, Fraction]]:
+    """How many keys a lag has, in the mean over heads and over a range of lags, sinks aside.
+
+    1 means that every head sees every lag of the range; f, that a token there is visible to a share f of the heads.
+    Over all lags the densities of a pattern add up to its keys, w + m.
+
+    Args:
+        pattern: of the layer.
+        context: S, tokens of the sequence.
+        edges: first lags of the ranges, increasing; by default 0, w, 2w, 4w, …: the window, then octaves.
+
+    Returns:
+        (first lag, last lag, density) of each range up to the context, nearest first; densities are exact fractions.
+
+    Raises:
+        ValueError: as `joint_coverage`, or edges that do not increase from 0 on.
+    """
+    lags = _lags_of(pattern, context)
+    bands = pattern.skip_bands()
+    if edges is None:
+        edges = [0, *(pattern.window << octave for octave in range(lags.bit_length()))]
+    if list(edges) != sorted({0, *edges}):
+        raise ValueError(f"edges must increase from 0 on, got {list(edges)}.")
+    inside = [edge for edge in edges if edge < lags]
+    found = []
+    for first, end in itertools.pairwise([*inside, lags]):
+        keys = len(bands) * _between(pattern.local_band, first, end) + sum(_between(b, first, end) for b in bands)
+        found.append((first, end - 1, Fraction(keys, len(bands) * (end - first))))
+    return found
+
+
+def _between(band: Band, first: int, end: int) -> int:
+    """How many lags of a band of distances lie in [first, end)."""
+    return len(band.within(end)) - len(band.within(first)) if first else len(band.within(end))
+
+
+def keys_read(pattern: PiPattern, length: int, *, heads: int, kv_heads: int | None = None) -> int:
+    """Cached keys that a decoded token reads in one layer, summed over key heads: those that a head of its group sees.
+
+    A head reads the keys of its own phase alone; grouped queries of several phases read the union of theirs.
+
+    Args:
+        pattern: of the layer; causal.
+        length: tokens, the decoded one included.
+        heads: H, query heads.
+        kv_heads: G, key heads; as many as heads when None.
+
+    Raises:
+        ValueError: a bidirectional pattern, one of another number of heads, or key heads that do not divide the heads.
+    """
+    if not pattern.causal:
+        raise ValueError("keys_read counts the keys of a decoded token, and only causal patterns decode.")
+    pattern.check_heads(heads)
+    kv_heads = heads if kv_heads is None else kv_heads
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"kv_heads={kv_heads} must divide heads={heads}.")
+    group = heads // kv_heads
+    first_tokens = ((1 << min(pattern.sinks, length)) - 1) << length - min(pattern.sinks, length)
+    counted: dict[PiPattern, int] = {}
+    for first in range(0, heads, group):
+        of_group = pattern.of_heads(first, first + group)
+        if of_group not in counted:
+            counted[of_group] = (joint_coverage(of_group, length).seen | first_tokens).bit_count()
+    return sum(counted[pattern.of_heads(first, first + group)] for first in range(0, heads, group))
+
+
 def paths(patterns: Sequence[PiPattern], context: int) -> list[int]:
     """For each lag the number of ways from a query to the key at that lag: a choice of head and key in every layer.
 
@@ -180,8 +314,8 @@ def paths(patterns: Sequence[PiPattern], context: int) -> list[int]:
     steps = []
     for pattern in patterns:
         counts: dict[int, int] = {}
-        for head in range(len(pattern.periods)):
-            for band in (pattern.local_band, pattern.skip_band(head)):
+        for skip_band in pattern.skip_bands():
+            for band in (pattern.local_band, skip_band):
                 for lag in band.within(context).lags():
                     counts[lag] = counts.get(lag, 0) + 1
         choices *= sum(counts.values())

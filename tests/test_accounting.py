@@ -1,6 +1,11 @@
+import itertools
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from problems import cases
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -10,6 +15,7 @@ from pi_attention.accounting import (
     attention_flops,
     cache_bytes,
     cache_tokens,
+    decoding_keys,
     dense_flops,
     model_flops,
     roofline_seconds,
@@ -19,6 +25,7 @@ from pi_attention.accounting import (
 from pi_attention.cache import LayerCache
 from pi_attention.masks import dense_masks
 from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.pattern import coordinated_heads
 
 
 @given(cases())
@@ -26,6 +33,43 @@ def test_pairs_are_those_of_the_dense_masks(case):
     local, skip = dense_masks(case.pattern, case.S, case.S)
     for head in range(len(case.pattern.periods)):
         assert visible_pairs(case.pattern, case.S, head=head) == (int(local.sum()), int(skip[0, head].sum()))
+
+
+@given(cases(), st.integers(0, 9))
+def test_pairs_and_decoded_keys_of_heads_are_counted_key_by_key(case, sinks):
+    pattern = case.pattern
+    if pattern.causal:
+        pattern = replace(pattern, sinks=sinks)
+    for head in range(len(pattern.periods)):
+        keys = [pattern.keys(query, case.S, head=head) for query in range(case.S)]
+        pairs = sum(len(local) for local, _ in keys), sum(len(skip) for _, skip in keys)
+        assert visible_pairs(pattern, case.S, head=head) == pairs
+        if pattern.causal:
+            last = len(keys[-1][0]), len(keys[-1][1])
+            assert decoding_keys(pattern, case.S, head=head) == last
+
+
+def test_heads_of_all_phases_and_all_skips_share_the_pairs_of_dense_attention():
+    """The union over p heads is every pair once, but for the window, that each of them computes."""
+    for period, window, length in itertools.product((1, 2, 4, 8), (1, 3, 16), (1, 7, 100, 257)):
+        pattern = coordinated_heads(window, None, period, period)
+        pairs = sum(sum(visible_pairs(pattern, length, head=head)) for head in range(period))
+        assert pairs == length * (length + 1) // 2 + (period - 1) * visible_pairs(pattern, length)[0]
+
+
+def test_a_layer_of_all_skips_with_phases_beside_dense():
+    pattern, length = coordinated_heads(16, None, 4), 32768
+    ours = attention_flops(pattern, length, heads=4, head_dim=64)
+    assert 0.25 < ours / dense_flops(length, heads=4, head_dim=64) < 0.251
+    assert [sum(decoding_keys(pattern, length, head=head)) for head in range(4)] == [16 + 32752 // 4] * 4
+    assert cache_tokens(pattern, length) == length
+
+
+def test_pairs_of_a_million_tokens_take_no_loop_over_lags():
+    pattern = coordinated_heads(16, None, 64, 64, sinks=4)
+    begun = time.perf_counter()
+    attention_flops(pattern, 1 << 24, heads=64, head_dim=64)
+    assert time.perf_counter() - begun < 1  # 0.5 ms alone
 
 
 def test_flops_of_dense_attention_are_those_of_a_window_over_everything():

@@ -1,12 +1,15 @@
 """The Python of the README and of docs/ runs, each page as one session; the files that they point to exist."""
 
 import doctest
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 import pi_attention.pattern
+import pi_attention.planner
+import pi_attention.receptive_field
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,5 +41,14 @@ def test_tables_are_those_of_the_result_files():
         assert filled(text) == text, f"{page.name}: run python -m benchmarks.report"
 
 
-def test_docstring_examples():
-    assert doctest.testmod(pi_attention.pattern).failed == 0
+def test_the_committed_theory_is_what_the_code_computes():
+    from benchmarks.theory import RESULTS, one_layer
+
+    committed = json.loads((RESULTS / "one_layer.json").read_text())
+    assert {name: value for name, value in committed.items() if name != "machine"} == one_layer()
+
+
+@pytest.mark.parametrize("module", [pi_attention.pattern, pi_attention.receptive_field, pi_attention.planner])
+def test_docstring_examples(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 0 and found.failed == 0

@@ -12,8 +12,9 @@ from pi_attention.cli.main import main
 from pi_attention.cli.train import Train
 from pi_attention.devices import DEVICES
 from pi_attention.models import PiConfig
-from pi_attention.planner import fewest_keys, plan
-from pi_attention.receptive_field import receptive_field
+from pi_attention.pattern import coordinated_heads
+from pi_attention.planner import fewest_keys, longest_stretch, plan
+from pi_attention.receptive_field import joint_coverage, receptive_field
 from pi_attention.training.config import load_yaml
 
 
@@ -43,6 +44,54 @@ def test_two_periods_are_at_most_one_key_from_the_optimum(hops):
         found = fewest_keys(context, hops, heads=2)
         assert receptive_field([found.pattern] * hops, context).covered() == context
         assert found.keys - fewest_by_search(context, hops, 2) in (0, 1), context
+
+
+def longest_by_search(budget, heads, least_window):
+    """The longest stretch of one layer, by trying every window, number of skips, and period and phase of each head."""
+    most = 0
+    for window in range(least_window, budget + 1):
+        for skips in range(budget - window + 1):
+            bands = [(period, phase) for period in range(1, heads + 3) for phase in range(period)]
+            for chosen in itertools.combinations_with_replacement(bands, heads):
+                period, phase = zip(*chosen, strict=True)
+                pattern = PiPattern(window, period, skips, phase=phase)
+                most = max(most, joint_coverage(pattern, budget * heads + 1).stretch)
+    return most
+
+
+@pytest.mark.parametrize(("heads", "most"), [(1, 6), (2, 5), (3, 4)])
+def test_the_longest_stretch_is_that_of_a_search(heads, most):
+    for budget in range(1, most + 1):
+        for least_window in range(1, budget + 1):
+            found = longest_stretch(budget, heads, least_window=least_window)
+            assert found.context == longest_by_search(budget, heads, least_window)
+            assert found.context == joint_coverage(found.pattern, 1000).stretch
+            assert found.keys <= budget and found.pattern.window >= least_window
+
+
+def test_a_stretch_no_longer_than_the_context_has_the_widest_window():
+    for heads, budget, least_window in itertools.product((1, 2, 3, 4), (3, 5, 8), (1, 3)):
+        for context in range(1, 40):
+            found = longest_stretch(budget, heads, least_window=least_window, context=context)
+            longest = longest_stretch(budget, heads, least_window=least_window).context
+            assert found.context == min(context, longest) <= joint_coverage(found.pattern, 1000).stretch
+            assert found.keys <= budget and found.hops == 1
+            assert found.pattern.window >= min(least_window, context)
+            wider = min(found.pattern.window + 1, context)
+            if wider <= budget and wider > found.pattern.window and longest >= context:
+                assert wider + heads * (budget - wider) < context  # what w + 1 neighbours leave is too short
+
+
+def test_longest_stretch_of_the_measured_form():
+    found = longest_stretch(80, 4, sinks=4)
+    assert found.pattern == coordinated_heads(16, 64, 4, sinks=4) and (found.context, found.keys) == (272, 80)
+    assert longest_stretch(80, 1).pattern == PiPattern(80, 1, 0)
+    with pytest.raises(ValueError, match="least_window=16 is more than budget=8 keys a query: raise"):
+        longest_stretch(8, 4)
+    with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
+        longest_stretch(8, 0, least_window=1)
+    with pytest.raises(ValueError, match="context must be at least 1, got 0"):
+        longest_stretch(8, 2, least_window=1, context=0)
 
 
 @pytest.mark.parametrize("context", [1000, 131072, 1 << 20])
@@ -98,6 +147,26 @@ def test_command_prints_a_plan_that_loads_as_a_config(monkeypatch, capsys, tmp_p
     assert code == 2 and "layers must be at least 1, got 0" in printed.err
     code, printed = run(monkeypatch, capsys, "--device", "abacus")
     assert code == 2 and "use one of ['h200']" in printed.err
+
+
+def test_command_prints_a_coordinated_plan(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "plan.yaml"
+    sizes = ["--context", "2048", "--layers", "8", "--heads", "4", "--coordinated"]
+    code, printed = run(monkeypatch, capsys, *sizes, "--budget", "80", "--json", "--out", str(out))
+    found = json.loads(printed.out)
+    pattern = PiPattern.from_dict(found["pattern"])
+    assert code == 0 and pattern == coordinated_heads(16, 64, 4)
+    assert found["stretch of a layer"] == 272 and found["covered in these hops"] == 2048
+    assert found["hops"] == receptive_field([pattern] * 8, 2048).layers_to_cover() == 8
+    assert "  phase: [0, 1, 2, 3]" in out.read_text().splitlines()
+    code, printed = run(monkeypatch, capsys, *sizes, "--budget", "80", "--least-window", "40", "--layers", "2")
+    assert code == 0 and "200 in one layer" in printed.out
+    assert "window 40, period 4 with phases 0, 1" in printed.out
+    assert "more than 2 layers" in printed.out
+    code, printed = run(monkeypatch, capsys, *sizes, "--hops", "2")
+    assert code == 2 and "hops=2 asks for another plan than coordinated=True" in printed.err
+    code, printed = run(monkeypatch, capsys, *sizes, "--budget", "8")
+    assert code == 2 and "least_window=16 is more than budget=8" in printed.err
 
 
 def test_devices_are_those_of_the_committed_benchmarks():

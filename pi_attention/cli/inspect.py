@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pi_attention.cli.runs import model_folder
 from pi_attention.pattern import PiPattern
-from pi_attention.receptive_field import ReceptiveField, receptive_field
+from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density, keys_read, receptive_field
 from pi_attention.training.config import pattern_of
 
 
@@ -65,14 +65,14 @@ class Inspect:
             raise ValueError(f"context={context} and layers={len(stack)} must be at least 1.")
         if self.html and (len(set(stack)) > 1 or not stack[0].causal or stack[0].skips is None):
             raise ValueError("html=True shows one causal pattern with a number of skips for all layers: leave it out.")
-        for pattern in dict.fromkeys(stack):
-            title = f"layers {', '.join(str(n) for n, other in enumerate(stack) if other == pattern)}"
+        for title, pattern in _by_layers(stack).items():
             console.print(self._table(pattern, title, context, heads, kv_heads, head_dim))
         field = receptive_field(stack, context)
         console.print(_of_the_stack(field))
         pictures = {
             "pattern.png": plots.pattern_picture(stack[0], plots.telling_length(stack[0], context)),
             "receptive_field.png": plots.coverage_picture(field),
+            "density.png": plots.density_picture(_by_layers(stack), context),
         }
         if self.empirical:
             pictures |= self._measured(console)
@@ -133,7 +133,8 @@ class Inspect:
 
         flops = attention_flops(pattern, context, heads=heads, head_dim=head_dim)
         dense = dense_flops(context, heads=heads, head_dim=head_dim, causal=pattern.causal)
-        local, skip = visible_pairs(pattern, context)
+        of_heads = [visible_pairs(pattern, context, head=head) for head in range(len(pattern.periods))]
+        local, skip = (sum(pairs) / len(of_heads) for pairs in zip(*of_heads, strict=True))
         table = Table(title=title, show_header=False)
         table.add_row("a query sees", _in_words(pattern))
         table.add_row(
@@ -141,14 +142,46 @@ class Inspect:
         )
         reach = pattern.reach
         table.add_row("reach of a layer", "everything before" if reach is None else f"{reach:,} tokens back")
+        for name, words in _of_one_layer(pattern, context):
+            table.add_row(name, words)
         table.add_row("attention FLOPs", f"{flops / 1e9:,.2f} GFLOP forward a layer, {flops / dense:.2%} of dense")
+        if pattern.skips is None:
+            table.add_row(
+                "all skips, beside dense", f"{flops / dense:.1%} of the products; they grow with the context squared"
+            )
         if pattern.causal:
             size = cache_bytes(pattern, context, kv_heads=kv_heads, head_dim=head_dim)
             table.add_row(
                 "decoding cache",
                 f"{cache_tokens(pattern, context):,} tokens, {size / 2**20:.2f} MiB a layer in 16 bits",
             )
+            read = keys_read(pattern, context, heads=heads, kv_heads=kv_heads) / kv_heads
+            table.add_row(
+                "a decoded token reads",
+                f"{read:,.0f} keys a key head, {read / context:.2%} of the {context:,} up to it",
+            )
         return table
+
+
+def _by_layers(stack: list[PiPattern]) -> dict[str, PiPattern]:
+    """The patterns of a stack that differ, by the words for their layers."""
+    layers = {p: ", ".join(str(n) for n, other in enumerate(stack) if other == p) for p in dict.fromkeys(stack)}
+    return {f"layers {numbers}": pattern for pattern, numbers in layers.items()}
+
+
+def _of_one_layer(pattern: PiPattern, context: int) -> list[tuple[str, str]]:
+    """Which lags the heads see together, and how many keys a lag has."""
+    covered, density = joint_coverage(pattern, context), key_density(pattern, context)
+    holes = covered.holes()
+    count = f"{len(holes) or 'no'} hole{'' if len(holes) == 1 else 's'} up to {covered.reach:,}"
+    first = f", the first at lags {holes[0][0]:,} to {holes[0][1]:,}" if holes else ""
+    seen = [(start, end, f"{float(share):.3g}") for start, end, share in density if share]
+    beyond = len(density) - len(seen)
+    octaves = ", ".join(f"{share} at {start:,} to {end:,}" for start, end, share in seen)
+    return [
+        ("heads together see", f"every lag below {covered.stretch:,} in one layer; {count}{first}"),
+        ("keys a lag", f"{octaves}{', none beyond' if beyond else ''} (mean of heads)"),
+    ]
 
 
 def _of_the_stack(field: ReceptiveField) -> Table:
@@ -172,7 +205,7 @@ def _in_words(pattern: PiPattern) -> str:
         lags = f"multiples of {_of_heads(pattern.period, 'period')}"
         if any(pattern.phases):
             lags += f" plus {_of_heads(pattern.phase, 'phase')}"
-        words.append(f"{count} keys at {lags} beyond them")
+        words.append(f"{count} key{'' if pattern.skips is None else 's'} at {lags} beyond them")
     if pattern.sinks:
         words.append(f"the first {pattern.sinks}")
     return ", ".join(words)

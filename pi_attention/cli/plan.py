@@ -23,14 +23,17 @@ from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks
 from pi_attention.devices import DEVICES
 from pi_attention.pattern import PiPattern
 from pi_attention.planner import Plan as Found
-from pi_attention.planner import plan
+from pi_attention.planner import longest_stretch, plan
 from pi_attention.receptive_field import receptive_field
 from pi_attention.training.config import ModelSettings
 
 
 @dataclass
 class Plan:
-    """Choose a pattern: the fewest keys a query that cover a context in a number of layers, and what it costs."""
+    """Choose a pattern, and say what it costs.
+
+    It has the fewest keys a query that cover a context in a number of layers, or heads that share the distance.
+    """
 
     context: int = 131072
     """Tokens that the last layer must see."""
@@ -48,6 +51,10 @@ class Plan:
     """Layers through which every token is to be seen; the pattern then has the fewest keys."""
     head_schedule: bool = False
     """Let heads have different periods, each a multiple of the one before: far fewer keys, over more layers."""
+    coordinated: bool = False
+    """Heads share the distance: one period and a phase each, for the longest stretch of lags seen in one layer."""
+    least_window: int = 16
+    """Fewest neighbours that every head of a coordinated plan keeps."""
     sinks: int = 0
     """First tokens that every query sees, beside the budget."""
     device: str | None = None
@@ -80,9 +87,7 @@ class Plan:
             raise ValueError(f"memory must be at least 1 GiB, got {self.memory}.")
         if self.loss_slice is not None and self.loss_slice < 1:
             raise ValueError(f"loss_slice must be at least 1, got {self.loss_slice}.")
-        budget = 256 if self.budget is None and self.hops is None else self.budget
-        periods = self.heads if self.head_schedule else 1
-        found = plan(self.context, self.layers, heads=periods, budget=budget, hops=self.hops, sinks=self.sinks)
+        found = self.found()
         figures = self.figures(found)
         words = {name: value for name, value in figures["pattern"].items() if hasattr(ModelSettings, name)}
         if self.gpus is not None:
@@ -105,18 +110,34 @@ class Plan:
         console.print(f"PiConfig({arguments})", highlight=False, soft_wrap=True)
         return 0
 
+    def found(self) -> Found:
+        """The plan for what was asked."""
+        budget = 256 if self.budget is None and self.hops is None else self.budget
+        if not self.coordinated:
+            periods = self.heads if self.head_schedule else 1
+            return plan(self.context, self.layers, heads=periods, budget=budget, hops=self.hops, sinks=self.sinks)
+        for name in ("hops", "head_schedule"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} asks for another plan than coordinated=True: leave one of them out."
+                )
+        assert budget is not None
+        limits = {"least_window": self.least_window, "context": self.context, "sinks": self.sinks}
+        return longest_stretch(budget, self.heads, **limits)
+
     def figures(self, found: Found) -> dict[str, Any]:
         """Everything that is printed, as JSON."""
         pattern, heads, kv_heads = found.pattern, self.heads, self.kv_heads or self.heads
         field = receptive_field([pattern] * self.layers, self.context)
-        after = receptive_field([pattern] * found.hops, self.context)
+        hops = field.layers_to_cover() if self.coordinated else found.hops
+        after = receptive_field([pattern] * (hops or self.layers), self.context)
         flops = attention_flops(pattern, self.context, heads=heads, head_dim=self.head_dim)
         dense = dense_flops(self.context, heads=heads, head_dim=self.head_dim)
         size = cache_bytes(pattern, self.context, kv_heads=kv_heads, head_dim=self.head_dim)
         figures: dict[str, Any] = {
             "pattern": pattern.to_dict(),
             "keys": found.keys,
-            "hops": found.hops,
+            "hops": hops,
             "reach of a layer": pattern.reach,
             "covered in these hops": after.covered(),
             "covered by the model": field.covered(),
@@ -127,6 +148,10 @@ class Plan:
             "cache bytes a layer": size,
             "dense cache bytes a layer": 2 * self.context * kv_heads * self.head_dim * 2,
         }
+        if pattern.phase:
+            figures["pattern"]["phase"] = list(pattern.phases)
+        if self.coordinated:
+            figures["stretch of a layer"] = found.context
         if self.device is not None:
             figures["seconds a layer"] = self._seconds(flops, kv_heads)
         return figures
@@ -181,17 +206,20 @@ class Plan:
         pattern = found.pattern
         periods, phases = (", ".join(map(str, dict.fromkeys(x))) for x in (pattern.periods, pattern.phases))
         words = f"window {pattern.window}, period {periods}, skips {pattern.skips}, sinks {pattern.sinks}"
+        through = "more than" if figures["hops"] is None else f"{figures['hops']} of"
         rows = [
             ("pattern", f"{words}, phase {phases}"),
             ("keys of a query", f"{found.keys:,} (dense: up to {self.context:,})"),
             ("reach of a layer", f"{figures['reach of a layer']:,} tokens back"),
-            ("sees the whole context through", f"{found.hops} of {self.layers} layers"),
+            ("sees the whole context through", f"{through} {self.layers} layers"),
             ("attention FLOPs", f"{figures['attention flops a layer'] / 1e9:,.2f} GFLOP a layer forward, "
                                 f"{figures['of dense']:.2%} of dense"),
             ("decoding cache", f"{figures['cache bytes a layer'] / 2**20:,.1f} MiB a layer, "
                                f"dense {figures['dense cache bytes a layer'] / 2**20:,.1f} MiB, "
                                f"in 16 bits with {self.kv_heads or self.heads} key heads"),
         ]  # fmt: skip
+        if "stretch of a layer" in figures:
+            rows.insert(3, ("lags without a hole", f"{found.context:,} in one layer, by the heads together"))
         for kind, seconds in figures.get("seconds a layer", {}).items():
             rows.append((f"expected {kind}", f"{1e3 * seconds:,.2f} ms a layer, {DEVICES[str(self.device)].name}"))
         return rows
