@@ -161,7 +161,7 @@ def with_peers(length: int, dim: int, limits: tuple[float, float]) -> dict[str, 
 
 
 def variants(length: int, limits: tuple[float, float]) -> list[dict[str, Any]]:
-    """The main row again: bidirectional, grouped queries, packed, a period a head; each with its own floor."""
+    """The main row again: bidirectional, grouped queries, packed, sinks, a period a head; each with its own floor."""
     w, period, m = MAIN.window, MAIN.period_of(0), MAIN.skips
     near = tuple(period - 8 + head for head in range(HEADS))
     found = []
@@ -170,6 +170,9 @@ def variants(length: int, limits: tuple[float, float]) -> list[dict[str, Any]]:
         ("bidirectional", PiPattern(w, period, m, causal=False), HEADS, 1),
         ("GQA 4:1", MAIN, HEADS // 4, 1),
         ("packed, 8 documents", MAIN, HEADS, 8),
+        ("4 sinks", PiPattern(w, period, m, sinks=4), HEADS, 1),
+        ("64 sinks", PiPattern(w, period, m, sinks=64), HEADS, 1),
+        ("4 sinks, packed, 8 documents", PiPattern(w, period, m, sinks=4), HEADS, 8),
         ("a period a head", PiPattern(w, near, m), HEADS, 1),
     ):
         inputs, grad = problem(length, 128, groups)
@@ -192,7 +195,7 @@ def main() -> None:
     parser.add_argument("--patterns", type=int, default=1, help="how many of the patterns")
     parser.add_argument("--dense", action="store_true", help="dense attention beside the main pattern at every length")
     parser.add_argument("--peers", action="store_true", help="every peer beside the main pattern at 32768")
-    parser.add_argument("--variants", action="store_true", help="bidirectional, GQA, packed, per-head rows at 32768")
+    parser.add_argument("--variants", action="store_true", help="bidirectional, GQA, packed, sinks, per-head rows")
     parser.add_argument("--longest", type=int, nargs="*", default=[], help="lengths for the main pattern alone")
     options = parser.parse_args()
     device = torch.cuda.get_device_name()

@@ -18,14 +18,8 @@ from triton.testing import do_bench
 
 from pi_attention import PiPattern
 from pi_attention.ops.fused import tuning
-from pi_attention.ops.fused.launch import (
-    Saved,
-    launch_backward_key,
-    launch_backward_query,
-    launch_forward,
-    launch_row_terms,
-)
-from pi_attention.ops.fused.tiling import Launch, plan_tiles
+from pi_attention.ops.fused.launch import backward_plan, described_keys, forward_plan, run_forward
+from pi_attention.ops.fused.tiling import LOCAL, SKIP, problem_of
 from pi_attention.ops.fused.tuning import Tiles
 
 PATTERN = PiPattern(256, 256, 16)
@@ -50,27 +44,28 @@ class Bench:
 
     def __init__(self, skip: bool, length: int, dim: int) -> None:
         torch.manual_seed(0)
-        q, k, v, self.grad = (torch.randn(1, 16, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-        gate = torch.randn(1, 16, length, device="cuda", dtype=torch.bfloat16)
-        self.launch = Launch(q, k, v, None, PATTERN, skip, dim**-0.5)
-        skip_out, skip_lse = launch_forward(Launch(q, k, v, None, PATTERN, True, dim**-0.5))
-        self.fuse = None if skip else (skip_out, skip_lse)
-        self.gate = None if skip else gate
-        out, lse = launch_forward(self.launch, self.fuse, self.gate)
-        self.lse = lse
-        saved = Saved(out, lse, skip_out, skip_lse)
-        self.terms, _ = launch_row_terms(saved, self.grad, torch.zeros_like(lse), torch.zeros_like(lse), gate, False)
-        self.grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        tensors = [torch.randn(1, 16, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        *self.inputs, self.grad = tensors
+        self.bands = SKIP if skip else LOCAL
+        self.problem = problem_of(*self.inputs, None, None, PATTERN, False, dim**-0.5)
+        _, self.lse, _, _ = run_forward(*self.inputs, None, None, self.problem, self.bands)
+        self.terms = torch.randn(2, *self.lse.shape, device="cuda")
+        self.grads = [torch.empty_like(x) for x in self.inputs]
 
     def run(self, kernel: str) -> None:
+        query, key, value = self.inputs
         if kernel == "forward":
-            launch_forward(self.launch, self.fuse, self.gate)
+            run_forward(query, key, value, None, None, self.problem, self.bands)
             return
-        add, terms = not self.launch.skip, self.terms[2:] if self.launch.skip else self.terms[:2]
+        plan = backward_plan(self.problem, self.bands, self.grad.stride(), False, False)
+        steps = plan.skip or plan.local
+        assert steps is not None
+        rows = (self.grad, self.lse, *self.terms)
         if kernel == "backward query":
-            launch_backward_query(self.launch, self.grad, self.lse, terms, self.grads[0], add)
+            keys = described_keys(key, value, plan.block)
+            steps[0]((query, *keys, query, query, *rows, key, value, self.grads[0]))
         else:
-            launch_backward_key(self.launch, self.grad, self.lse, terms, self.grads[1:], add)
+            steps[1]((query, key, value, query, query, query, *rows, *self.grads[1:]))
 
 
 def main() -> None:
@@ -100,7 +95,8 @@ def main() -> None:
     times: dict[tuple[bool, str], list[tuple[float, Tiles]]] = {}
     for skip, kernel, tiles in todo:
         (tuning.SKIP if skip else tuning.LOCAL)[kernel] = {options.dim: tiles}
-        plan_tiles.cache_clear()
+        forward_plan.cache_clear()
+        backward_plan.cache_clear()
         try:
             if options.shard is not None:
                 benches[skip].run(kernel)

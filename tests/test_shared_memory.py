@@ -15,16 +15,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pi_attention import PiPattern, coordinated_heads
 from pi_attention.ops.fused import launch
-from pi_attention.ops.fused.kernels import backward, decode, forward
-from pi_attention.ops.fused.tiling import Shape, plan_tiles
+from pi_attention.ops.fused.kernels import backward, decode, forward, sinks
+from pi_attention.ops.fused.tiling import Problem, plan_tiles
 
-LONE = PiPattern(256, 256, 16)
+LONE = PiPattern(256, 256, 16, sinks=64)
 KERNELS = {
     "forward": (forward.band_forward_kernel, {"FUSE": True, "MASS": True, "GATED": True, "DESCRIBED": False}),
     "backward query": (backward.band_backward_query_kernel, {"ADD": True, "DESCRIBED": False}),
     "backward key": (backward.band_backward_key_kernel, {"ADD": True}),
 }
-FP32 = {"SkipLse", "Lse", "Weight", "Shift", "PartOut", "PartLse"}
+TABLES = {"Starts", "Bands", "Members", "Owner"}
+FP32 = {"SkipLse", "Lse", "Weight", "Shift", "PartOut", "PartLse", "ShareK", "ShareV"}
 
 
 
@@ -37,7 +38,7 @@ def shared_memory(kernel, given, element):
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument[0].isupper() and len(argument) > 1 or argument in "QKV":
-            kind = "i32" if argument in ("Starts", "Bands", "Members") else "fp32" if argument in FP32 else element
+            kind = "i32" if argument in TABLES else "fp32" if argument in FP32 else element
             signature[argument] = "*" + kind
             attributes[index,] = [["tt.divisibility", 16]]
         else:
@@ -50,15 +51,24 @@ def shared_memory(kernel, given, element):
 
 for dim, (dtype, element) in [(d, t) for d in DIMS for t in TYPES]:
     precision = "ieee" if element == "fp32" else "tf32"
-    shape = Shape(16, 4, 32768, 32768, dim, dtype, True, precision)
+
+    def problem(pattern, queries=32768):
+        query, key = (1, 16, queries, dim), (1, 4, 32768, dim)
+        strides, gate = (0,) * 12, ((0, 0, 0), torch.float32)
+        where = torch.device("meta"), precision, True
+        return Problem(pattern, True, 1.0, query, key, strides, gate, True, dtype, *where)
+
     bands = {"local": (LONE, False), "skip": (LONE, True), "coordinated": (coordinated_heads(16, 64, 16), True)}
     for band, (name, (kernel, flags)) in [(b, k) for b in bands for k in KERNELS.items()]:
-        plan = plan_tiles(name, *bands[band], shape, tuple(flags.items()))
+        plan = plan_tiles(name, problem(bands[band][0]), bands[band][1], **flags)
         shared = shared_memory(kernel, plan.constants, element)
         print(shared, dim, element, band, name, plan.tiles)
-    for per_head in (False, True):
-        constants = launch._decode_constants(4, dim, 16, True, per_head, precision, dim * dtype.itemsize)
-        print(shared_memory(decode.decode_kernel, constants, element), dim, element, "decode", per_head)
+    for pattern in (LONE, coordinated_heads(16, 64, 16)):
+        constants = launch.decode_constants(problem(pattern, 16))
+        print(shared_memory(decode.decode_kernel, constants, element), dim, element, "decode", pattern)
+    kernels = (sinks.sink_backward_kernel, sinks.sink_sum_kernel)
+    for step, kernel in zip(launch.sink_steps(problem(LONE), (0,) * 16)[0], kernels):
+        print(shared_memory(kernel, step.constants, element), dim, element, "sinks")
 """
 
 
@@ -72,6 +82,6 @@ def test_kernels_compile_within_the_shared_memory_of_consumer_gpus(dims):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split(maxsplit=1) for line in done.stdout.splitlines() if line[:1].isdigit()]
-    assert len(lines) == 22 * len(dims)
+    assert len(lines) == 26 * len(dims)
     for shared, what in lines:
         assert int(shared) <= LIMIT, f"{what}: {shared} bytes"

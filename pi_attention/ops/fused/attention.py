@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from pi_attention.ops.fused.operators import BOTH, LOCAL, SKIP, decode, fused
-from pi_attention.ops.fusion import fuse, gate_values
-from pi_attention.ops.sinks import join_sinks
+from pi_attention.ops.fused.operators import BOTH, LOCAL, Fused, decode, fused
 from pi_attention.pattern import PiPattern
 
 HAS_TRITON = find_spec("triton") is not None
@@ -59,20 +58,16 @@ def fused_attention(
     """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
     if scale <= 0:  # the kernels' running maximum takes a positive one
         query, scale = query * scale, 1.0
-    code = pattern.to_ints()
+    code, mass = _ints_of(pattern), fusion == "mass"
     if is_decoding(query, key, value, gate, pattern):
-        return decode(query, key, value, gate, starts, code, fusion == "mass", scale)
-    if not pattern.sinks:
-        if pattern.skips == 0:
-            out, lse, _, _ = fused(query, key, value, None, starts, code, LOCAL, False, scale)
-            return out, lse, torch.full_like(lse, -torch.inf)
-        out, lse, _, lse_skip = fused(query, key, value, gate, starts, code, BOTH, fusion == "mass", scale)
-        return out, lse, lse_skip
-    # Sinks, few keys a query, are joined to the local band outside of the kernels.
-    local, lse, _, _ = fused(query, key, value, None, starts, code, LOCAL, False, scale)
-    local, lse = join_sinks(local.float(), lse, query, key, value, starts, pattern, scale)
-    if pattern.skips == 0:
-        return local.to(query.dtype), lse, torch.full_like(lse, -torch.inf)
-    skip, lse_skip, _, _ = fused(query, key, value, None, starts, code, SKIP, False, scale)
-    weight = gate_values(lse, lse_skip, gate, fusion)
-    return fuse(local, skip.float(), weight).to(query.dtype), lse, lse_skip
+        return decode(query, key, value, gate, starts, code, mass, scale)
+    bands = LOCAL if pattern.skips == 0 else BOTH
+    gate, mass = (None, False) if bands == LOCAL else (gate, mass)
+    attend = Fused.apply if torch.is_grad_enabled() else fused
+    out, lse, _, lse_skip = attend(query, key, value, gate, starts, code, bands, mass, scale)
+    return out, lse, torch.full_like(lse, -torch.inf) if bands == LOCAL else lse_skip
+
+
+@lru_cache(maxsize=256)
+def _ints_of(pattern: PiPattern) -> list[int]:
+    return pattern.to_ints()

@@ -1,68 +1,112 @@
-"""Launch a compiled kernel with little host time."""
+"""Launch compiled kernels with little host time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INT32_MAX = 2**31 - 1
-
-
-@lru_cache(maxsize=4096)
-def _traits(strides: tuple[int, ...]) -> tuple[int, ...] | None:
-    """What Triton compiles in of integers: whether each is 1, or a multiple of 16; None when one needs 64 bits."""
-    if max(strides, default=0) > INT32_MAX:
-        return None
-    return tuple(1 if s == 1 else 16 if s % 16 == 0 else 0 for s in strides)
+KNOWN = ("3.6.", "3.7.", "3.8.", "3.9.")
+"""Versions of Triton whose compiled kernels take the arguments that `Step` passes."""
+DIRECT = triton.__version__.startswith(KNOWN)
 
 
 class Constants:
-    """The compile-time arguments of a kernel and its launch options; equal only to itself, so build it once."""
+    """The compile-time arguments of a kernel and its launch options."""
 
     def __init__(self, options: dict[str, int], **values: Any) -> None:
         self.options = options
         self.values = values
+        self.key = (*options.items(), *values.items())
 
 
-class Launcher:
-    """A Triton kernel whose compiled form is found again by a short key; its launches take a third of the time.
+def _traits(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """What Triton compiles in of integers: whether each is 1, or a multiple of 16."""
+    return tuple(1 if s == 1 else 16 if s % 16 == 0 else 0 for s in strides)
 
-    Triton's own launch inspects every argument, about 100 µs for sixty of them. Here arguments come in four groups, in
-    the kernel's order: tensors; strides, of which Triton compiles in the traits; numbers, of which it compiles in
-    nothing but their width; constants. Rare cases (unaligned tensors, 64-bit integers) take Triton's launch.
-    """
+
+class Kernel:
+    """A Triton kernel, and its compiled forms by a short key: a new length must not look for them among arguments."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.compiled: dict[Any, Any] = {}
 
-    def __call__(
+
+class Step:
+    """One launch of a call's plan: everything but the tensors' addresses is known beforehand.
+
+    Triton's own launch inspects every argument, about 100 µs for sixty of them, so it serves the first launch alone.
+    Afterwards addresses go straight to the compiled kernel, by an internal interface of the versions `KNOWN`. Rare
+    cases (unaligned tensors, 64-bit integers, other versions, profilers' hooks) take Triton's launch every time.
+
+    Args:
+        kernel: what is launched.
+        programs: how many programs.
+        strides: integers of which Triton compiles in the traits.
+        numbers: integers and floats of which it compiles in nothing but their width.
+        constants: compile-time arguments, last in the kernel's order.
+    """
+
+    def __init__(
         self,
+        kernel: Kernel,
         programs: int,
-        tensors: Sequence[Tensor | TensorDescriptor],
         strides: tuple[int, ...],
         numbers: tuple[int | float, ...],
         constants: Constants,
     ) -> None:
+        self.kernel, self.programs, self.constants = kernel, programs, constants
+        self.tail = (*strides, *numbers)
+        narrow = max(map(abs, self.tail), default=0) <= INT32_MAX
+        self.key = (constants.key, _traits(strides)) if DIRECT and narrow else None
+        self.arguments = (*self.tail, *constants.values.values())
+        self.launch: Any = None
+
+    def __call__(self, tensors: Sequence[Tensor | TensorDescriptor]) -> None:
+        """Launch on the current device and stream; the tensors lie there."""
+        if self.launch is not None and not knobs.runtime.launch_enter_hook.calls:
+            addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
+            if not _unaligned(addresses):
+                run, function, metadata, current_stream, device = self.launch
+                stream = current_stream(device)
+                run(self.programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *self.arguments)
+                return
+        self._first(tensors)
+
+    def _first(self, tensors: Sequence[Tensor | TensorDescriptor]) -> None:
+        """By Triton's own launch, unless the kernel was compiled for another length; remember its compiled form."""
+        constants = self.constants
         bases = [x.base if isinstance(x, TensorDescriptor) else x for x in tensors]
-        device = bases[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):  # kernels are launched on the current device
-                return self(programs, tensors, strides, numbers, constants)
-        traits = _traits(strides)
-        narrow = all(abs(number) <= INT32_MAX for number in numbers)
-        plain = traits is not None and narrow and all(x.data_ptr() % 16 == 0 for x in bases)
-        key = (constants, traits, device, *[x.dtype for x in bases])
-        compiled = self.compiled.get(key) if plain else None
+        fit = (
+            self.key is not None and not torch.compiler.is_compiling() and not _unaligned([x.data_ptr() for x in bases])
+        )
+        key = (self.key, bases[0].device, *[x.dtype for x in bases])
+        compiled = self.kernel.compiled.get(key) if fit else None
         if compiled is not None:
-            compiled[programs, 1, 1](*tensors, *strides, *numbers, *constants.values.values())
-            return None
-        launched = self.kernel[programs, 1, 1](*tensors, *strides, *numbers, **constants.values, **constants.options)
-        if plain and launched is not None and not torch.compiler.is_compiling():
-            self.compiled[key] = launched
-        return None
+            compiled[self.programs, 1, 1](*tensors, *self.arguments)
+        else:
+            grid = (self.programs, 1, 1)
+            compiled = self.kernel.kernel[grid](*tensors, *self.tail, **constants.values, **constants.options)
+        if not fit or compiled is None:  # the interpreter returns nothing
+            return
+        self.kernel.compiled[key] = compiled
+        if hasattr(knobs.runtime.launch_enter_hook, "calls"):
+            current_stream = triton.runtime.driver.active.get_current_stream
+            device = bases[0].device.index
+            self.launch = compiled.run, compiled.function, compiled.packed_metadata, current_stream, device
+
+
+def _unaligned(addresses: Sequence[Any]) -> bool:
+    """Whether an address is no multiple of 16, for which the kernels were compiled."""
+    together = 0
+    for address in addresses:
+        if isinstance(address, int):
+            together |= address
+    return together & 15 != 0

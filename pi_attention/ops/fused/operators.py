@@ -14,7 +14,7 @@ from pi_attention.pattern import PiPattern
 
 BOTH, LOCAL, SKIP = 0, 1, 2
 
-# Defined without torch.library.custom_op, which costs a call of each operator some 50 µs more.
+# Defined without torch.library.custom_op or register_autograd, which cost each call some 50 µs more.
 torch.library.define(
     "pi_attention::fused",
     "(Tensor query, Tensor key, Tensor value, Tensor? gate, Tensor? starts, int[] pattern, int bands, bool mass, "
@@ -22,7 +22,7 @@ torch.library.define(
 )
 torch.library.define(
     "pi_attention::fused_backward",
-    "(Tensor grad_out, Tensor grad_lse, Tensor grad_skip_lse, Tensor query, Tensor key, Tensor value, Tensor? gate, "
+    "(Tensor grad_out, Tensor? grad_lse, Tensor? grad_skip_lse, Tensor query, Tensor key, Tensor value, Tensor? gate, "
     "Tensor? starts, Tensor out, Tensor lse, Tensor skip_out, Tensor skip_lse, int[] pattern, int bands, bool mass, "
     "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -43,16 +43,14 @@ def _fused(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and for both bands the skip band's output and log-sum-exp (else empty tensors)."""
-    from pi_attention.ops.fused.launch import launch_forward
-    from pi_attention.ops.fused.tiling import Launch
+    from pi_attention.ops.fused.launch import run_forward
+    from pi_attention.ops.fused.tiling import problem_of
 
-    shape = PiPattern.from_ints(pattern)
-    if bands != BOTH:
-        out, lse = launch_forward(Launch(query, key, value, starts, shape, bands == SKIP, scale))
+    problem = problem_of(query, key, value, gate, starts, PiPattern.from_ints(pattern), mass, scale)
+    out, lse, skip_out, skip_lse = run_forward(query, key, value, gate, starts, problem, bands)
+    if skip_out is None or skip_lse is None:
         return out, lse, out.new_empty(0), lse.new_empty(0)
-    skip = launch_forward(Launch(query, key, value, starts, shape, True, scale))
-    out, lse = launch_forward(Launch(query, key, value, starts, shape, False, scale), skip, gate, mass)
-    return out, lse, *skip
+    return out, lse, skip_out, skip_lse
 
 
 @torch.library.register_fake("pi_attention::fused")
@@ -77,8 +75,8 @@ def _(
 @torch.library.impl("pi_attention::fused_backward", ("cpu", "cuda"))
 def _fused_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
-    grad_skip_lse: Tensor,
+    grad_lse: Tensor | None,
+    grad_skip_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -94,34 +92,22 @@ def _fused_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and gate logits (fp32; empty without a gate)."""
-    from pi_attention.ops.fused.launch import Saved, launch_backward_key, launch_backward_query, launch_row_terms
-    from pi_attention.ops.fused.tiling import Launch
+    from pi_attention.ops.fused.launch import Saved, run_backward
+    from pi_attention.ops.fused.tiling import problem_of
 
-    shape = PiPattern.from_ints(pattern)
+    problem = problem_of(query, key, value, gate, starts, PiPattern.from_ints(pattern), mass, scale)
     both = bands == BOTH
     saved = Saved(out, lse, skip_out if both else None, skip_lse if both else None)
-    grad_query, grad_key, grad_value = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
-    )
-    terms, grad_gate = launch_row_terms(saved, grad_out, grad_lse, grad_skip_lse, gate, mass)
-    work = []
-    if bands != LOCAL:
-        work.append((Launch(query, key, value, starts, shape, True, scale), skip_lse if both else lse, terms[-2:]))
-    if bands != SKIP:
-        work.append((Launch(query, key, value, starts, shape, False, scale), lse, terms[:2]))
-    for number, (launch, band_lse, band_terms) in enumerate(work):
-        launch_backward_query(launch, grad_out, band_lse, band_terms, grad_query, add=number > 0)
-        launch_backward_key(launch, grad_out, band_lse, band_terms, (grad_key, grad_value), add=number > 0)
-    if grad_gate is None:
-        grad_gate = lse.new_empty(0)
-    return grad_query, grad_key, grad_value, grad_gate
+    grads = (grad_out, grad_lse, grad_skip_lse if both else None)
+    *found, grad_gate = run_backward(grads, query, key, value, gate, starts, saved, problem, bands)
+    return found[0], found[1], found[2], lse.new_empty(0) if grad_gate is None else grad_gate
 
 
 @torch.library.register_fake("pi_attention::fused_backward")
 def _(
     grad_out: Tensor,
-    grad_lse: Tensor,
-    grad_skip_lse: Tensor,
+    grad_lse: Tensor | None,
+    grad_skip_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -140,30 +126,54 @@ def _(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_gate
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, gate, starts, ctx.pattern, ctx.bands, ctx.mass, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, gate, starts, *output)
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(True)
+class Fused(torch.autograd.Function):
+    """`fused` with its gradients; traced through by torch.compile, which leaves the operators opaque."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor | None,
+        starts: Tensor | None,
+        pattern: list[int],
+        bands: int,
+        mass: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs = fused(query, key, value, gate, starts, pattern, bands, mass, scale)
+        ctx.save_for_backward(query, key, value, gate, starts, *outputs)
+        ctx.rest = (pattern, bands, mass, scale)
+        ctx.mark_non_differentiable(outputs[2])
+        if not torch.compiler.is_compiling():  # which knows no gradient that is left out
+            ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Any, grad_skip_lse: Tensor | None
+    ) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        query, gate = saved[0], saved[3]
+        if grad_out is None:
+            grad_out = torch.zeros_like(query)
+        again = not torch.compiler.is_compiling() and torch.is_grad_enabled()  # create_graph=True
+        differentiate = FusedBackward.apply if again else fused_backward
+        *grads, grad_gate = differentiate(grad_out, grad_lse, grad_skip_lse, *saved, *ctx.rest)
+        return *grads, None if gate is None else grad_gate.to(gate.dtype), None, None, None, None, None
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any, grad_skip_lse: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    *grads, grad_gate = fused_backward(
-        grad_out, grad_lse, grad_skip_lse, *saved, ctx.pattern, ctx.bands, ctx.mass, ctx.scale
-    )
-    gate = saved[3]
-    return *grads, None if gate is None else grad_gate.to(gate.dtype), None, None, None, None, None
+class FusedBackward(torch.autograd.Function):
+    """`fused_backward`, whose own gradients are refused."""
 
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return fused_backward(*arguments)
 
-torch.library.register_autograd("pi_attention::fused", _differentiate, setup_context=_save)
-
-
-def _refuse(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError('impl="triton" has no double backward: use impl="blocked" for second derivatives.')
-
-
-torch.library.register_autograd("pi_attention::fused_backward", _refuse)
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError('impl="triton" has no double backward: use impl="blocked" for second derivatives.')
 
 
 torch.library.define(
@@ -186,10 +196,11 @@ def _decode(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, H, T, D] of the fused bands; log-sum-exps [B, H, T] of the local band with sinks, of the skip band."""
-    from pi_attention.ops.fused.launch import launch_decode
-    from pi_attention.ops.fused.tiling import Launch
+    from pi_attention.ops.fused.launch import run_decode
+    from pi_attention.ops.fused.tiling import problem_of
 
-    return launch_decode(Launch(query, key, value, starts, PiPattern.from_ints(pattern), True, scale), gate, mass)
+    problem = problem_of(query, key, value, gate, starts, PiPattern.from_ints(pattern), mass, scale)
+    return run_decode(query, key, value, gate, starts, problem)
 
 
 @torch.library.register_fake("pi_attention::decode")

@@ -1,8 +1,7 @@
-"""How a kernel serves one band of one call: tiles, sizes, constants, descriptors. No tensor is read here."""
+"""How the kernels serve a call: tiles, sizes, compile-time constants, tables. No tensor of the call is read here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -10,13 +9,93 @@ import torch
 import triton
 from torch import Tensor
 from triton import cdiv
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pi_attention.ops.fused.compiled import Constants
 from pi_attention.ops.fused.tuning import MANY, Tiles, choose_tiles
 from pi_attention.pattern import PiPattern
 
 INTERPRETED = triton.knobs.runtime.interpret
+BOTH, LOCAL, SKIP = 0, 1, 2
+"""Which bands a launch computes."""
+
+
+class Problem(NamedTuple):
+    """What a call looks like: everything that its launches depend on beside the tensors' addresses."""
+
+    pattern: PiPattern
+    mass: bool
+    scale: float
+    query: tuple[int, ...]
+    """[B, H, T, D]."""
+    key: tuple[int, ...]
+    """[B, G, S, D]."""
+    strides: tuple[int, ...]
+    """Of query, key and value."""
+    gate: tuple[tuple[int, ...], torch.dtype] | None
+    """Strides and dtype of the gate logits."""
+    segments: bool
+    dtype: torch.dtype
+    device: torch.device
+    precision: str
+    aligned: bool
+    """Whether keys and values start at multiples of 16 bytes."""
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.query[1] // self.key[1]
+
+    @property
+    def gate_strides(self) -> tuple[int, ...]:
+        """Those of the gate, or zeros."""
+        return (0, 0, 0) if self.gate is None else self.gate[0]
+
+    @property
+    def sinks(self) -> int:
+        """Sinks that a sequence can have."""
+        return min(self.pattern.sinks, self.key[2])
+
+
+def problem_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    starts: Tensor | None,
+    pattern: PiPattern,
+    mass: bool,
+    scale: float,
+) -> Problem:
+    """The description of a call."""
+    return Problem(
+        pattern,
+        mass,
+        scale,
+        query.shape,
+        key.shape,
+        query.stride() + key.stride() + value.stride(),
+        None if gate is None else (gate.stride(), gate.dtype),
+        starts is not None,
+        query.dtype,
+        query.device,
+        precision(query),
+        not (key.data_ptr() | value.data_ptr()) & 15,
+    )
+
+
+def precision(x: Tensor) -> str:
+    """How products of x are computed: fp32 exactly, unless torch allows tf32."""
+    if x.dtype != torch.float32:
+        return "tf32"
+    # Once fp32_precision is set, reading allow_tf32 raises.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    tf32 = setting == "tf32" if setting is not None else torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def padded(size: int) -> int:
+    """The size of a tile's dimension: a power of two of at least 16, as products want it."""
+    return max(16, triton.next_power_of_2(size))
 
 
 @lru_cache(maxsize=4096)
@@ -65,66 +144,60 @@ def member_table(pattern: PiPattern, group: int, device: torch.device) -> Tensor
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-def padded(size: int) -> int:
-    """The size of a tile's dimension: a power of two of at least 16, as products want it."""
-    return max(16, triton.next_power_of_2(size))
-
-
-class Shape(NamedTuple):
-    """What a launch depends on beside the pattern and the tensors' addresses."""
-
-    heads: int
-    groups: int
-    queries: int
-    keys: int
-    dim: int
-    dtype: torch.dtype
-    segments: bool
-    precision: str
+def sink_tile(problem: Problem) -> int:
+    """Sinks of a tile, BS; 0 without sinks."""
+    if not problem.sinks:
+        return 0
+    return 16 if problem.sinks <= 16 or problem.query[3] > 128 else 32
 
 
 class TilePlan(NamedTuple):
-    """How a kernel serves one band of one shape."""
+    """How one kernel serves one band."""
 
     programs: int
-    """For each row of the batch."""
     sizes: tuple[int, ...]
     """tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks."""
     tiles: Tiles
     constants: Constants
 
 
-@lru_cache(maxsize=4096)
-def plan_tiles(
-    kernel: str, pattern: PiPattern, skip: bool, shape: Shape, flags: tuple[tuple[str, bool], ...]
-) -> TilePlan:
+def plan_tiles(kernel: str, problem: Problem, skip: bool, **flags: bool) -> TilePlan:
     """The plan of "forward", "backward query" or "backward key"."""
+    pattern, of_key = problem.pattern, kernel == "backward key"
+    batch, heads, queries, dim = problem.query
+    groups, keys = problem.key[1:3]
     periods = pattern.periods if skip else (1,)
-    length = shape.keys if kernel == "backward key" else shape.queries
-    rows, wide = cdiv(length, min(periods)), shape.dtype.itemsize > 2
-    lags = row_lags(pattern, skip, 0, shape.keys)
+    length = keys if of_key else queries
+    rows, wide = cdiv(length, min(periods)), problem.dtype.itemsize > 2
+    lags = row_lags(pattern, skip, 0, keys)
     few = skip and lags[3] - lags[2] < MANY
-    tiles = choose_tiles(kernel, few, shape.dim, rows, wide=wide, interpreted=INTERPRETED)
+    tiles = choose_tiles(kernel, few, dim, rows, wide=wide, interpreted=INTERPRETED)
     # Queries leave out the residues that have none.
-    residues = [min(period, length) if kernel != "backward key" else period for period in periods]
+    residues = [period if of_key else min(period, length) for period in periods]
     count = max(r * cdiv(cdiv(length, period), tiles.rows) for r, period in zip(residues, periods, strict=True))
+    sizes: dict[str, Any] = {"GROUP": heads // groups, "D": dim, "BD": padded(dim), "BM": tiles.rows, "BN": tiles.step}
+    if not of_key:
+        sizes["BS"] = 0 if skip else sink_tile(problem)
     constants = Constants(
         {"num_warps": tiles.warps, "num_stages": tiles.stages},
-        GROUP=shape.heads // shape.groups,
-        D=shape.dim,
-        BD=padded(shape.dim),
-        BM=tiles.rows,
-        BN=tiles.step,
+        **sizes,
         RING=pattern.ring,
-        SEGMENTS=shape.segments,
-        SINKS=skip and pattern.sinks > 0,
+        SEGMENTS=problem.segments,
+        SINKS=skip and problem.sinks > 0,
         PER_HEAD=skip and heads_differ(pattern),
         MIRROR=skip and not pattern.causal,
-        **dict(flags),
-        PRECISION=shape.precision,
+        **flags,
+        PRECISION=problem.precision,
     )
-    programs = count * (shape.groups if kernel == "backward key" else shape.heads)
-    return TilePlan(programs, (count, shape.heads, shape.queries, shape.keys, *lags, pattern.sinks), tiles, constants)
+    programs = count * batch * (groups * key_classes(problem, skip) if of_key else heads)
+    return TilePlan(programs, (count, heads, queries, keys, *lags, problem.sinks), tiles, constants)
+
+
+def key_classes(problem: Problem, skip: bool) -> int:
+    """Classes of the query heads of a key head, each with a share of the gradients of keys and values."""
+    if not skip or not heads_differ(problem.pattern):
+        return 1
+    return len(classes(problem.pattern, problem.group)[0])
 
 
 @lru_cache(maxsize=16)
@@ -132,77 +205,19 @@ def _has_descriptors(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def describable(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator (Hopper and later) can load tiles of these tensors [B, H, T, D]."""
-    return all(
-        x.dtype.itemsize == 2
-        and x.stride(3) == 1
-        and not x.data_ptr() & 15
-        and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:3])
-        for x in tensors
-    ) and _has_descriptors(tensors[0].device)
+def described(problem: Problem) -> bool:
+    """Whether the tensor memory accelerator (Hopper and later) loads the local band's keys and values, if that pays.
 
-
-@dataclass(frozen=True, eq=False)
-class Launch:
-    """One band of one call: what all of its kernels are given."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    starts: Tensor | None
-    pattern: PiPattern
-    skip: bool
-    scale: float
-
-    @property
-    def group(self) -> int:
-        return self.query.shape[1] // self.key.shape[1]
-
-    @property
-    def shape(self) -> Shape:
-        (_, heads, queries, dim), (_, groups, keys, _) = self.query.shape, self.key.shape
-        segments, dtype = self.starts is not None, self.query.dtype
-        return Shape(heads, groups, queries, keys, dim, dtype, segments, precision(self.query))
-
-    def plan(self, kernel: str, **flags: bool) -> TilePlan:
-        return plan_tiles(kernel, self.pattern, self.skip, self.shape, tuple(flags.items()))
-
-    def keys(self, kernel: str, **flags: bool) -> tuple[TilePlan, tuple[Any, Any]]:
-        """The plan of a kernel that walks over keys, and what it loads keys and values from: descriptors if they pay.
-
-        They serve the local band, whose rows are neighbours. Below 2²¹ elements the kernels are short, and the host's
-        20 µs a descriptor cost more than they save.
-        """
-        large = self.query.numel() >= 1 << 21 or INTERPRETED
-        described = large and not self.skip and not self.pattern.ring and describable(self.key, self.value)
-        plan = self.plan(kernel, **flags, DESCRIBED=described)
-        if not described:
-            return plan, (self.key, self.value)
-        block = [1, 1, plan.tiles.step, plan.constants.values["BD"]]
-        return plan, tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in (self.key, self.value))
-
-    def others(self) -> tuple[Tensor, Tensor]:
-        """Starts and Bands; what is not there is any pointer, and not read."""
-        bands = self.query
-        if self.skip and heads_differ(self.pattern):
-            bands = band_table(self.pattern, self.key.shape[2], self.query.device)
-        return self.query if self.starts is None else self.starts, bands
-
-    def members(self) -> tuple[int, Tensor]:
-        """Classes of query heads that a tile of keys meets one after another, and the table of their members."""
-        if not self.skip or not heads_differ(self.pattern):
-            return 1, self.query
-        table = member_table(self.pattern, self.group, self.query.device)
-        return table.shape[1], table
-
-    def strides(self) -> tuple[int, ...]:
-        return self.query.stride() + self.key.stride() + self.value.stride()
-
-
-def precision(x: Tensor) -> str:
-    """How products of x are computed: fp32 exactly, unless torch allows tf32."""
-    # Once fp32_precision is set, reading allow_tf32 raises.
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    tf32 = setting == "tf32" if setting is not None else torch.backends.cuda.matmul.allow_tf32
-    return "ieee" if x.dtype == torch.float32 and not tf32 else "tf32"
+    Its rows are neighbours. Below 2²¹ elements of the query the kernels are short, and the host's 20 µs a descriptor
+    cost more than they save.
+    """
+    batch, heads, queries, dim = problem.query
+    if batch * heads * queries * dim < 1 << 21 and not INTERPRETED:
+        return False
+    if problem.pattern.ring or problem.dtype.itemsize != 2 or not problem.aligned:
+        return False
+    strides = problem.strides[4:]
+    outer = strides[:3] + strides[4:7]
+    return (
+        strides[3] == strides[7] == 1 and all(s > 0 and s % 8 == 0 for s in outer) and _has_descriptors(problem.device)
+    )

@@ -15,11 +15,13 @@ from pi_attention.ops.fused.kernels.steps import (
     band_of_head,
     first_row,
     gate_weight,
+    in_one_segment,
     last_row,
     load_key_tags,
     load_query_tags,
     load_rows,
     load_tile,
+    next_start,
     store_rows,
     visible,
 )
@@ -30,8 +32,11 @@ def row_terms_kernel(
     GradOut, Out, SkipOut, Lse, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate,
     sd_b, sd_h, sd_t, sd_d, sg_b, sg_h, sg_t, H, T, rows,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BOTH: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
+    LSE: tl.constexpr, SKIP_LSE: tl.constexpr,
 ):  # fmt: skip
     """What the backward pass of each band needs of a query row: Terms [4, B, H, T] = w and c, local and skip.
+
+    LSE, SKIP_LSE: whether the log-sum-exps have a gradient.
 
     With Δ = ⟨dO, out⟩, Δs = ⟨dO, s⟩ and β = 1 for "mass", 0 for "gate":
     da = (1 − g)(Δ − Δs), c = Δ − (1 − g)Δs − β·da − dλ and (1 − g)Δs + β·da − dμ, w = g and 1 − g.
@@ -46,13 +51,17 @@ def row_terms_kernel(
     pointer = index[:, None] * D + dim[None, :]
     delta = tl.sum(grad * tl.load(Out + pointer, mask=mask, other=0.0).to(tl.float32), 1)
     lse = tl.load(Lse + index, mask=present, other=0.0)
-    d_lse = tl.load(GradLse + index, mask=present, other=0.0)
-    d_lse = tl.where(lse == float("-inf"), 0.0, d_lse)
+    d_lse = tl.zeros([BM], tl.float32)
+    if LSE:
+        d_lse = tl.load(GradLse + index, mask=present, other=0.0)
+        d_lse = tl.where(lse == float("-inf"), 0.0, d_lse)
     if BOTH:
         delta_skip = tl.sum(grad * tl.load(SkipOut + pointer, mask=mask, other=0.0).to(tl.float32), 1)
         lse_skip = tl.load(SkipLse + index, mask=present, other=0.0)
-        d_lse_skip = tl.load(GradSkipLse + index, mask=present, other=0.0)
         no_skip = lse_skip == float("-inf")
+        d_lse_skip = tl.zeros([BM], tl.float32)
+        if SKIP_LSE:
+            d_lse_skip = tl.load(GradSkipLse + index, mask=present, other=0.0)
         logit = tl.zeros([BM], tl.float32)
         if GATED:
             gates = Gate + batch * sg_b + head * sg_h + token * sg_t
@@ -80,18 +89,13 @@ def _weights(score, lse, seen, scale_log2):
 
 
 @triton.jit
-def _side_of_query(
+def _tiles_of_query(
     q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
-    row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+    begin, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, TAGS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    begin = row0 - last + 1
-    last_key = row_end - first
-    if not RING:
-        begin = tl.maximum(begin, first_row(offset, period))
-        last_key = tl.minimum(last_key, last_row(offset, period, S))
-    TAGS: tl.constexpr = SEGMENTS or SINKS
+    """Gradient of the queries through the key rows [begin, last_key], by tiles of BN."""
     for start in tl.range(begin, last_key + 1, BN):
         key_row = start + tl.arange(0, BN)
         position = offset + key_row * period
@@ -105,27 +109,73 @@ def _side_of_query(
         if TAGS:
             key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, SINKS)
         seen = visible(row[:, None], key_row[None, :], query_tag[:, None], key_tag[None, :], first, last, TAGS)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
-        p = _weights(score, lse[:, None], seen, scale_log2)
-        d_weight = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
-        d_score = p * (weight[:, None] * d_weight - shift[:, None])
-        dq = tl.dot(d_score.to(k.dtype), k, dq, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+        dq = _add_to_query(q, d_out, dq, lse, weight, shift, k, v, seen, scale_log2, PRECISION)
     return dq
 
 
 @triton.jit
-def _side_of_key(
-    k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
-    row0, row_end, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
+def _add_to_query(q, d_out, dq, lse, weight, shift, k, v, seen, scale_log2, PRECISION: tl.constexpr):
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
+    p = _weights(score, lse[:, None], seen, scale_log2)
+    d_weight = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
+    d_score = p * (weight[:, None] * d_weight - shift[:, None])
+    return tl.dot(d_score.to(k.dtype), k, dq, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+
+
+@triton.jit
+def _side_of_query(
+    q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
+    row0, row_end, row, query_tag, origin, offset, period, S, first, last, sinks, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    TAGS: tl.constexpr = SEGMENTS or SINKS
-    begin = row0 + first
-    last_query = row_end + last - 1
+    begin = row0 - last + 1
+    last_key = row_end - first
     if not RING:
-        begin = tl.maximum(begin, first_row(offset - (S - T), period))
-        last_query = tl.minimum(last_query, last_row(offset, period, S))
+        begin = tl.maximum(begin, first_row(offset, period))
+        last_key = tl.minimum(last_key, last_row(offset, period, S))
+    alike = not (SEGMENTS or SINKS)
+    if (SEGMENTS or SINKS) and not RING:
+        alike = in_one_segment(
+            Starts, origin + row0 * period, origin + row_end * period,
+            offset + begin * period, offset + last_key * period, sinks, SEGMENTS, SINKS,
+        )  # fmt: skip
+    if alike:
+        dq = _tiles_of_query(
+            q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
+            begin, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+            D, BD, BN, RING, SEGMENTS, SINKS, False, DESCRIBED, PRECISION,
+        )  # fmt: skip
+    else:
+        dq = _tiles_of_query(
+            q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
+            begin, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+            D, BD, BN, RING, SEGMENTS, SINKS, True, DESCRIBED, PRECISION,
+        )  # fmt: skip
+    return dq
+
+
+@triton.jit
+def add_to_key(k, v, dk, dv, q, d_out, lse, weight, shift, seen, scale_log2, PRECISION: tl.constexpr):
+    """Gradients dk and dv of a tile of keys, through one tile of queries; `seen` is [keys, queries]."""
+    score = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
+    p = _weights(score, lse[None, :], seen, scale_log2)
+    weighted = (p * weight[None, :]).to(d_out.dtype)
+    dv = tl.dot(weighted, d_out, dv, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+    d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
+    d_score = p * (weight[None, :] * d_weight - shift[None, :])
+    dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+    return dk, dv
+
+
+@triton.jit
+def _tiles_of_key(
+    k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
+    begin, last_query, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
+    TAGS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the keys and values through the query rows [begin, last_query], by tiles of BN."""
     for start in tl.range(begin, last_query + 1, BN):
         row = start + tl.arange(0, BN)
         position = offset + row * period
@@ -142,28 +192,76 @@ def _side_of_key(
         if TAGS:
             query_tag = load_query_tags(Starts, position, present, SEGMENTS)
         seen = visible(row[None, :], key_row[:, None], query_tag[None, :], key_tag[:, None], first, last, TAGS)
-        score = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
-        p = _weights(score, lse[None, :], seen, scale_log2)
-        weighted = (p * weight[None, :]).to(d_out.dtype)
-        dv = tl.dot(weighted, d_out, dv, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
-        d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
-        d_score = p * (weight[None, :] * d_weight - shift[None, :])
-        dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
+        dk, dv = add_to_key(k, v, dk, dv, q, d_out, lse, weight, shift, seen, scale_log2, PRECISION)
     return dk, dv
+
+
+@triton.jit
+def _side_of_key(
+    k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
+    row0, row_end, key_row, key_tag, origin, offset, period, T, S, first, last, sinks, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Key row 0 is at position `origin`, query row 0 at `offset`."""
+    begin = row0 + first
+    last_query = row_end + last - 1
+    if not RING:
+        begin = tl.maximum(begin, first_row(offset - (S - T), period))
+        last_query = tl.minimum(last_query, last_row(offset, period, S))
+    alike = not (SEGMENTS or SINKS)
+    if (SEGMENTS or SINKS) and not RING:
+        alike = begin <= last_query
+        if alike:
+            alike = in_one_segment(
+                Starts, offset + begin * period, offset + last_query * period,
+                origin + row0 * period, origin + row_end * period, sinks, SEGMENTS, SINKS,
+            )  # fmt: skip
+    if alike:
+        dk, dv = _tiles_of_key(
+            k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
+            begin, last_query, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
+            D, BD, BN, RING, SEGMENTS, False, PRECISION,
+        )  # fmt: skip
+    else:
+        dk, dv = _tiles_of_key(
+            k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
+            begin, last_query, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
+            D, BD, BN, RING, SEGMENTS, True, PRECISION,
+        )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit
+def _sinks_of_query(
+    q, d_out, dq, lse, weight, shift, K, V, sk_t, sk_d, sv_t, sv_d, start, position, query_tag, last_position,
+    S, window, sinks, scale_log2, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the queries through the sinks of the segment from `start` on that lie beyond the window."""
+    end = tl.minimum(sinks, last_position - window - start + 1)
+    for first in tl.range(0, end, BS):
+        sink = start + first + tl.arange(0, BS)
+        present = (sink < start + sinks) & (sink < S)
+        k = load_rows(K, sk_t, sk_d, sink, present, D, BD)
+        v = load_rows(V, sv_t, sv_d, sink, present, D, BD)
+        seen = present[None, :] & (position[:, None] - sink[None, :] >= window) & (query_tag[:, None] == start)
+        dq = _add_to_query(q, d_out, dq, lse, weight, shift, k, v, seen, scale_log2, PRECISION)
+    return dq
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def band_backward_query_kernel(
-    Q, K, V, Starts, Bands, GradOut, Lse, Weight, Shift, GradQ,
+    Q, K, V, Starts, Bands, GradOut, Lse, Weight, Shift, SinkK, SinkV, GradQ,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
     tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, scale, scale_log2,
-    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
     MIRROR: tl.constexpr, ADD: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """GradQ [B, H, T, D] of one tile of BM query rows of one residue; added to what is there with ADD.
 
-    DESCRIBED: K and V are tensor descriptors.
+    DESCRIBED: K and V are tensor descriptors; SinkK and SinkV are the keys and values as pointers.
+    BS > 0: the local band holds the sinks beyond it, too.
     """
     tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = row_of_heads // H, row_of_heads % H
@@ -183,9 +281,10 @@ def band_backward_query_kernel(
         Starts += wide * S
         Q += wide * sq_b + head.to(tl.int64) * sq_h
         GradOut += wide * sd_b + head.to(tl.int64) * sd_h
+        of_key, of_value = wide * sk_b + group.to(tl.int64) * sk_h, wide * sv_b + group.to(tl.int64) * sv_h
         if not DESCRIBED:
-            K += wide * sk_b + group.to(tl.int64) * sk_h
-            V += wide * sv_b + group.to(tl.int64) * sv_h
+            K += of_key
+            V += of_value
         of_head = row_of_heads.to(tl.int64) * T
         q = load_rows(Q, sq_t, sq_d, token, present, D, BD)
         d_out = load_rows(GradOut, sd_t, sd_d, token, present, D, BD)
@@ -197,15 +296,24 @@ def band_backward_query_kernel(
         dq = tl.zeros([BM, BD], tl.float32)
         dq = _side_of_query(
             q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
-            row0, row_end, row, query_tag, offset - phase, period, S, first, last, sinks, scale_log2,
+            row0, row_end, row, query_tag, offset, offset - phase, period, S, first, last, sinks, scale_log2,
             D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
         )  # fmt: skip
         if MIRROR:
             dq = _side_of_query(
                 q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
-                row0, row_end, row, query_tag, offset + phase, period, S, mirror_first, mirror_last, sinks, scale_log2,
-                D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
+                row0, row_end, row, query_tag, offset, offset + phase, period, S, mirror_first, mirror_last, sinks,
+                scale_log2, D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
             )  # fmt: skip
+        if BS:
+            start = next_start(query_tag, -1)
+            while start < ABSENT:
+                dq = _sinks_of_query(
+                    q, d_out, dq, lse, weight, shift, SinkK + of_key, SinkV + of_value, sk_t, sk_d, sv_t, sv_d,
+                    start, S - T + token, query_tag, offset + row_end, S, last, sinks, scale_log2,
+                    D, BD, BS, PRECISION,
+                )  # fmt: skip
+                start = next_start(query_tag, start)
         store_rows(GradQ + of_head * D, D, token, present, dq * scale, D, BD, ADD)
 
 
@@ -260,15 +368,15 @@ def band_backward_key_kernel(
             dk, dv = _side_of_key(
                 k, v, dk, dv, q_of_head, d_of_head, Starts,
                 Lse + of_head, Weight + of_head, Shift + of_head, sq_t, sq_d, sd_t, sd_d,
-                row0, row_end, key_row, key_tag, offset + phase, period, T, S, first, last, scale_log2,
+                row0, row_end, key_row, key_tag, offset, offset + phase, period, T, S, first, last, sinks, scale_log2,
                 D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
             )  # fmt: skip
             if MIRROR:
                 dk, dv = _side_of_key(
                     k, v, dk, dv, q_of_head, d_of_head, Starts,
                     Lse + of_head, Weight + of_head, Shift + of_head, sq_t, sq_d, sd_t, sd_d,
-                    row0, row_end, key_row, key_tag, offset - phase, period, T, S, mirror_first, mirror_last,
-                    scale_log2,
+                    row0, row_end, key_row, key_tag, offset, offset - phase, period, T, S, mirror_first, mirror_last,
+                    sinks, scale_log2,
                     D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
                 )  # fmt: skip
         of_group = unit.to(tl.int64) * S * D

@@ -1,4 +1,4 @@
-"""Forward kernel of one band; for the local band with the fusion gate in its epilogue."""
+"""Forward kernel of one band; for the local band with its sinks, and the fusion gate in its epilogue."""
 
 import triton
 import triton.language as tl
@@ -10,11 +10,13 @@ from pi_attention.ops.fused.kernels.steps import (
     end_of_softmax,
     first_row,
     gate_weight,
+    in_one_segment,
     last_row,
     load_key_tags,
     load_query_tags,
     load_rows,
     load_tile,
+    next_start,
     online_softmax,
     store_rows,
     visible,
@@ -22,22 +24,13 @@ from pi_attention.ops.fused.kernels.steps import (
 
 
 @triton.jit
-def _side(
+def _tiles(
     q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
-    row0, row_end, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+    begin, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, TAGS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to all key rows at lags [first, last) of the tile's rows row0 … row_end, by tiles of BN.
-
-    Key row 0 is at position `offset`.
-    """
-    TAGS: tl.constexpr = SEGMENTS or SINKS
-    begin = row0 - last + 1
-    last_key = row_end - first
-    if not RING:
-        begin = tl.maximum(begin, first_row(offset, period))
-        last_key = tl.minimum(last_key, last_row(offset, period, S))
+    """Attend to the key rows [begin, last_key] by tiles of BN; TAGS: compare segments, and leave out sinks."""
     for start in tl.range(begin, last_key + 1, BN):
         key_row = start + tl.arange(0, BN)
         position = offset + key_row * period
@@ -59,19 +52,79 @@ def _side(
     return acc, m, l
 
 
+@triton.jit
+def _side(
+    q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
+    row0, row_end, row, query_tag, origin, offset, period, S, first, last, sinks, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
+    SINKS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to all key rows at lags [first, last) of the tile's rows row0 … row_end.
+
+    Query row 0 is at position `origin`, key row 0 at `offset`.
+    """
+    begin = row0 - last + 1
+    last_key = row_end - first
+    if not RING:
+        begin = tl.maximum(begin, first_row(offset, period))
+        last_key = tl.minimum(last_key, last_row(offset, period, S))
+    alike = not (SEGMENTS or SINKS)
+    if (SEGMENTS or SINKS) and not RING:
+        alike = in_one_segment(
+            Starts, origin + row0 * period, origin + row_end * period,
+            offset + begin * period, offset + last_key * period, sinks, SEGMENTS, SINKS,
+        )  # fmt: skip
+    if alike:
+        acc, m, l = _tiles(
+            q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
+            begin, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+            D, BD, BN, RING, SEGMENTS, SINKS, False, DESCRIBED, PRECISION,
+        )  # fmt: skip
+    else:
+        acc, m, l = _tiles(
+            q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
+            begin, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
+            D, BD, BN, RING, SEGMENTS, SINKS, True, DESCRIBED, PRECISION,
+        )  # fmt: skip
+    return acc, m, l
+
+
+@triton.jit
+def _sinks_of(
+    q, acc, m, l, K, V, sk_t, sk_d, sv_t, sv_d, start, position, query_tag, last_position, S, window, sinks,
+    scale_log2, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to the sinks of the segment from `start` on that lie beyond the window, by tiles of BS."""
+    end = tl.minimum(sinks, last_position - window - start + 1)
+    for first in tl.range(0, end, BS):
+        sink = start + first + tl.arange(0, BS)
+        present = (sink < start + sinks) & (sink < S)
+        k = load_rows(K, sk_t, sk_d, sink, present, D, BD)
+        v = load_rows(V, sv_t, sv_d, sink, present, D, BD)
+        seen = present[None, :] & (position[:, None] - sink[None, :] >= window) & (query_tag[:, None] == start)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BS] -> [BM, BS]
+        score = tl.where(seen, score, float("-inf"))
+        weight, past, m, l = online_softmax(score, scale_log2, m, l)
+        acc = acc * past[:, None]
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)  # [BM, BS] @ [BS, BD] -> [BM, BD]
+    return acc, m, l
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def band_forward_kernel(
-    Q, K, V, Starts, Bands, Gate, SkipOut, SkipLse, Out, Lse,
+    Q, K, V, Starts, Bands, Gate, SkipOut, SkipLse, SinkK, SinkV, Out, Lse,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sg_b, sg_h, sg_t,
     tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, scale_log2,
-    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
     MIRROR: tl.constexpr, FUSE: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM query rows of one residue: Out [B, H, T, D] and Lse [B, H, T].
 
-    DESCRIBED: K and V are tensor descriptors.
+    DESCRIBED: K and V are tensor descriptors; SinkK and SinkV are the keys and values as pointers.
+    BS > 0: the local band takes the sinks beyond it into its softmax, BS at a time. SINKS: the skip band leaves sinks
+    out.
     With FUSE, Out is g·(this band) + (1 − g)·SkipOut, g from the gate logits and the two log-sum-exps.
     """
     tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -90,9 +143,11 @@ def band_forward_kernel(
         offset = S - T + residue
         Starts += batch.to(tl.int64) * S
         Q += batch.to(tl.int64) * sq_b + head.to(tl.int64) * sq_h
+        of_key = batch.to(tl.int64) * sk_b + group.to(tl.int64) * sk_h
+        of_value = batch.to(tl.int64) * sv_b + group.to(tl.int64) * sv_h
         if not DESCRIBED:
-            K += batch.to(tl.int64) * sk_b + group.to(tl.int64) * sk_h
-            V += batch.to(tl.int64) * sv_b + group.to(tl.int64) * sv_h
+            K += of_key
+            V += of_value
         q = load_rows(Q, sq_t, sq_d, token, present, D, BD)
         query_tag = load_query_tags(Starts, S - T + token, present, SEGMENTS)
         m = tl.full([BM], float("-inf"), tl.float32)
@@ -101,15 +156,23 @@ def band_forward_kernel(
         row_end = tl.minimum(row0 + BM, rows) - 1
         acc, m, l = _side(
             q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
-            row0, row_end, row, query_tag, offset - phase, period, S, first, last, sinks, scale_log2,
+            row0, row_end, row, query_tag, offset, offset - phase, period, S, first, last, sinks, scale_log2,
             D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
         )  # fmt: skip
         if MIRROR:
             acc, m, l = _side(
                 q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
-                row0, row_end, row, query_tag, offset + phase, period, S, mirror_first, mirror_last, sinks, scale_log2,
-                D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
+                row0, row_end, row, query_tag, offset, offset + phase, period, S, mirror_first, mirror_last, sinks,
+                scale_log2, D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
             )  # fmt: skip
+        if BS:
+            start = next_start(query_tag, -1)
+            while start < ABSENT:
+                acc, m, l = _sinks_of(
+                    q, acc, m, l, SinkK + of_key, SinkV + of_value, sk_t, sk_d, sv_t, sv_d, start, S - T + token,
+                    query_tag, offset + row_end, S, last, sinks, scale_log2, D, BD, BS, PRECISION,
+                )  # fmt: skip
+                start = next_start(query_tag, start)
         out, lse = end_of_softmax(acc, m, l)
         of_head = row_of_heads.to(tl.int64) * T
         tl.store(Lse + of_head + token, lse, mask=present)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 RUN_TIME = ["tiles", "H", "T", "S", "period", "phase", "first", "last", "mirror_first", "mirror_last", "sinks"]
-RUN_TIME += ["classes", "window", "splits", "rows", "sg_b", "sg_h", "sg_t"]
+RUN_TIME += ["classes", "chunks", "groups", "window", "splits", "rows", "sg_b", "sg_h", "sg_t"]
 """Arguments that vary from call to call: no value of theirs is compiled in."""
 
 ABSENT = tl.constexpr(1 << 30)
@@ -110,6 +110,30 @@ def visible(query_row, key_row, query_tag, key_tag, first, last, TAGS: tl.conste
     if TAGS:
         seen = seen & (query_tag == key_tag)
     return seen
+
+
+@triton.jit
+def in_one_segment(Starts, query0, query1, key0, key1, sinks, SEGMENTS: tl.constexpr, SINKS: tl.constexpr):
+    """Whether the positions [query0, query1] and [key0, key1] lie in one segment, with no sink among the keys.
+
+    Then the tags of a tile need not be compared. A segment is one run, so its ends tell.
+    """
+    start = key0 * 0
+    alike = key0 <= key1
+    if SEGMENTS:
+        start = tl.load(Starts + query0)
+        alike = alike & (start >= 0) & (tl.load(Starts + query1) == start)
+        alike = alike & (tl.load(Starts + key0, mask=alike, other=-1) == start)
+        alike = alike & (tl.load(Starts + key1, mask=alike, other=-1) == start)
+    if SINKS:
+        alike = alike & (key0 - start >= sinks)
+    return alike
+
+
+@triton.jit
+def next_start(tags, after):
+    """The least segment start among the tags that lies beyond `after`, or ABSENT."""
+    return tl.min(tl.where(tags > after, tags, ABSENT), 0)
 
 
 @triton.jit
