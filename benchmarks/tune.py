@@ -19,10 +19,10 @@ from triton.testing import do_bench
 from pi_attention import PiPattern
 from pi_attention.ops.fused import tuning
 from pi_attention.ops.fused.launch import backward_plan, described_keys, forward_plan, run_forward
-from pi_attention.ops.fused.tiling import LOCAL, SKIP, problem_of
+from pi_attention.ops.fused.tiling import problem_of
 from pi_attention.ops.fused.tuning import Tiles
 
-PATTERN = PiPattern(256, 256, 16)
+PATTERN = PiPattern(256, 256, 48)  # more skips than the one-pass backward kernel serves
 KERNELS = ["forward", "backward query", "backward key"]
 
 
@@ -46,26 +46,31 @@ class Bench:
         torch.manual_seed(0)
         tensors = [torch.randn(1, 16, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
         *self.inputs, self.grad = tensors
-        self.bands = SKIP if skip else LOCAL
-        self.problem = problem_of(*self.inputs, None, None, PATTERN, False, dim**-0.5)
-        _, self.lse, _, _ = run_forward(*self.inputs, None, None, self.problem, self.bands)
-        self.terms = torch.randn(2, *self.lse.shape, device="cuda")
+        self.skip = skip
+        self.problem = problem_of(*self.inputs, None, None, PATTERN, True, dim**-0.5)
+        self.outputs = run_forward(*self.inputs, None, None, self.problem)
+        self.terms = torch.randn(4, *self.outputs[1].shape, device="cuda")
         self.grads = [torch.empty_like(x) for x in self.inputs]
 
     def run(self, kernel: str) -> None:
         query, key, value = self.inputs
+        out, lse, skip_out, skip_lse = self.outputs
         if kernel == "forward":
-            run_forward(query, key, value, None, None, self.problem, self.bands)
+            plan = forward_plan(self.problem)
+            step, other = (plan.skip, (out, lse)) if self.skip else (plan.local, (skip_out, skip_lse))
+            keys = (key, value) if self.skip else described_keys(key, value, plan.block)
+            step((query, *keys, query, query, lse, *other, key, value, out, lse))
             return
-        plan = backward_plan(self.problem, self.bands, self.grad.stride(), False, False)
-        steps = plan.skip or plan.local
-        assert steps is not None
-        rows = (self.grad, self.lse, *self.terms)
+        plan = backward_plan(self.problem, self.grad.stride(), False, False)
+        rows = (self.grad, skip_lse if self.skip else lse, self.terms)
         if kernel == "backward query":
-            keys = described_keys(key, value, plan.block)
-            steps[0]((query, *keys, query, query, *rows, key, value, self.grads[0]))
+            step = plan.skip[0] if self.skip else plan.query
+            keys = (key, value) if self.skip else described_keys(key, value, plan.block)
+            of_rows = (out, skip_out, skip_lse, lse, lse, lse, self.terms)
+            step((query, *keys, query, query, *rows, key, value, self.grads[0], *of_rows))
         else:
-            steps[1]((query, key, value, query, query, query, *rows, *self.grads[1:]))
+            step = plan.skip[1] if self.skip else plan.key
+            step((query, key, value, query, query, query, *rows, *self.grads[1:]))
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from pi_attention.ops.fused.operators import BOTH, LOCAL, Fused, decode, fused
+from pi_attention.ops.fused.operators import Fused, decode, fused
 from pi_attention.pattern import PiPattern
 
 HAS_TRITON = find_spec("triton") is not None
@@ -61,11 +61,11 @@ def fused_attention(
     code, mass = _ints_of(pattern), fusion == "mass"
     if is_decoding(query, key, value, gate, pattern):
         return decode(query, key, value, gate, starts, code, mass, scale)
-    bands = LOCAL if pattern.skips == 0 else BOTH
-    gate, mass = (None, False) if bands == LOCAL else (gate, mass)
+    if pattern.skips == 0:
+        gate, mass = None, False
     attend = Fused.apply if torch.is_grad_enabled() else fused
-    out, lse, _, lse_skip = attend(query, key, value, gate, starts, code, bands, mass, scale)
-    return out, lse, torch.full_like(lse, -torch.inf) if bands == LOCAL else lse_skip
+    out, lse, _, lse_skip = attend(query, key, value, gate, starts, code, mass, scale)
+    return out, lse, torch.full_like(lse, -torch.inf) if pattern.skips == 0 else lse_skip
 
 
 @lru_cache(maxsize=256)

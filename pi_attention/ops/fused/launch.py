@@ -16,16 +16,13 @@ from pi_attention.ops.fused.compiled import Constants, Kernel, Step
 from pi_attention.ops.fused.kernels.backward import (
     band_backward_key_kernel,
     band_backward_query_kernel,
-    row_terms_kernel,
 )
 from pi_attention.ops.fused.kernels.decode import decode_kernel, join_kernel
 from pi_attention.ops.fused.kernels.forward import band_forward_kernel
+from pi_attention.ops.fused.kernels.one_pass import skip_backward_kernel
 from pi_attention.ops.fused.kernels.sinks import sink_backward_kernel, sink_sum_kernel
 from pi_attention.ops.fused.tiling import (
-    BOTH,
     INTERPRETED,
-    LOCAL,
-    SKIP,
     Problem,
     TilePlan,
     band_table,
@@ -33,7 +30,9 @@ from pi_attention.ops.fused.tiling import (
     heads_differ,
     key_classes,
     member_table,
+    one_pass_rows,
     padded,
+    plan_one_pass,
     plan_tiles,
     row_lags,
     sink_tile,
@@ -44,7 +43,7 @@ LOG2E = 1.4426950408889634
 forward = Kernel(band_forward_kernel)
 backward_query = Kernel(band_backward_query_kernel)
 backward_key = Kernel(band_backward_key_kernel)
-row_terms = Kernel(row_terms_kernel)
+skip_backward = Kernel(skip_backward_kernel)
 sink_backward = Kernel(sink_backward_kernel)
 sink_sum = Kernel(sink_sum_kernel)
 decode = Kernel(decode_kernel)
@@ -72,61 +71,57 @@ def _block(plan: TilePlan) -> list[int] | None:
 
 
 class ForwardPlan(NamedTuple):
-    """The launches of a forward pass; a band that is not asked for has none."""
+    """The launches of a forward pass, in order."""
 
     skip: Step | None
-    local: Step | None
+    """None for a pattern without skips."""
+    local: Step
     bands: Tensor | None
     """`band_table`, where heads differ."""
     block: list[int] | None
     """Of the local band's tensor descriptors."""
 
 
-def _table(problem: Problem, bands: int) -> Tensor | None:
-    if bands == LOCAL or not heads_differ(problem.pattern):
+def _table(problem: Problem) -> Tensor | None:
+    if not problem.both or not heads_differ(problem.pattern):
         return None
     return band_table(problem.pattern, problem.key[2], problem.device)
 
 
 @lru_cache(maxsize=1024)
-def forward_plan(problem: Problem, bands: int) -> ForwardPlan:
-    """The launches of a forward pass over both bands, or one."""
+def forward_plan(problem: Problem) -> ForwardPlan:
+    """The launches of a forward pass: the skip band, then the local band, which takes it in."""
 
-    def step(skip: bool, fuse: bool) -> tuple[Step, TilePlan]:
+    def step(skip: bool) -> tuple[Step, TilePlan]:
+        fuse = problem.both and not skip
         flags = {"FUSE": fuse, "MASS": fuse and problem.mass, "GATED": fuse and problem.gate is not None}
         plan = plan_tiles("forward", problem, skip, **flags, DESCRIBED=not skip and described(problem))
         numbers = (*problem.gate_strides, *plan.sizes, problem.scale * LOG2E)
         return Step(forward, plan.programs, problem.strides, numbers, plan.constants), plan
 
-    skip = None if bands == LOCAL else step(True, False)[0]
-    if bands == SKIP:
-        return ForwardPlan(skip, None, _table(problem, bands), None)
-    local, plan = step(False, bands == BOTH)
-    return ForwardPlan(skip, local, _table(problem, bands), _block(plan))
+    local, plan = step(False)
+    return ForwardPlan(step(True)[0] if problem.both else None, local, _table(problem), _block(plan))
 
 
 def run_forward(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, starts: Tensor | None, problem: Problem, bands: int
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, starts: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """out [B, H, T, D] and log-sum-exp [B, H, T]; of both bands also the skip band's output and log-sum-exp."""
-    plan = forward_plan(problem, bands)
+    """out [B, H, T, D] and log-sum-exp [B, H, T]; then those of the skip band, None without one."""
+    plan = forward_plan(problem)
     absent = query  # a pointer that no kernel reads
     starts = absent if starts is None else starts
-    heads = absent if plan.bands is None else plan.bands
     skip_out = skip_lse = None
+    out, lse = _outputs(query)
     with on_device(problem.device):
         if plan.skip is not None:
             skip_out, skip_lse = _outputs(query)
-            fused = (skip_lse, skip_out, skip_lse, absent, absent)  # nothing to fuse with, no sinks
-            plan.skip((query, key, value, starts, heads, *fused, skip_out, skip_lse))
-            if plan.local is None:
-                return skip_out, skip_lse, None, None
-        assert plan.local is not None
-        out, lse = _outputs(query)
+            heads = absent if plan.bands is None else plan.bands
+            nothing = (skip_lse, skip_out, skip_lse, absent, absent)  # to fuse with, and no sinks
+            plan.skip((query, key, value, starts, heads, *nothing, skip_out, skip_lse))
         gates = lse if gate is None else gate
         other = (out, lse) if skip_out is None else (skip_out, skip_lse)
         keys = described_keys(key, value, plan.block)
-        plan.local((query, *keys, starts, heads, gates, *other, key, value, out, lse))
+        plan.local((query, *keys, starts, absent, gates, *other, key, value, out, lse))
     return out, lse, skip_out, skip_lse
 
 
@@ -138,10 +133,14 @@ def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
 class BackwardPlan(NamedTuple):
     """The launches of a backward pass, in order."""
 
-    terms: Step
+    query: Step
+    """The local band's gradient of the queries, with the terms of every row and the gradient of the gate."""
+    one_pass: Step | None
+    """All gradients of the skip band; where that kernel serves, else the next two."""
     skip: tuple[Step, Step] | None
-    """Gradients of the queries, then of keys and values."""
-    local: tuple[Step, Step] | None
+    """The skip band's gradients of the queries, then of keys and values."""
+    key: Step
+    """The local band's gradients of keys and values."""
     sinks: tuple[Step, Step] | None
     """Gradients of the sinks' keys and values by chunks of queries, and their sum."""
     bands: Tensor | None
@@ -154,49 +153,43 @@ class BackwardPlan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def backward_plan(
-    problem: Problem, bands: int, grad_strides: tuple[int, ...], lse: bool, skip_lse: bool
-) -> BackwardPlan:
+def backward_plan(problem: Problem, grad_strides: tuple[int, ...], lse: bool, skip_lse: bool) -> BackwardPlan:
     """The launches of a backward pass.
 
     Args:
         grad_strides: of the output's gradient.
         lse, skip_lse: whether the log-sum-exps have a gradient.
     """
-    batch, heads, queries, dim = problem.query
-    both, scales = bands == BOTH, (problem.scale, problem.scale * LOG2E)
-    strides = problem.strides + grad_strides
-    count = 1 if bands == LOCAL else key_classes(problem, True)
+    batch, heads, queries, _ = problem.query
+    scales, strides = (problem.scale, problem.scale * LOG2E), problem.strides + grad_strides
+    rows, both = batch * heads * queries, problem.both
+    flags = {"MASS": problem.mass, "GATED": problem.gate is not None, "LSE": lse, "SKIP_LSE": skip_lse}
 
-    def pair(skip: bool) -> tuple[tuple[Step, Step], TilePlan]:
-        add = both and not skip
-        query_plan = plan_tiles("backward query", problem, skip, ADD=add, DESCRIBED=not skip and described(problem))
-        key_plan = plan_tiles("backward key", problem, skip, ADD=add)
-        number = count if skip else 1
-        steps = (
-            Step(backward_query, query_plan.programs, strides, (*query_plan.sizes, *scales), query_plan.constants),
-            Step(backward_key, key_plan.programs, strides, (*key_plan.sizes, number, *scales), key_plan.constants),
+    def of_query(skip: bool) -> tuple[Step, TilePlan]:
+        plan = plan_tiles(
+            "backward query", problem, skip, ADD=skip, BOTH=both, **flags, DESCRIBED=not skip and described(problem)
         )
-        return steps, query_plan
+        numbers = (*problem.gate_strides, rows, *plan.sizes, *scales)
+        return Step(backward_query, plan.programs, strides, numbers, plan.constants), plan
 
-    rows = 256 if INTERPRETED else 64
-    constants = Constants(
-        {"num_warps": 4},
-        **{"D": dim, "BD": padded(dim), "BM": rows, "BOTH": both, "MASS": problem.mass},
-        **{"GATED": problem.gate is not None, "LSE": lse, "SKIP_LSE": skip_lse},
+    def of_key(skip: bool, classes: int) -> Step:
+        plan = plan_tiles("backward key", problem, skip, ADD=both and not skip)
+        return Step(backward_key, plan.programs, strides, (rows, *plan.sizes, classes, *scales), plan.constants)
+
+    classes = key_classes(problem, both)
+    one_pass = skip = members = None
+    if both and one_pass_rows(problem):
+        plan = plan_one_pass(problem)
+        one_pass = Step(skip_backward, plan.programs, strides, (rows, *plan.sizes, *scales), plan.constants)
+    elif both:
+        skip = of_query(True)[0], of_key(True, classes)
+    if both and heads_differ(problem.pattern):
+        members = member_table(problem.pattern, problem.group, problem.device)
+    query, plan = of_query(False)
+    sinks, chunks = sink_steps(problem, strides) if problem.sinks else (None, 0)
+    return BackwardPlan(
+        query, one_pass, skip, of_key(False, 1), sinks, _table(problem), members, classes, chunks, _block(plan)
     )
-    total = batch * heads * queries
-    numbers = (*problem.gate_strides, heads, queries, total)
-    terms = Step(row_terms, cdiv(total, rows), grad_strides, numbers, constants)
-    skip = None if bands == LOCAL else pair(True)[0]
-    local, block = None, None
-    if bands != SKIP:
-        local, plan = pair(False)
-        block = _block(plan)
-    sinks, chunks = sink_steps(problem, strides) if local is not None and problem.sinks else (None, 0)
-    differ = bands != LOCAL and heads_differ(problem.pattern)
-    members = member_table(problem.pattern, problem.group, problem.device) if differ else None
-    return BackwardPlan(terms, skip, local, sinks, _table(problem, bands), members, count, chunks, block)
 
 
 def sink_steps(problem: Problem, strides: tuple[int, ...]) -> tuple[tuple[Step, Step], int]:
@@ -215,14 +208,15 @@ def sink_steps(problem: Problem, strides: tuple[int, ...]) -> tuple[tuple[Step, 
         **{"GROUP": problem.group, **shared, "BM": rows, "BS": size, "CHUNK": chunk},
         **{"SEGMENTS": problem.segments, "PRECISION": problem.precision},
     )
-    numbers = (chunks, heads, queries, keys, window, problem.sinks, problem.scale, problem.scale * LOG2E)
+    scales = (problem.scale, problem.scale * LOG2E)
+    numbers = (batch * heads * queries, chunks, heads, queries, keys, window, problem.sinks, *scales)
     add = Step(sink_backward, programs, strides, numbers, constants)
     constants = Constants({"num_warps": 4}, **shared, BS=size, SEGMENTS=problem.segments)
     return (add, Step(sink_sum, programs, (), (chunks, groups, keys, problem.sinks), constants)), chunks
 
 
 class Saved(NamedTuple):
-    """What a forward pass leaves for the backward pass; of the skip band only when both were computed."""
+    """What a forward pass leaves for the backward pass; of the skip band None without one."""
 
     out: Tensor
     lse: Tensor
@@ -239,68 +233,63 @@ def run_backward(
     starts: Tensor | None,
     saved: Saved,
     problem: Problem,
-    bands: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and gate logits (fp32; None without a gate).
 
     Args:
         grads: of the output and of both log-sum-exps, None where one has no gradient.
     """
-    grad_out, grad_lse, grad_skip_lse = grads
-    if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
-    if grad_skip_lse is not None:
-        grad_skip_lse = grad_skip_lse.contiguous()
-    plan = backward_plan(problem, bands, grad_out.stride(), grad_lse is not None, grad_skip_lse is not None)
+    grad_out = grads[0]
+    grad_lse, grad_skip_lse = (None if x is None else x.contiguous() for x in grads[1:])
+    plan = backward_plan(problem, grad_out.stride(), grad_lse is not None, grad_skip_lse is not None)
     absent = query  # a pointer that no kernel reads
-    where = absent if starts is None else starts
-    heads = absent if plan.bands is None else plan.bands
+    starts = absent if starts is None else starts
     out, lse = saved.out, saved.lse
     skip_out = out if saved.skip_out is None else saved.skip_out
     skip_lse = lse if saved.skip_lse is None else saved.skip_lse
     terms = torch.empty(4, *lse.shape, dtype=torch.float32, device=query.device)
     grad_gate = None if gate is None else torch.empty_like(lse)
-    grad_query, grad_key, grad_value = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
+    grad_query, grad_key, grad_value = (_empty_like(x) for x in (query, key, value))
+    of_rows = (
+        *(out, skip_out, skip_lse, lse if grad_lse is None else grad_lse),
+        *(lse if grad_skip_lse is None else grad_skip_lse, lse if gate is None else gate),
+        terms if grad_gate is None else grad_gate,
     )
-    tensors = (query, key, value, where, heads)
     with on_device(problem.device):
-        plan.terms(
-            (
-                *(grad_out, out, skip_out, lse, skip_lse, lse if grad_lse is None else grad_lse),
-                *(skip_lse if grad_skip_lse is None else grad_skip_lse, lse if gate is None else gate),
-                *(terms, terms if grad_gate is None else grad_gate),
-            )
-        )
-        if plan.skip is not None:
+        keys = described_keys(key, value, plan.block)
+        plan.query((query, *keys, starts, absent, grad_out, lse, terms, key, value, grad_query, *of_rows))
+        if problem.both:
+            heads = absent if plan.bands is None else plan.bands
+            tensors, rows = (query, key, value, starts, heads), (grad_out, skip_lse, terms)
             members = absent if plan.members is None else plan.members
-            weight, shift = (terms[2], terms[3]) if plan.local is not None else (terms[0], terms[1])
-            rows = (grad_out, skip_lse, weight, shift)
-            of_query, of_key = plan.skip
-            of_query((*tensors, *rows, absent, absent, grad_query))
-            if plan.classes == 1:
-                of_key((*tensors, members, *rows, grad_key, grad_value))
-            else:
+            shares = [grad_key, grad_value]
+            if plan.classes > 1:
                 batch, groups, length, dim = key.shape
-                shares = query.new_empty(2, batch, plan.classes, groups, length, dim, dtype=torch.float32)
-                of_key((*tensors, members, *rows, shares[0], shares[1]))
+                shares = [key.new_empty(batch, plan.classes, groups, length, dim, dtype=torch.float32) for _ in shares]
+            if plan.one_pass is not None:
+                plan.one_pass((*tensors, *rows, grad_query, grad_key, grad_value))
+            else:
+                assert plan.skip is not None
+                plan.skip[0]((*tensors, *rows, absent, absent, grad_query, *of_rows))
+                plan.skip[1]((*tensors, members, *rows, *shares))
+            if plan.classes > 1:
                 grad_key.copy_(shares[0].sum(dim=1))
                 grad_value.copy_(shares[1].sum(dim=1))
-        if plan.local is not None:
-            rows = (grad_out, lse, terms[0], terms[1])
-            of_query, of_key = plan.local
-            keys = described_keys(key, value, plan.block)
-            of_query((query, *keys, where, heads, *rows, key, value, grad_query))
-            of_key((*tensors, absent, *rows, grad_key, grad_value))
-            if plan.sinks is not None:
-                batch, groups, _, dim = key.shape
-                shape = (2, batch, groups, plan.chunks, problem.sinks, dim)
-                shares = torch.empty(shape, dtype=torch.float32, device=query.device)
-                owner = torch.empty(batch, plan.chunks, dtype=torch.int32, device=query.device)
-                add, together = plan.sinks
-                add((query, key, value, where, *rows, grad_key, grad_value, shares[0], shares[1], owner))
-                together((shares[0], shares[1], owner, where, grad_key, grad_value))
+        plan.key((query, key, value, starts, absent, absent, grad_out, lse, terms, grad_key, grad_value))
+        if plan.sinks is not None:
+            batch, groups, _, dim = key.shape
+            shape = (2, batch, groups, plan.chunks, problem.sinks, dim)
+            share_key, share_value = torch.empty(shape, dtype=torch.float32, device=query.device)
+            owner = torch.empty(batch, plan.chunks, dtype=torch.int32, device=query.device)
+            add, together = plan.sinks
+            share = (share_key, share_value, owner)
+            add((query, key, value, starts, grad_out, lse, terms, grad_key, grad_value, *share))
+            together((*share, starts, grad_key, grad_value))
     return grad_query, grad_key, grad_value, grad_gate
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)  # contiguous, as the kernels write
 
 
 @lru_cache(maxsize=16)
@@ -353,7 +342,7 @@ def decode_plan(problem: Problem) -> DecodePlan:
     )
     rows = batch * heads * queries
     together = Step(join, rows, (), (*problem.gate_strides, rows, heads, queries, splits), constants)
-    return DecodePlan(parts, together, splits, _table(problem, BOTH))
+    return DecodePlan(parts, together, splits, _table(problem))
 
 
 def run_decode(

@@ -12,18 +12,16 @@ from torch import Tensor
 
 from pi_attention.pattern import PiPattern
 
-BOTH, LOCAL, SKIP = 0, 1, 2
-
 # Defined without torch.library.custom_op or register_autograd, which cost each call some 50 µs more.
 torch.library.define(
     "pi_attention::fused",
-    "(Tensor query, Tensor key, Tensor value, Tensor? gate, Tensor? starts, int[] pattern, int bands, bool mass, "
+    "(Tensor query, Tensor key, Tensor value, Tensor? gate, Tensor? starts, int[] pattern, bool mass, "
     "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "pi_attention::fused_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor? grad_skip_lse, Tensor query, Tensor key, Tensor value, Tensor? gate, "
-    "Tensor? starts, Tensor out, Tensor lse, Tensor skip_out, Tensor skip_lse, int[] pattern, int bands, bool mass, "
+    "Tensor? starts, Tensor out, Tensor lse, Tensor skip_out, Tensor skip_lse, int[] pattern, bool mass, "
     "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 fused = torch.ops.pi_attention.fused.default
@@ -38,16 +36,15 @@ def _fused(
     gate: Tensor | None,
     starts: Tensor | None,
     pattern: list[int],
-    bands: int,
     mass: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp, and for both bands the skip band's output and log-sum-exp (else empty tensors)."""
+    """Output and log-sum-exp, then those of the skip band (empty tensors without one)."""
     from pi_attention.ops.fused.launch import run_forward
     from pi_attention.ops.fused.tiling import problem_of
 
     problem = problem_of(query, key, value, gate, starts, PiPattern.from_ints(pattern), mass, scale)
-    out, lse, skip_out, skip_lse = run_forward(query, key, value, gate, starts, problem, bands)
+    out, lse, skip_out, skip_lse = run_forward(query, key, value, gate, starts, problem)
     if skip_out is None or skip_lse is None:
         return out, lse, out.new_empty(0), lse.new_empty(0)
     return out, lse, skip_out, skip_lse
@@ -61,13 +58,12 @@ def _(
     gate: Tensor | None,
     starts: Tensor | None,
     pattern: list[int],
-    bands: int,
     mass: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    if bands != BOTH:
+    if PiPattern.from_ints(pattern).skips == 0:
         return out, lse, out.new_empty(0), lse.new_empty(0)
     return out, lse, torch.empty_like(out), torch.empty_like(lse)
 
@@ -87,7 +83,6 @@ def _fused_backward(
     skip_out: Tensor,
     skip_lse: Tensor,
     pattern: list[int],
-    bands: int,
     mass: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,10 +91,10 @@ def _fused_backward(
     from pi_attention.ops.fused.tiling import problem_of
 
     problem = problem_of(query, key, value, gate, starts, PiPattern.from_ints(pattern), mass, scale)
-    both = bands == BOTH
-    saved = Saved(out, lse, skip_out if both else None, skip_lse if both else None)
-    grads = (grad_out, grad_lse, grad_skip_lse if both else None)
-    *found, grad_gate = run_backward(grads, query, key, value, gate, starts, saved, problem, bands)
+    skip = (skip_out, skip_lse) if problem.both else (None, None)
+    grads = (grad_out, grad_lse, grad_skip_lse if problem.both else None)
+    saved = Saved(out, lse, *skip)
+    *found, grad_gate = run_backward(grads, query, key, value, gate, starts, saved, problem)
     return found[0], found[1], found[2], lse.new_empty(0) if grad_gate is None else grad_gate
 
 
@@ -118,7 +113,6 @@ def _(
     skip_out: Tensor,
     skip_lse: Tensor,
     pattern: list[int],
-    bands: int,
     mass: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,13 +132,12 @@ class Fused(torch.autograd.Function):
         gate: Tensor | None,
         starts: Tensor | None,
         pattern: list[int],
-        bands: int,
         mass: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        outputs = fused(query, key, value, gate, starts, pattern, bands, mass, scale)
+        outputs = fused(query, key, value, gate, starts, pattern, mass, scale)
         ctx.save_for_backward(query, key, value, gate, starts, *outputs)
-        ctx.rest = (pattern, bands, mass, scale)
+        ctx.rest = (pattern, mass, scale)
         ctx.mark_non_differentiable(outputs[2])
         if not torch.compiler.is_compiling():  # which knows no gradient that is left out
             ctx.set_materialize_grads(False)
@@ -161,7 +154,7 @@ class Fused(torch.autograd.Function):
         again = not torch.compiler.is_compiling() and torch.is_grad_enabled()  # create_graph=True
         differentiate = FusedBackward.apply if again else fused_backward
         *grads, grad_gate = differentiate(grad_out, grad_lse, grad_skip_lse, *saved, *ctx.rest)
-        return *grads, None if gate is None else grad_gate.to(gate.dtype), None, None, None, None, None
+        return *grads, None if gate is None else grad_gate.to(gate.dtype), None, None, None, None
 
 
 class FusedBackward(torch.autograd.Function):

@@ -15,8 +15,6 @@ from pi_attention.ops.fused.tuning import MANY, Tiles, choose_tiles
 from pi_attention.pattern import PiPattern
 
 INTERPRETED = triton.knobs.runtime.interpret
-BOTH, LOCAL, SKIP = 0, 1, 2
-"""Which bands a launch computes."""
 
 
 class Problem(NamedTuple):
@@ -44,6 +42,11 @@ class Problem(NamedTuple):
     def group(self) -> int:
         """Query heads of a key head."""
         return self.query[1] // self.key[1]
+
+    @property
+    def both(self) -> bool:
+        """Whether there is a skip band beside the local one."""
+        return self.pattern.skips != 0
 
     @property
     def gate_strides(self) -> tuple[int, ...]:
@@ -178,6 +181,8 @@ def plan_tiles(kernel: str, problem: Problem, skip: bool, **flags: bool) -> Tile
     sizes: dict[str, Any] = {"GROUP": heads // groups, "D": dim, "BD": padded(dim), "BM": tiles.rows, "BN": tiles.step}
     if not of_key:
         sizes["BS"] = 0 if skip else sink_tile(problem)
+    if kernel != "forward":
+        flags = {"SKIP": skip} | flags
     constants = Constants(
         {"num_warps": tiles.warps, "num_stages": tiles.stages},
         **sizes,
@@ -191,6 +196,40 @@ def plan_tiles(kernel: str, problem: Problem, skip: bool, **flags: bool) -> Tile
     )
     programs = count * batch * (groups * key_classes(problem, skip) if of_key else heads)
     return TilePlan(programs, (count, heads, queries, keys, *lags, problem.sinks), tiles, constants)
+
+
+def one_pass_rows(problem: Problem) -> int:
+    """Rows before a tile that a one-pass backward kernel of the skip band needs; 0 where it does not serve."""
+    pattern = problem.pattern
+    if problem.group > 1 or not pattern.causal or problem.query[3] > 128:
+        return 0
+    if problem.dtype.itemsize > 2 and not INTERPRETED:
+        return 0
+    heads = range(len(pattern.periods)) if heads_differ(pattern) else [0]
+    most = max(row_lags(pattern, True, head, problem.key[2])[3] for head in heads) - 1
+    return padded(most) if 0 < most <= 32 else 0
+
+
+def plan_one_pass(problem: Problem) -> TilePlan:
+    """The plan of the one-pass backward kernel of the skip band."""
+    pattern = problem.pattern
+    batch, heads, queries, dim = problem.query
+    keys = problem.key[2]
+    rows = 32 if INTERPRETED else 64
+    count = max(period * cdiv(cdiv(keys, period), rows) for period in pattern.periods)
+    constants = Constants(
+        {"num_warps": 4, "num_stages": 1},
+        D=dim,
+        BD=padded(dim),
+        BM=rows,
+        BP=one_pass_rows(problem),
+        SEGMENTS=problem.segments,
+        SINKS=problem.sinks > 0,
+        PER_HEAD=heads_differ(pattern),
+        PRECISION=problem.precision,
+    )
+    sizes = (count, heads, queries, keys, *row_lags(pattern, True, 0, keys), problem.sinks)
+    return TilePlan(count * batch * heads, sizes, Tiles(rows, rows, 4, 1), constants)
 
 
 def key_classes(problem: Problem, skip: bool) -> int:
@@ -208,11 +247,11 @@ def _has_descriptors(device: torch.device) -> bool:
 def described(problem: Problem) -> bool:
     """Whether the tensor memory accelerator (Hopper and later) loads the local band's keys and values, if that pays.
 
-    Its rows are neighbours. Below 2²¹ elements of the query the kernels are short, and the host's 20 µs a descriptor
+    Its rows are neighbours. Below 2²⁴ elements of the query the kernels are short, and the host's 20 µs a descriptor
     cost more than they save.
     """
     batch, heads, queries, dim = problem.query
-    if batch * heads * queries * dim < 1 << 21 and not INTERPRETED:
+    if batch * heads * queries * dim < 1 << 24 and not INTERPRETED:
         return False
     if problem.pattern.ring or problem.dtype.itemsize != 2 or not problem.aligned:
         return False

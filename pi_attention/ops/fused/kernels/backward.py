@@ -1,6 +1,6 @@
 """Backward kernels of one band. No atomics: dQ by query tile, dK and dV by key tile.
 
-With the weights P of the band, a row weight w and a row shift c (see `row_terms_kernel`):
+With the weights P of the band, a row weight w and a row shift c (see `row_terms`):
 
     dS = P·(w·(dO·vⱼ) − c)      dQ = dS·K      dK = dSᵀ·Q      dV = (w·P)ᵀ·dO
 """
@@ -27,36 +27,29 @@ from pi_attention.ops.fused.kernels.steps import (
 )
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
-def row_terms_kernel(
-    GradOut, Out, SkipOut, Lse, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate,
-    sd_b, sd_h, sd_t, sd_d, sg_b, sg_h, sg_t, H, T, rows,
+@triton.jit
+def row_terms(
+    d_out, lse, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate, of_head, token, present, rows, sg_t,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BOTH: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
     LSE: tl.constexpr, SKIP_LSE: tl.constexpr,
 ):  # fmt: skip
-    """What the backward pass of each band needs of a query row: Terms [4, B, H, T] = w and c, local and skip.
-
-    LSE, SKIP_LSE: whether the log-sum-exps have a gradient.
+    """What the backward pass of each band needs of a query row; stored in Terms [4, B, H, T]: w and c, local and skip.
 
     With Δ = ⟨dO, out⟩, Δs = ⟨dO, s⟩ and β = 1 for "mass", 0 for "gate":
     da = (1 − g)(Δ − Δs), c = Δ − (1 − g)Δs − β·da − dλ and (1 − g)Δs + β·da − dμ, w = g and 1 − g.
+    LSE, SKIP_LSE: whether the log-sum-exps have a gradient. Returns w and c of the local band.
     """
-    index = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    present = index < rows
-    token, head, batch = index % T, index // T % H, index // T // H
-    dim = tl.arange(0, BD)
-    mask = present[:, None] & (dim < D)[None, :]
-    grad_pointer = (batch * sd_b + head * sd_h + token * sd_t)[:, None] + dim[None, :] * sd_d
-    grad = tl.load(GradOut + grad_pointer, mask=mask, other=0.0).to(tl.float32)
-    pointer = index[:, None] * D + dim[None, :]
-    delta = tl.sum(grad * tl.load(Out + pointer, mask=mask, other=0.0).to(tl.float32), 1)
-    lse = tl.load(Lse + index, mask=present, other=0.0)
+    index = of_head + token
+    grad = d_out.to(tl.float32)
+    delta = tl.sum(grad * load_rows(Out + of_head * D, D, 1, token, present, D, BD).to(tl.float32), 1)
     d_lse = tl.zeros([BM], tl.float32)
     if LSE:
         d_lse = tl.load(GradLse + index, mask=present, other=0.0)
         d_lse = tl.where(lse == float("-inf"), 0.0, d_lse)
+    weight = tl.full([BM], 1.0, tl.float32)
+    shift = delta - d_lse
     if BOTH:
-        delta_skip = tl.sum(grad * tl.load(SkipOut + pointer, mask=mask, other=0.0).to(tl.float32), 1)
+        delta_skip = tl.sum(grad * load_rows(SkipOut + of_head * D, D, 1, token, present, D, BD).to(tl.float32), 1)
         lse_skip = tl.load(SkipLse + index, mask=present, other=0.0)
         no_skip = lse_skip == float("-inf")
         d_lse_skip = tl.zeros([BM], tl.float32)
@@ -64,25 +57,23 @@ def row_terms_kernel(
             d_lse_skip = tl.load(GradSkipLse + index, mask=present, other=0.0)
         logit = tl.zeros([BM], tl.float32)
         if GATED:
-            gates = Gate + batch * sg_b + head * sg_h + token * sg_t
-            logit += tl.load(gates, mask=present, other=0.0).to(tl.float32)
-        g = gate_weight(lse, lse_skip, logit, MASS)
-        grad_gate = tl.where(no_skip, 0.0, (1.0 - g) * (delta - delta_skip))
+            logit += tl.load(Gate + token.to(tl.int64) * sg_t, mask=present, other=0.0).to(tl.float32)
+        weight = gate_weight(lse, lse_skip, logit, MASS)
+        grad_gate = tl.where(no_skip, 0.0, (1.0 - weight) * (delta - delta_skip))
         through_mass = grad_gate if MASS else 0.0
-        tl.store(Terms + index, g, mask=present)
-        tl.store(Terms + rows + index, delta - (1.0 - g) * delta_skip - through_mass - d_lse, mask=present)
-        tl.store(Terms + 2 * rows + index, 1.0 - g, mask=present)
-        skip_shift = (1.0 - g) * delta_skip + through_mass - tl.where(no_skip, 0.0, d_lse_skip)
+        shift = delta - (1.0 - weight) * delta_skip - through_mass - d_lse
+        skip_shift = (1.0 - weight) * delta_skip + through_mass - tl.where(no_skip, 0.0, d_lse_skip)
+        tl.store(Terms + 2 * rows + index, 1.0 - weight, mask=present)
         tl.store(Terms + 3 * rows + index, skip_shift, mask=present)
         if GATED:
             tl.store(GradGate + index, grad_gate, mask=present)
-    else:
-        tl.store(Terms + index, tl.full([BM], 1.0, tl.float32), mask=present)
-        tl.store(Terms + rows + index, delta - d_lse, mask=present)
+    tl.store(Terms + index, weight, mask=present)
+    tl.store(Terms + rows + index, shift, mask=present)
+    return weight, shift
 
 
 @triton.jit
-def _weights(score, lse, seen, scale_log2):
+def weights(score, lse, seen, scale_log2):
     """P = exp(score − log-sum-exp), 0 where hidden."""
     shift = tl.where(lse == float("-inf"), 0.0, lse) * LOG2E
     return tl.where(seen, tl.math.exp2(score * scale_log2 - shift), 0.0)
@@ -116,7 +107,7 @@ def _tiles_of_query(
 @triton.jit
 def _add_to_query(q, d_out, dq, lse, weight, shift, k, v, seen, scale_log2, PRECISION: tl.constexpr):
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
-    p = _weights(score, lse[:, None], seen, scale_log2)
+    p = weights(score, lse[:, None], seen, scale_log2)
     d_weight = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
     d_score = p * (weight[:, None] * d_weight - shift[:, None])
     return tl.dot(d_score.to(k.dtype), k, dq, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
@@ -159,7 +150,7 @@ def _side_of_query(
 def add_to_key(k, v, dk, dv, q, d_out, lse, weight, shift, seen, scale_log2, PRECISION: tl.constexpr):
     """Gradients dk and dv of a tile of keys, through one tile of queries; `seen` is [keys, queries]."""
     score = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
-    p = _weights(score, lse[None, :], seen, scale_log2)
+    p = weights(score, lse[None, :], seen, scale_log2)
     weighted = (p * weight[None, :]).to(d_out.dtype)
     dv = tl.dot(weighted, d_out, dv, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
     d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
@@ -251,18 +242,23 @@ def _sinks_of_query(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def band_backward_query_kernel(
-    Q, K, V, Starts, Bands, GradOut, Lse, Weight, Shift, SinkK, SinkV, GradQ,
+    Q, K, V, Starts, Bands, GradOut, Lse, Terms, SinkK, SinkV, GradQ,
+    Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
-    tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, scale, scale_log2,
+    sg_b, sg_h, sg_t, rows, tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks,
+    scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
-    MIRROR: tl.constexpr, ADD: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    MIRROR: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, BOTH: tl.constexpr, MASS: tl.constexpr,
+    GATED: tl.constexpr, LSE: tl.constexpr, SKIP_LSE: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """GradQ [B, H, T, D] of one tile of BM query rows of one residue; added to what is there with ADD.
 
     DESCRIBED: K and V are tensor descriptors; SinkK and SinkV are the keys and values as pointers.
     BS > 0: the local band holds the sinks beyond it, too.
+    The local band comes first and makes the terms of all rows; with SKIP they are there.
     """
+    rows = tl.cast(rows, tl.int64)
     tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = row_of_heads // H, row_of_heads % H
     group = head // GROUP
@@ -271,8 +267,8 @@ def band_backward_query_kernel(
     )
     residues = tl.minimum(period, T)
     residue, row0 = tile % residues, tile // residues * BM
-    rows = tl.cdiv(T - residue, period)
-    if row0 < rows:
+    rows_here = tl.cdiv(T - residue, period)
+    if row0 < rows_here:
         row = row0 + tl.arange(0, BM)
         token = residue + row * period
         present = token < T
@@ -289,10 +285,17 @@ def band_backward_query_kernel(
         q = load_rows(Q, sq_t, sq_d, token, present, D, BD)
         d_out = load_rows(GradOut, sd_t, sd_d, token, present, D, BD)
         lse = tl.load(Lse + of_head + token, mask=present, other=0.0)
-        weight = tl.load(Weight + of_head + token, mask=present, other=0.0)
-        shift = tl.load(Shift + of_head + token, mask=present, other=0.0)
+        if SKIP:
+            weight = tl.load(Terms + 2 * rows + of_head + token, mask=present, other=0.0)
+            shift = tl.load(Terms + 3 * rows + of_head + token, mask=present, other=0.0)
+        else:
+            Gate += wide * sg_b + head.to(tl.int64) * sg_h
+            weight, shift = row_terms(
+                d_out, lse, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate, of_head, token, present,
+                rows, sg_t, D, BD, BM, BOTH, MASS, GATED, LSE, SKIP_LSE,
+            )  # fmt: skip
         query_tag = load_query_tags(Starts, S - T + token, present, SEGMENTS)
-        row_end = tl.minimum(row0 + BM, rows) - 1
+        row_end = tl.minimum(row0 + BM, rows_here) - 1
         dq = tl.zeros([BM, BD], tl.float32)
         dq = _side_of_query(
             q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
@@ -319,18 +322,21 @@ def band_backward_query_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def band_backward_key_kernel(
-    Q, K, V, Starts, Bands, Members, GradOut, Lse, Weight, Shift, GradK, GradV,
+    Q, K, V, Starts, Bands, Members, GradOut, Lse, Terms, GradK, GradV,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
-    tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, classes, scale, scale_log2,
+    rows, tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, classes, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
-    MIRROR: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    MIRROR: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """GradK and GradV [B, classes, G, S, D] of one tile of BM key rows of one residue.
 
     A class holds the query heads of a group that have one period: their queries of a tile of keys are runs of rows.
     With PER_HEAD the table Members [G, classes, 1 + GROUP] says how many and which; else a group is one class.
     """
+    rows = tl.cast(rows, tl.int64)
+    if SKIP:
+        Terms += 2 * rows
     groups = H // GROUP
     tile, unit = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, group = unit // (groups * classes), unit % groups
@@ -367,14 +373,14 @@ def band_backward_key_kernel(
             d_of_head = GradOut + wide * sd_b + member.to(tl.int64) * sd_h
             dk, dv = _side_of_key(
                 k, v, dk, dv, q_of_head, d_of_head, Starts,
-                Lse + of_head, Weight + of_head, Shift + of_head, sq_t, sq_d, sd_t, sd_d,
+                Lse + of_head, Terms + of_head, Terms + rows + of_head, sq_t, sq_d, sd_t, sd_d,
                 row0, row_end, key_row, key_tag, offset, offset + phase, period, T, S, first, last, sinks, scale_log2,
                 D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
             )  # fmt: skip
             if MIRROR:
                 dk, dv = _side_of_key(
                     k, v, dk, dv, q_of_head, d_of_head, Starts,
-                    Lse + of_head, Weight + of_head, Shift + of_head, sq_t, sq_d, sd_t, sd_d,
+                    Lse + of_head, Terms + of_head, Terms + rows + of_head, sq_t, sq_d, sd_t, sd_d,
                     row0, row_end, key_row, key_tag, offset, offset - phase, period, T, S, mirror_first, mirror_last,
                     sinks, scale_log2,
                     D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,

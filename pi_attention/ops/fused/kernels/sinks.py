@@ -50,9 +50,9 @@ def _through_queries(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def sink_backward_kernel(
-    Q, K, V, Starts, GradOut, Lse, Weight, Shift, GradK, GradV, ShareK, ShareV, Owner,
+    Q, K, V, Starts, GradOut, Lse, Terms, GradK, GradV, ShareK, ShareV, Owner,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
-    chunks, H, T, S, window, sinks, scale, scale_log2,
+    rows, chunks, H, T, S, window, sinks, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, CHUNK: tl.constexpr,
     SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,8 @@ def sink_backward_kernel(
         first = tl.maximum(token0, start + tile * BS + window - (S - T))
         last = tl.minimum(token_end, following - (S - T))
         dk, dv = _through_queries(
-            k, v, Q, GradOut, Lse, Weight, Shift, Starts, wide, group, sq_b, sq_h, sq_t, sq_d, sd_b, sd_h, sd_t, sd_d,
+            k, v, Q, GradOut, Lse, Terms, Terms + tl.cast(rows, tl.int64), Starts, wide, group,
+            sq_b, sq_h, sq_t, sq_d, sd_b, sd_h, sd_t, sd_d,
             start, sink, present, first, last, H, T, S, window, scale_log2,
             GROUP, D, BD, BM, BS, SEGMENTS, PRECISION,
         )  # fmt: skip
