@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pi_attention.ops.fused.operators import Fused, decode, fused
+from pi_attention.ops.fused.operators import Fused, decode, fused, is_plain, run_decoding, run_fused
 from pi_attention.pattern import PiPattern
 
 HAS_TRITON = find_spec("triton") is not None
@@ -59,11 +60,14 @@ def fused_attention(
     if scale <= 0:  # the kernels' running maximum takes a positive one
         query, scale = query * scale, 1.0
     code, mass = _ints_of(pattern), fusion == "mass"
+    plain = is_plain(query, key, value)
+    attend: Any
     if is_decoding(query, key, value, gate, pattern):
-        return decode(query, key, value, gate, starts, code, mass, scale)
+        attend = run_decoding if plain else decode
+        return attend(query, key, value, gate, starts, code, mass, scale)
     if pattern.skips == 0:
         gate, mass = None, False
-    attend = Fused.apply if torch.is_grad_enabled() else fused
+    attend = Fused.apply if torch.is_grad_enabled() else run_fused if plain else fused
     out, lse, _, lse_skip = attend(query, key, value, gate, starts, code, mass, scale)
     return out, lse, torch.full_like(lse, -torch.inf) if pattern.skips == 0 else lse_skip
 

@@ -28,8 +28,7 @@ fused = torch.ops.pi_attention.fused.default
 fused_backward = torch.ops.pi_attention.fused_backward.default
 
 
-@torch.library.impl("pi_attention::fused", ("cpu", "cuda"))
-def _fused(
+def run_fused(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -50,6 +49,9 @@ def _fused(
     return out, lse, skip_out, skip_lse
 
 
+torch.library.impl("pi_attention::fused", ("cpu", "cuda"), run_fused)
+
+
 @torch.library.register_fake("pi_attention::fused")
 def _(
     query: Tensor,
@@ -68,7 +70,6 @@ def _(
     return out, lse, torch.empty_like(out), torch.empty_like(lse)
 
 
-@torch.library.impl("pi_attention::fused_backward", ("cpu", "cuda"))
 def _fused_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -86,7 +87,7 @@ def _fused_backward(
     mass: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and gate logits (fp32; empty without a gate)."""
+    """Gradients of query, key, value and gate logits, in their dtypes; empty without a gate."""
     from pi_attention.ops.fused.launch import Saved, run_backward
     from pi_attention.ops.fused.tiling import problem_of
 
@@ -96,6 +97,9 @@ def _fused_backward(
     saved = Saved(out, lse, *skip)
     *found, grad_gate = run_backward(grads, query, key, value, gate, starts, saved, problem)
     return found[0], found[1], found[2], lse.new_empty(0) if grad_gate is None else grad_gate
+
+
+torch.library.impl("pi_attention::fused_backward", ("cpu", "cuda"), _fused_backward)
 
 
 @torch.library.register_fake("pi_attention::fused_backward")
@@ -116,8 +120,15 @@ def _(
     mass: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_gate = lse.new_empty(0 if gate is None else lse.shape)
+    grad_gate = lse.new_empty(0) if gate is None else lse.new_empty(lse.shape, dtype=gate.dtype)
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_gate
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether a call needs no dispatcher, which takes 30 µs of an eager call: plain tensors, nobody who listens."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(type(x) is Tensor for x in tensors)
 
 
 class Fused(torch.autograd.Function):
@@ -135,7 +146,8 @@ class Fused(torch.autograd.Function):
         mass: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        outputs = fused(query, key, value, gate, starts, pattern, mass, scale)
+        call = run_fused if is_plain(query, key, value) else fused
+        outputs = call(query, key, value, gate, starts, pattern, mass, scale)
         ctx.save_for_backward(query, key, value, gate, starts, *outputs)
         ctx.rest = (pattern, mass, scale)
         ctx.mark_non_differentiable(outputs[2])
@@ -151,10 +163,11 @@ class Fused(torch.autograd.Function):
         query, gate = saved[0], saved[3]
         if grad_out is None:
             grad_out = torch.zeros_like(query)
-        again = not torch.compiler.is_compiling() and torch.is_grad_enabled()  # create_graph=True
-        differentiate = FusedBackward.apply if again else fused_backward
+        differentiate: Any = _fused_backward if is_plain(grad_out, query) else fused_backward
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+            differentiate = FusedBackward.apply
         *grads, grad_gate = differentiate(grad_out, grad_lse, grad_skip_lse, *saved, *ctx.rest)
-        return *grads, None if gate is None else grad_gate.to(gate.dtype), None, None, None, None
+        return *grads, None if gate is None else grad_gate, None, None, None, None
 
 
 class FusedBackward(torch.autograd.Function):
@@ -177,8 +190,7 @@ torch.library.define(
 decode = torch.ops.pi_attention.decode.default
 
 
-@torch.library.impl("pi_attention::decode", ("cpu", "cuda"))
-def _decode(
+def run_decoding(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -194,6 +206,9 @@ def _decode(
 
     problem = problem_of(query, key, value, gate, starts, PiPattern.from_ints(pattern), mass, scale)
     return run_decode(query, key, value, gate, starts, problem)
+
+
+torch.library.impl("pi_attention::decode", ("cpu", "cuda"), run_decoding)
 
 
 @torch.library.register_fake("pi_attention::decode")

@@ -151,7 +151,8 @@ def sink_tile(problem: Problem) -> int:
     """Sinks of a tile, BS; 0 without sinks."""
     if not problem.sinks:
         return 0
-    return 16 if problem.sinks <= 16 or problem.query[3] > 128 else 32
+    small = problem.query[3] > 128 or problem.dtype.itemsize > 2
+    return min(padded(problem.sinks), 16 if small else 64)
 
 
 class TilePlan(NamedTuple):

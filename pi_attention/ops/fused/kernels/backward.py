@@ -66,7 +66,7 @@ def row_terms(
         tl.store(Terms + 2 * rows + index, 1.0 - weight, mask=present)
         tl.store(Terms + 3 * rows + index, skip_shift, mask=present)
         if GATED:
-            tl.store(GradGate + index, grad_gate, mask=present)
+            tl.store(GradGate + index, grad_gate.to(GradGate.dtype.element_ty), mask=present)
     tl.store(Terms + index, weight, mask=present)
     tl.store(Terms + rows + index, shift, mask=present)
     return weight, shift
@@ -125,11 +125,13 @@ def _side_of_query(
     if not RING:
         begin = tl.maximum(begin, first_row(offset, period))
         last_key = tl.minimum(last_key, last_row(offset, period, S))
-    alike = not (SEGMENTS or SINKS)
-    if (SEGMENTS or SINKS) and not RING:
+        if SINKS and not SEGMENTS:
+            begin = tl.maximum(begin, first_row(offset - sinks, period))
+    alike = not SEGMENTS
+    if SEGMENTS and not RING:
         alike = in_one_segment(
             Starts, origin + row0 * period, origin + row_end * period,
-            offset + begin * period, offset + last_key * period, sinks, SEGMENTS, SINKS,
+            offset + begin * period, offset + last_key * period, sinks, SINKS,
         )  # fmt: skip
     if alike:
         dq = _tiles_of_query(
@@ -200,13 +202,13 @@ def _side_of_key(
     if not RING:
         begin = tl.maximum(begin, first_row(offset - (S - T), period))
         last_query = tl.minimum(last_query, last_row(offset, period, S))
-    alike = not (SEGMENTS or SINKS)
-    if (SEGMENTS or SINKS) and not RING:
+    alike = not SEGMENTS
+    if SEGMENTS and not RING:
         alike = begin <= last_query
         if alike:
             alike = in_one_segment(
                 Starts, offset + begin * period, offset + last_query * period,
-                origin + row0 * period, origin + row_end * period, sinks, SEGMENTS, SINKS,
+                origin + row0 * period, origin + row_end * period, sinks, SINKS,
             )  # fmt: skip
     if alike:
         dk, dv = _tiles_of_key(
@@ -359,6 +361,8 @@ def band_backward_key_kernel(
         k = load_rows(K + wide * sk_b + group.to(tl.int64) * sk_h, sk_t, sk_d, position, present, D, BD)
         v = load_rows(V + wide * sv_b + group.to(tl.int64) * sv_h, sv_t, sv_d, position, present, D, BD)
         key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, SINKS)
+        if SINKS and not SEGMENTS:
+            key_row = tl.where(position < sinks, ABSENT, key_row)
         dk = tl.zeros([BM, BD], tl.float32)
         dv = tl.zeros([BM, BD], tl.float32)
         for number in tl.range(0, members):

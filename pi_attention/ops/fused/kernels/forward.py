@@ -68,11 +68,13 @@ def _side(
     if not RING:
         begin = tl.maximum(begin, first_row(offset, period))
         last_key = tl.minimum(last_key, last_row(offset, period, S))
-    alike = not (SEGMENTS or SINKS)
-    if (SEGMENTS or SINKS) and not RING:
+        if SINKS and not SEGMENTS:
+            begin = tl.maximum(begin, first_row(offset - sinks, period))
+    alike = not SEGMENTS
+    if SEGMENTS and not RING:
         alike = in_one_segment(
             Starts, origin + row0 * period, origin + row_end * period,
-            offset + begin * period, offset + last_key * period, sinks, SEGMENTS, SINKS,
+            offset + begin * period, offset + last_key * period, sinks, SINKS,
         )  # fmt: skip
     if alike:
         acc, m, l = _tiles(

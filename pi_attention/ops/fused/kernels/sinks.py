@@ -119,11 +119,15 @@ def sink_sum_kernel(
         dk = tl.zeros([BS, BD], tl.float32)
         dv = tl.zeros([BS, BD], tl.float32)
         other = chunk
-        while tl.load(Owner + other, mask=other < chunks, other=-1) == start:
-            of_share = (unit.to(tl.int64) * chunks + other) * sinks * D
-            dk += load_rows(ShareK + of_share, D, 1, number, present, D, BD)
-            dv += load_rows(ShareV + of_share, D, 1, number, present, D, BD)
-            other += 1
+        while other < chunks:
+            for _ in tl.static_range(4):  # loads in flight together
+                own = number * 0 + tl.load(Owner + other, mask=other < chunks, other=-1) == start
+                of_share = (unit.to(tl.int64) * chunks + other) * sinks * D
+                dk += load_rows(ShareK + of_share, D, 1, number, present & own, D, BD)
+                dv += load_rows(ShareV + of_share, D, 1, number, present & own, D, BD)
+                other += 1
+            if tl.load(Owner + other, mask=other < chunks, other=-1) != start:
+                other = chunks
         of_group = unit.to(tl.int64) * S * D
         store_rows(GradK + of_group, D, sink, present, dk, D, BD, True)
         store_rows(GradV + of_group, D, sink, present, dv, D, BD, True)

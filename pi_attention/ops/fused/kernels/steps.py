@@ -36,8 +36,8 @@ def band_of_head(Bands, head, period, phase, first, last, mirror_first, mirror_l
 
 @triton.jit
 def first_row(origin, period):
-    """The least row r with origin + r·period ≥ 0, for origin > −period."""
-    return 1 - (origin + period) // period
+    """The least row r with origin + r·period ≥ 0."""
+    return tl.where(origin >= 0, -(origin // period), (period - 1 - origin) // period)
 
 
 @triton.jit
@@ -113,18 +113,15 @@ def visible(query_row, key_row, query_tag, key_tag, first, last, TAGS: tl.conste
 
 
 @triton.jit
-def in_one_segment(Starts, query0, query1, key0, key1, sinks, SEGMENTS: tl.constexpr, SINKS: tl.constexpr):
+def in_one_segment(Starts, query0, query1, key0, key1, sinks, SINKS: tl.constexpr):
     """Whether the positions [query0, query1] and [key0, key1] lie in one segment, with no sink among the keys.
 
     Then the tags of a tile need not be compared. A segment is one run, so its ends tell.
     """
-    start = key0 * 0
-    alike = key0 <= key1
-    if SEGMENTS:
-        start = tl.load(Starts + query0)
-        alike = alike & (start >= 0) & (tl.load(Starts + query1) == start)
-        alike = alike & (tl.load(Starts + key0, mask=alike, other=-1) == start)
-        alike = alike & (tl.load(Starts + key1, mask=alike, other=-1) == start)
+    start = tl.load(Starts + query0)
+    alike = (key0 <= key1) & (start >= 0) & (tl.load(Starts + query1) == start)
+    alike = alike & (tl.load(Starts + key0, mask=alike, other=-1) == start)
+    alike = alike & (tl.load(Starts + key1, mask=alike, other=-1) == start)
     if SINKS:
         alike = alike & (key0 - start >= sinks)
     return alike
