@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "pi_attention"
 
 ORDER = [
+    "files",
     "pattern",
     "accounting",
     "receptive_field",
@@ -70,7 +71,7 @@ ORDER = [
 ]
 """A file imports only from files above it; its own folder counts where the folder stands."""
 
-STANDARD_LIBRARY_ONLY = ["pattern", "accounting", "receptive_field", "planner", "devices"]
+STANDARD_LIBRARY_ONLY = ["files", "pattern", "accounting", "receptive_field", "planner", "devices"]
 
 
 def modules() -> dict[str, Path]:

@@ -20,6 +20,7 @@ from pi_attention.accounting import (
 )
 from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks
 from pi_attention.devices import DEVICES
+from pi_attention.files import write_text
 from pi_attention.pattern import PiPattern
 from pi_attention.planner import Plan as Found
 from pi_attention.planner import plan
@@ -88,8 +89,7 @@ class Plan:
             sizes = {"layers": self.layers, "heads": self.heads, "kv_heads": self.kv_heads or self.heads}
             model = sizes | {"hidden_size": self.heads * self.head_dim} | figures["pattern"]
             lines = ["data:", f"  context: {self.context}", "model:", *(f"  {k}: {v}" for k, v in model.items())]
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text("\n".join(lines) + "\n")
+            write_text(self.out, "\n".join(lines) + "\n")
         if self.json:
             console.print_json(json.dumps(figures))
             return 0

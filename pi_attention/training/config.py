@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from pi_attention.files import write_text
 from pi_attention.pattern import PiPattern
 
 
@@ -103,6 +104,9 @@ class RunSettings:
     """Folder of the run: checkpoints, configuration, metrics, pictures, sample."""
     resume: bool = False
     """Go on from the folder's last checkpoint; every other setting is then taken from the folder."""
+    checkpoint: int | None = None
+    """With resume: go on from the checkpoint of this step instead, where the last one is damaged; later ones are put
+    aside."""
     seed: int = 0
     """Seed of weights, order of the blocks and sample."""
     log_every: int = 10
@@ -200,15 +204,22 @@ def from_plain(kind: type[Settings], values: dict[str, Any], where: str = "") ->
 
 
 def load_yaml(kind: type[Settings], path: Path) -> Settings:
-    """Settings from a YAML file."""
+    """Settings from a YAML file, UTF-8 whatever the locale.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, it is no YAML, or a setting is unknown or of another kind.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"config={str(path)!r} does not exist.")
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not is a ValueError
+        raise ValueError(f"config={str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config={str(path)!r} must hold a mapping of settings, got {type(values).__name__}.")
     return from_plain(kind, values)
 
 
 def save_yaml(settings: object, path: Path) -> None:
-    """Write settings to a YAML file."""
-    path.write_text(yaml.safe_dump(to_plain(settings), sort_keys=False))
+    """Write settings to a YAML file, which is whole or absent."""
+    write_text(path, yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True))
