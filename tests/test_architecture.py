@@ -64,8 +64,12 @@ ORDER = [
     "data",
     "tasks",
     "plots",
+    "training.values",
     "training.config",
     "training",
+    "cli.terminal",
+    "cli.limits",
+    "cli.options",
     "cli.runs",
     "cli",
 ]

@@ -20,7 +20,7 @@ from pi_attention.accounting import (
 )
 from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks
 from pi_attention.devices import DEVICES
-from pi_attention.files import write_text
+from pi_attention.files import need_folder, write_text
 from pi_attention.pattern import PiPattern
 from pi_attention.planner import Plan as Found
 from pi_attention.planner import plan
@@ -79,6 +79,8 @@ class Plan:
             raise ValueError(f"memory must be at least 1 GiB, got {self.memory}.")
         if self.loss_slice is not None and self.loss_slice < 1:
             raise ValueError(f"loss_slice must be at least 1, got {self.loss_slice}.")
+        if self.out is not None:
+            need_folder("out", self.out.parent)
         budget = 256 if self.budget is None and self.hops is None else self.budget
         periods = self.heads if self.head_schedule else 1
         found = plan(self.context, self.layers, heads=periods, budget=budget, hops=self.hops, sinks=self.sinks)

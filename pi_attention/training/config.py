@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
 from pi_attention.files import write_text
 from pi_attention.pattern import PiPattern
+from pi_attention.training.values import as_kind
 
 
 @dataclass
@@ -184,21 +185,19 @@ def from_plain(kind: type[Settings], values: dict[str, Any], where: str = "") ->
     """Settings from plain values; what is left out keeps its default.
 
     Raises:
-        ValueError: a name is unknown; the message lists the known ones.
+        ValueError: a name is unknown, and the message lists the known ones; or a value is of another kind.
     """
-    made = kind()
+    made, kinds = kind(), get_type_hints(kind)
     for name, value in values.items():
         if name not in made.__dict__:
-            raise ValueError(f"unknown setting {where + name!r}: use one of {sorted(made.__dict__)}.")
+            raise ValueError(f"unknown setting {where + str(name)!r}: use one of {sorted(made.__dict__)}.")
         default = getattr(made, name)
         if dataclasses.is_dataclass(default):
             if not isinstance(value, dict):
                 raise ValueError(f"{where + name} must be a mapping of settings, got {value!r}.")
             value = from_plain(type(default), value, f"{where}{name}.")
-        elif isinstance(default, tuple):
-            value = tuple(value) if isinstance(value, list | tuple) else (value,)
-        elif isinstance(default, Path):
-            value = Path(value)
+        else:
+            value = as_kind(where + name, value, kinds[name])
         setattr(made, name, value)
     return made
 

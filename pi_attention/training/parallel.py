@@ -31,6 +31,7 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from pi_attention.data.packing import PackedBlocks
 from pi_attention.data.tokenizers import load_tokenizer
 from pi_attention.distributed.layout import Layout, Parallel, of_rank
+from pi_attention.files import need_folder
 from pi_attention.models import PiForCausalLM
 from pi_attention.training.checkpoints import (
     PARTIAL,
@@ -183,6 +184,7 @@ def train_over_ranks(config: TrainConfig, console: Console) -> None:
         refuse_to_overwrite(config)
         asked, checkpoint = config, None
     config.check()
+    need_folder("out", out)
     layout = Layout.parse(config.run.parallel)
     if config.optimizer.compile:
         raise ValueError("compile=True is not supported with parallel: leave one of them out.")

@@ -90,12 +90,12 @@ class ProgressBar(TrainerCallback):
             console=console,
             disable=not console.is_terminal,
         )
-        self.loss = self.validation = "–"
+        self.loss = self.validation = "-"
         self.seconds: deque[float] = deque(maxlen=RECENT)  # of the last steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.task = self.progress.add_task(
-            "", total=state.max_steps, completed=state.global_step, loss="–", validation="–", speed="–"
+            "", total=state.max_steps, completed=state.global_step, loss="-", validation="-", speed="-"
         )
         if state.is_world_process_zero:
             self.progress.start()
@@ -125,7 +125,7 @@ class ProgressBar(TrainerCallback):
         self.progress.stop()
 
     def _speed(self) -> str:
-        return f"{self.tokens_per_step / median(self.seconds):,.0f}" if self.seconds else "–"
+        return f"{self.tokens_per_step / median(self.seconds):,.0f}" if self.seconds else "-"
 
     def _show(self, step: int) -> None:
         self.progress.update(self.task, completed=step, loss=self.loss, validation=self.validation, speed=self._speed())

@@ -21,7 +21,7 @@ from pi_attention import plots
 from pi_attention.data.corpus import load_documents
 from pi_attention.data.packing import PackedBlocks, hold_out
 from pi_attention.data.tokenizers import load_tokenizer
-from pi_attention.files import write_text
+from pi_attention.files import need_folder, write_text
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.nn import record_aux
 from pi_attention.tasks.generation import generate_text
@@ -60,6 +60,7 @@ def train(config: TrainConfig, console: Console) -> bool:
     else:
         refuse_to_overwrite(config)
     config.check()
+    need_folder("out", out)
     trained = checkpoint is not None and step_of(checkpoint) >= config.optimizer.steps
     if trained and (out / SUMMARY).exists():
         console.print(f"{out}/ holds a finished run of {config.optimizer.steps} steps: nothing is left to do.")
