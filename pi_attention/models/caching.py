@@ -39,6 +39,10 @@ class PiCacheLayer(CacheLayerMixin):
     def is_initialized(self) -> bool:
         return self.cache.kept is not None
 
+    @property
+    def record_past(self) -> bool:
+        return self.cache.recording
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: the first update allocates."""
 
@@ -81,13 +85,33 @@ class PiCacheLayer(CacheLayerMixin):
             self.cache.reorder(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.cache.reorder(indices)
+        if self.keys is not None:
+            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+            self.cache.reorder(rows[torch.as_tensor(indices).to(rows.device)])
 
     def activate_past_recording(self) -> None:
         self.cache.record()
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.cache.crop(abs(int(tokens_to_remove)))  # a tensor from transformers 5.17
+        """Forget the last −`tokens_to_remove` tokens, all of them where there are fewer; as transformers' layers.
+
+        Raises:
+            ValueError: the number is positive.
+            RuntimeError: tokens that the pattern sees from there are gone, because nothing was recorded.
+        """
+        tokens = -int(tokens_to_remove)  # a tensor from transformers 5.17
+        if tokens < 0:
+            raise ValueError(
+                f"crop({-tokens}) is not supported: a negative number, such as {tokens}, removes so many tokens."
+            )
+        if tokens >= self.cache.length:
+            if tokens and self.is_initialized:
+                self.cache.reset()
+            return
+        try:
+            self.cache.crop(tokens)
+        except ValueError as error:
+            raise RuntimeError(f"{error} Here: activate_past_recording().") from error
 
     def offload(self) -> None:
         self.cache.to("cpu")
@@ -98,15 +122,17 @@ class PiCacheLayer(CacheLayerMixin):
         )
 
 
-class PiCache(Cache):
+class PiCache(DynamicCache):
     """The decoding cache of a model: for each layer what its pattern can still see.
+
+    A `DynamicCache` for whoever asks; only its layers are other ones.
 
     Args:
         patterns: of the layers, `config.patterns()`.
     """
 
     def __init__(self, patterns: list[PiPattern]) -> None:
-        super().__init__(layers=[PiCacheLayer(pattern) for pattern in patterns])
+        Cache.__init__(self, layers=[PiCacheLayer(pattern) for pattern in patterns])
 
     def begin(self, segment_ids: Tensor | None) -> None:
         """Before new tokens of a model that knows no segments: the ids [B, length + T], which place the sinks."""
@@ -158,7 +184,9 @@ class BoundedGeneration:
             raise NotImplementedError(
                 f"cache_implementation={cache_implementation!r}: a cache is bounded, keep it on the device ('static')."
             )
-        return PiStaticCache(self.config.patterns(), max_cache_len)
+        # as large as any before, because another size would compile again
+        self._previous_max_cache_length = max(max_cache_len, getattr(self, "_previous_max_cache_length", -1))
+        return PiStaticCache(self.config.patterns(), self._previous_max_cache_length)
 
     @staticmethod
     def create_masks_for_generate(
@@ -174,6 +202,10 @@ class BoundedGeneration:
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.cache_implementation == "offloaded":
+            raise NotImplementedError(
+                "cache_implementation='offloaded': a cache is bounded, keep it on the device (leave the option out)."
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
             model_kwargs["past_key_values"] = self.new_cache()
