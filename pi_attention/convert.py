@@ -23,6 +23,7 @@ from pi_attention.models.interface import (
     settings_of,
 )
 from pi_attention.models.modeling_pi import initialise, segments_of_batch, static_segments
+from pi_attention.models.near_sinks import NearSinks
 from pi_attention.models.static_cache import PiStaticCache
 from pi_attention.nn.gate import FusionGate
 from pi_attention.pattern import PiPattern, need_pattern
@@ -127,8 +128,7 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
     def new_cache(self) -> PiCache:
         """An empty decoding cache; beyond the pretrained model's context its sinks move along with the text.
 
-        So a text of any length can be streamed through it; a prompt that is longer than that context must come in
-        chunks (`generate(prefill_chunk_size=…)`).
+        So a text of any length can be streamed through it, in calls of any number of tokens.
         """
         cache = super().new_cache()
         context = getattr(self.config.text_config, "max_position_embeddings", None)
@@ -136,6 +136,18 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
         if context is not None and frequencies is not None:
             cache.keep_sinks_near(context, frequencies)
         return cache
+
+    def _sinks_beyond(self, length: int, cache: PiCache | PiStaticCache | None) -> list[NearSinks | None] | None:
+        """How the sinks of each layer move once `length` tokens exceed the pretrained context; None before."""
+        context = getattr(self.config.text_config, "max_position_embeddings", None)
+        if context is None or length <= context or isinstance(cache, PiStaticCache):
+            return None
+        filled = cache if isinstance(cache, PiCache) and any(layer.near for layer in cache.layers) else self.new_cache()
+        near = [layer.near for layer in filled.layers]
+        if isinstance(cache, PiCache):
+            for layer, of_layer in zip(cache.layers, near, strict=True):
+                layer.near = of_layer  # of a cache that was not made by new_cache
+        return near
 
     def _prepare_static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
@@ -185,6 +197,10 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
         elif segment_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             segment_ids = segments_of_batch(attention_mask, position_ids, past, *like.shape[:2])
+        near = None
+        if any(pattern.sinks for pattern in self._patterns):
+            past = past_key_values.get_seq_length() if isinstance(past_key_values, PiCache) else 0
+            near = self._sinks_beyond(past + like.shape[1], past_key_values)
         if isinstance(past_key_values, PiCache):
             past_key_values.begin(segment_ids)
         return self.model(
@@ -195,7 +211,7 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
-            pi_call=ConvertedCall(self._patterns, segment_ids, past_key_values),
+            pi_call=ConvertedCall(self._patterns, segment_ids, past_key_values, near),
             **kwargs,
         )
 

@@ -52,6 +52,7 @@ ORDER = [
     "bill",
     "models.configuration_pi",
     "models.static_cache",
+    "models.near_sinks",
     "models.caching",
     "models.rotary",
     "models.loss",

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from pi_attention.cache import LayerCache
+from pi_attention.models.near_sinks import NearSinks, sinks_among
 from pi_attention.models.static_cache import PiStaticCache, PiStaticLayer
 from pi_attention.nn.rope import moved_rotary
 from pi_attention.pattern import PiPattern
@@ -25,7 +26,7 @@ class PiCacheLayer(CacheLayerMixin):
     def __init__(self, pattern: PiPattern) -> None:
         self.cache = LayerCache(pattern)
         self.starts: Tensor | None = None  # where the segments of the next tokens begin, unless `update` is told
-        self.near: tuple[int, Tensor] | None = None  # see PiCache.keep_sinks_near
+        self.near: NearSinks | None = None  # see PiCache.keep_sinks_near
 
     @property
     def keys(self) -> Tensor | None:
@@ -51,18 +52,23 @@ class PiCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         starts = self.starts if starts is None else starts
         key, value = self.cache.update(key_states, value_states, starts)
-        if self.near is None or self.cache.length <= self.near[0]:
-            return key, value
-        most, frequencies = self.near
+        if self.near is None or self.cache.length <= self.near.most or key_states.shape[2] > 1:
+            return key, value  # with several queries, each has sinks of its own: see NearSinks
+        frequencies = self.near.frequencies
         start = torch.zeros(1, dtype=torch.long, device=key.device) if starts is None else starts
-        by = (self.cache.length - start - most).clamp(min=0)[:, None]
-        number = self.cache.select(torch.arange(self.cache.length, device=key.device)[None]) - start[:, None]
-        sinks = (number >= 0) & (number < self.cache.pattern.sinks)  # in their slots, or still among the last tokens
+        by = self.near.shift(torch.tensor(self.cache.length - 1, device=key.device), start)[:, None]
+        sinks = sinks_among(self.positions(), start[:, None], self.cache.pattern)
         if starts is None:  # then they come first, and the rest need not be turned
             slots = self.cache.pattern.sinks
             by = torch.where(sinks[:, :slots], by, 0)
             return torch.cat([moved_rotary(key[:, :, :slots], by, frequencies), key[:, :, slots:]], dim=2), value
         return moved_rotary(key, torch.where(sinks, by, 0), frequencies), value
+
+    def positions(self) -> Tensor:
+        """Of the keys last returned, [B, keys]; −1 for an empty sink slot."""
+        assert self.keys is not None
+        every = torch.arange(self.cache.length, device=self.keys.device)
+        return self.cache.select(every.expand(self.keys.shape[0], -1))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         kept = 0 if self.keys is None else self.keys.shape[2]
@@ -145,8 +151,7 @@ class PiCache(DynamicCache):
     def keep_sinks_near(self, most: int, frequencies: list[Tensor | None]) -> None:
         """Let sinks move along, so that none is `most` tokens or more before the newest token.
 
-        A pretrained model knows no larger lag than its context; window and skips stay below it, sinks would not
-        (arXiv 2309.17453 gives sinks a position in the cache for the same reason).
+        See `NearSinks` for why, and for several queries at once.
 
         Args:
             most: tokens, the context of the pretrained model.
@@ -154,7 +159,7 @@ class PiCache(DynamicCache):
         """
         for layer, of_layer in zip(self.layers, frequencies, strict=True):
             if layer.cache.pattern.sinks and of_layer is not None:
-                layer.near = most, of_layer
+                layer.near = NearSinks(most, of_layer)
 
     @property
     def nbytes(self) -> int:
