@@ -8,9 +8,11 @@ from test_convert import FAMILIES, SIZES
 from test_models import make
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pi_attention import PiPattern
+from pi_attention import PiPattern, pi_attention
 from pi_attention.convert import convert
 from pi_attention.models import PiCache
+from pi_attention.models.near_sinks import NearSinks, sinks_among
+from pi_attention.nn.rope import moved_rotary, rotary_frequencies
 
 PATTERNS = st.builds(
     PiPattern,
@@ -118,22 +120,34 @@ def test_a_cache_that_the_user_made_moves_its_sinks_too():
         torch.testing.assert_close(own, logits_by(model, ids, 1), rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_beyond_the_context_are_those_of_moved_sinks():
-    model = streaming(PiPattern(4, 4, 2, sinks=3), 24)
-    ids = torch.randint(3, 99, (1, 40))
+def test_values_and_gradients_are_those_of_sinks_moved_for_each_query():
+    pattern, most, dim = PiPattern(3, 4, 2, sinks=2), 6, 8
+    query, key, value = (torch.randn(1, 2, 14, dim, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    near = NearSinks(most, rotary_frequencies(dim - 2, 100.0))  # a partial rotary embedding
+    position = torch.arange(14)[None]
+    shift, is_sink = near.shift(position, 0), sinks_among(position, 0, pattern)
 
-    def total():
-        return model(ids, use_cache=False).logits.cos().sum()
+    def operator(query, key, value):
+        return pi_attention(query, key, value, pattern, scale=dim**-0.5, impl="reference")
 
-    total().backward()
-    weight = model.model.model.layers[0].self_attn.k_proj.weight
-    found, step = weight.grad[0, 0].item(), 1e-6
-    with torch.no_grad():
-        sums = []
-        for move in (step, -2 * step):
-            weight[0, 0] += move
-            sums.append(total().item())
-    assert abs((sums[0] - sums[1]) / (2 * step) - found) < 1e-4 * max(1, abs(found))
+    def together(query, key, value):
+        return near.attend(operator, query, key, value, shift, is_sink)
+
+    def one_by_one(query, key, value):
+        outs = []
+        for i in range(14):
+            moved = moved_rotary(key[:, :, : i + 1], shift[:, i : i + 1] * is_sink[:, : i + 1], near.frequencies)
+            outs.append(operator(query[:, :, i : i + 1], moved, value[:, :, : i + 1]))
+        return torch.cat(outs, dim=2)
+
+    torch.testing.assert_close(together(query, key, value), one_by_one(query, key, value), rtol=1e-5, atol=1e-5)
+    weights = torch.randn(1, 2, 14, dim, dtype=torch.float64)
+    got, want = (
+        torch.autograd.grad((way(query, key, value) * weights).sum(), (query, key, value))
+        for way in (together, one_by_one)
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
