@@ -22,6 +22,7 @@ ORDER = [
     "ops.layout",
     "ops.single",
     "ops.bands",
+    "ops.functional",
     "ops.library",
     "ops.blocked",
     "ops.triton.band",

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pi_attention.ops.bands import compute_dtype
+from pi_attention.ops.functional import differentiable_band, transforming
 from pi_attention.ops.fusion import fuse, gate_values
-from pi_attention.ops.library import band
+from pi_attention.ops.library import band as registered_band
 from pi_attention.pattern import PiPattern
 
 
@@ -74,6 +75,7 @@ def blocked_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
+    band = differentiable_band if transforming() else registered_band
     local, lse_local = band(query, key, value, starts, pattern.to_ints(), False, scale)
     if pattern.sinks:
         local, lse_local = join_sinks(local, lse_local, query, key, value, starts, pattern, scale)

@@ -5,6 +5,7 @@ This file needs torch alone, so that the operators are registered before anythin
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from pi_attention.ops.blocked import join_sinks
 from pi_attention.ops.decoding import decode, is_decoding
+from pi_attention.ops.functional import transforming
 from pi_attention.ops.fusion import fuse, gate_values
 from pi_attention.pattern import PiPattern
 
 BOTH, LOCAL, SKIP = 0, 1, 2
 HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off")
 
 
 def why_not_triton(query: Tensor) -> str | None:
@@ -29,6 +32,10 @@ def why_not_triton(query: Tensor) -> str | None:
 
         if not knobs.runtime.interpret:
             return f"the tensors are on {query.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
+    if transforming():
+        return "forward mode and the transforms of torch.func are asked for, and the kernels have reverse mode alone"
+    if query.dtype == torch.bfloat16 and (not query.is_cuda or INTERPRETED):
+        return "Triton's interpreter computes products of bfloat16 wrongly; take float16 or float32"
     if query.dtype == torch.float64:
         return "the kernels compute in fp32, and the tensors are float64"
     if query.shape[3] > 256:
