@@ -25,7 +25,9 @@ from pi_attention.models.interface import (
 from pi_attention.models.modeling_pi import initialise, segments_of_batch, static_segments
 from pi_attention.models.near_sinks import NearSinks
 from pi_attention.models.static_cache import PiStaticCache
+from pi_attention.models.undo import undone_on_failure
 from pi_attention.nn.gate import FusionGate
+from pi_attention.ops.checks import DTYPES
 from pi_attention.pattern import PiPattern, need_pattern
 
 MOVING = ("dynamic", "longrope")
@@ -107,7 +109,7 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
                 continue
             found.add(layer)
             gate = FusionGate(config.hidden_size, config.num_attention_heads)
-            module.pi_gate = gate.to(module.q_proj.weight.device, module.q_proj.weight.dtype)
+            module.pi_gate = gate.to(module.q_proj.weight.device, _compute_dtype(self.model, module.q_proj))
             module.register_forward_pre_hook(_pass_gate, with_kwargs=True)
         missed = [layer for layer, pattern in enumerate(patterns) if pattern.skips != 0 and layer not in found]
         if self.config.gate and missed:
@@ -216,6 +218,16 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
         )
 
 
+def _compute_dtype(model: PreTrainedModel, projection: nn.Module) -> torch.dtype:
+    """What a layer computes in: the dtype of its weights, unless they are quantised; then that of the embeddings."""
+    embeddings: Any = model.get_input_embeddings()
+    weights: Any = projection.weight
+    for dtype in (weights.dtype, embeddings.weight.dtype, model.config.dtype):
+        if dtype in DTYPES:
+            return dtype
+    return torch.float32
+
+
 def _takes_gate(module: nn.Module) -> bool:
     """Whether it is the attention of a layer, of the make that a gate can be added to."""
     return getattr(module, "layer_idx", None) is not None and hasattr(module, "q_proj")
@@ -263,7 +275,7 @@ def convert(
 
     With the same weights the first forward is sparse softmax attention over the pattern: fusion="mass", whose learned
     gate starts at a = 0. Layers that have a sliding window of their own keep it. Model and config are changed in
-    place: use what is returned.
+    place, unless an error is raised: use what is returned.
 
     Args:
         model: a decoder of transformers that uses its attention interface (Llama, Qwen, Mistral, Gemma, SmolLM …).
@@ -312,11 +324,12 @@ def convert(
             stacklevel=2,
         )
     register_names()
-    setattr(config, SETTINGS, settings_of(pattern, layers))
-    model.set_attn_implementation(NAME)
-    converted = PiConvertedForCausalLM(PiConvertedConfig(config, gate=gate), model)
-    converted.generation_config = model.generation_config
-    return converted.train(model.training)
+    with undone_on_failure(model):
+        setattr(config, SETTINGS, settings_of(pattern, layers))
+        model.set_attn_implementation(NAME)
+        converted = PiConvertedForCausalLM(PiConvertedConfig(config, gate=gate), model)
+        converted.generation_config = model.generation_config
+        return converted.train(model.training)
 
 
 AutoConfig.register("pi_converted", PiConvertedConfig, exist_ok=True)

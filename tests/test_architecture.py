@@ -53,6 +53,8 @@ ORDER = [
     "bill",
     "models.configuration_pi",
     "models.static_cache",
+    "models.continuous",
+    "models.undo",
     "models.near_sinks",
     "models.caching",
     "models.rotary",

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from pi_attention.cache import LayerCache
+from pi_attention.models.continuous import REFUSAL
 from pi_attention.models.near_sinks import NearSinks, sinks_among
 from pi_attention.models.static_cache import PiStaticCache, PiStaticLayer
 from pi_attention.nn.rope import moved_rotary
@@ -178,9 +179,7 @@ class BoundedGeneration:
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         """Refused: paged caches hold blocks of consecutive keys, and ours keeps what the pattern sees."""
-        raise NotImplementedError(
-            "continuous batching needs a paged cache, which π-Attention has not: use generate with a left-padded batch."
-        )
+        raise NotImplementedError(REFUSAL)
 
     def _prepare_static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any

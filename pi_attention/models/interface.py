@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from pi_attention.models.caching import PiCache
 from pi_attention.models.configuration_pi import DENSE
+from pi_attention.models.continuous import refuse_continuous_batching
 from pi_attention.models.modeling_pi import segments_of_batch
 from pi_attention.models.near_sinks import NearSinks, sinks_among
 from pi_attention.models.static_cache import PiStaticCache
@@ -99,6 +100,7 @@ def register(pattern: PiPattern | None = None) -> None:
 def register_names() -> None:
     """The part of `register` that needs no pattern."""
     AttentionInterface.register(NAME, attention_forward)
+    refuse_continuous_batching(NAME)
     AttentionMaskInterface.register(NAME, padding_of_keys)  # without it transformers drops padding silently
 
 

@@ -30,7 +30,7 @@ class PiStaticLayer(CacheLayerMixin):
         super().__init__()
         self.pattern = pattern
         reach = max_cache_len if pattern.reach is None else pattern.reach + 1
-        self.sinks = pattern.sinks if reach < max_cache_len else 0  # else none is ever forgotten
+        self.sinks = min(pattern.sinks, max(0, max_cache_len - reach))  # the others are never forgotten
         self.max_cache_len = max_cache_len
         self.slots = self.sinks + min(reach, max_cache_len)
         self.ids: Tensor | None = None  # [B, slots] int32

@@ -176,7 +176,7 @@ def launch_decode(launch: Launch, gate: Tensor | None, mass: bool) -> tuple[Tens
         (query, launch.key, launch.value, *launch.others(), parts, part_lse),
         launch.strides(),
         (
-            *(splits, heads, length, keys, *row_lags(pattern, True, 0, keys), pattern.sinks),
+            *(splits, heads, length, keys, *row_lags(pattern, True, 0, keys), min(pattern.sinks, keys)),
             *(window, launch.scale * LOG2E),
         ),
         _decode_constants(

@@ -97,7 +97,12 @@ def make_plan(kernel: str, pattern: PiPattern, skip: bool, shape: Shape, flags: 
         PRECISION=shape.precision,
     )
     programs = count * (shape.groups if kernel == "backward key" else shape.heads)
-    return Plan(programs, (count, shape.heads, shape.queries, shape.keys, *lags, pattern.sinks), tiles, constants)
+    return Plan(
+        programs,
+        (count, shape.heads, shape.queries, shape.keys, *lags, min(pattern.sinks, shape.keys)),
+        tiles,
+        constants,
+    )
 
 
 @lru_cache(maxsize=16)
