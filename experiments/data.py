@@ -71,7 +71,7 @@ Captioned = tuple[Tensor, list[str], list[str]]
 def open_clip_art(data: Path) -> Captioned:
     """Drawings of Open Clip Art with their titles."""
     how = "put openclipart64.npz and openclipart_pairs.jsonl there"
-    lines = need(data / "openclipart" / "openclipart_pairs.jsonl", how).read_text().splitlines()
+    lines = need(data / "openclipart" / "openclipart_pairs.jsonl", how).read_text(encoding="utf-8").splitlines()
     pairs = [json.loads(line) for line in lines]
     with np.load(need(data / "openclipart" / "openclipart64.npz", how)) as arrays:
         pixels = torch.from_numpy(arrays["x"][[pair["row"] for pair in pairs]])
@@ -84,7 +84,7 @@ def emoji(data: Path) -> Captioned:
 
     folder = data / "emoji"
     how = "put emojibase-data's en/compact.json there, and emoji-datasource's img/VENDOR/64 as VENDOR/64"
-    entries = json.loads(need(folder / "compact.json", how).read_text())
+    entries = json.loads(need(folder / "compact.json", how).read_text(encoding="utf-8"))
 
     def make() -> dict[str, np.ndarray]:
         pixels, of_entry, vendors = [], [], []
@@ -124,6 +124,6 @@ def karpathy(listing: Path, images: Path, part: str) -> list[tuple[Path, list[st
     parts = {"train", "restval"} if part == "train" else {part}
     return [
         (images / entry.get("filepath", "") / entry["filename"], [line["raw"] for line in entry["sentences"]])
-        for entry in json.loads(listing.read_text())["images"]
+        for entry in json.loads(listing.read_text(encoding="utf-8"))["images"]
         if entry["split"] in parts
     ]

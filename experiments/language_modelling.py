@@ -100,7 +100,7 @@ def wikitext(corpus: str, vocabulary: int, length: int, data: Path) -> tuple[Ten
     if corpus.partition(":")[0].endswith("/wikitext"):
         text = "".join(hub(corpus, "test"))
     else:
-        text = need(data / "wikitext-103" / "wiki.test.tokens", "WikiText-103's test file").read_text()
+        text = need(data / "wikitext-103" / "wiki.test.tokens", "WikiText-103's test file").read_text(encoding="utf-8")
     ids = bpe(corpus, vocabulary, data).encode(text).ids
     kept = len(ids) // length * length
     words = len(text.split()) + text.count("\n")  # <eos> for each line, as is the custom

@@ -52,7 +52,7 @@ class Experiment:
 def load(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The finished rows of an experiment."""
     path = folder / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def on_dataset(experiment: Experiment, dataset: str) -> Experiment:
@@ -147,7 +147,7 @@ def _measure_all(
         done.append(row)
         path = folder / f"{experiment.name}.json"
         part = path.with_suffix(".part")
-        part.write_text(json.dumps({"experiment": experiment.name, "rows": done}, indent=1) + "\n")
+        part.write_text(json.dumps({"experiment": experiment.name, "rows": done}, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
         shown = {name: value for name, value in row["result"].items() if isinstance(value, int | float)}
         print(experiment.name, row["settings"], shown, f"{row['seconds']} s", flush=True)

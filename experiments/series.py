@@ -29,7 +29,7 @@ Part = tuple[np.ndarray, np.ndarray]
 
 def _columns(path: Path) -> dict[str, list[str]]:
     need(path, "put the gzipped CSV file there")
-    with gzip.open(path, "rt") as lines:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -108,7 +108,7 @@ def labelled(task: str, data: Path) -> tuple[list[tuple[Tensor, int]], list[tupl
 
     def read(part: str) -> list[tuple[Tensor, int]]:
         path = need(data / FOLDER / f"{task}_{part}.ts", "take it from the UCR archive, or from sktime's package")
-        rows = [line for line in path.read_text().splitlines() if line and line[0] not in "#@"]
+        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line and line[0] not in "#@"]
         split = [row.rpartition(":") for row in rows]
         series = [torch.tensor([float(x) for x in values.split(",")]) for values, _, _ in split]
         return [

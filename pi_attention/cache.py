@@ -84,6 +84,10 @@ class LayerCache:
         new = torch.stack([key, value])
         if self._buffer is None:
             self._buffer = new.new_zeros(*new.shape[:3], self.pattern.sinks, new.shape[4])
+        elif (
+            not torch.compiler.is_compiling() and self._buffer.is_inference() and not torch.is_inference_mode_enabled()
+        ):
+            self._buffer = self._buffer.clone()  # of inference mode, which alone may write to it
         reach = self.pattern.reach
         forgotten = 0 if reach is None else max(0, self._end - self._first - reach)
         sinks = self._sinks_after_forgetting(forgotten, starts)

@@ -23,8 +23,11 @@ from pi_attention.models.interface import (
     settings_of,
 )
 from pi_attention.models.modeling_pi import initialise, segments_of_batch, static_segments
+from pi_attention.models.near_sinks import NearSinks
 from pi_attention.models.static_cache import PiStaticCache
+from pi_attention.models.undo import undone_on_failure
 from pi_attention.nn.gate import FusionGate
+from pi_attention.ops.checks import DTYPES
 from pi_attention.pattern import PiPattern, need_pattern
 
 MOVING = ("dynamic", "longrope")
@@ -106,7 +109,7 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
                 continue
             found.add(layer)
             gate = FusionGate(config.hidden_size, config.num_attention_heads)
-            module.pi_gate = gate.to(module.q_proj.weight.device, module.q_proj.weight.dtype)
+            module.pi_gate = gate.to(module.q_proj.weight.device, _compute_dtype(self.model, module.q_proj))
             module.register_forward_pre_hook(_pass_gate, with_kwargs=True)
         missed = [layer for layer, pattern in enumerate(patterns) if pattern.skips != 0 and layer not in found]
         if self.config.gate and missed:
@@ -127,8 +130,7 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
     def new_cache(self) -> PiCache:
         """An empty decoding cache; beyond the pretrained model's context its sinks move along with the text.
 
-        So a text of any length can be streamed through it; a prompt that is longer than that context must come in
-        chunks (`generate(prefill_chunk_size=…)`).
+        So a text of any length can be streamed through it, in calls of any number of tokens.
         """
         cache = super().new_cache()
         context = getattr(self.config.text_config, "max_position_embeddings", None)
@@ -136,6 +138,18 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
         if context is not None and frequencies is not None:
             cache.keep_sinks_near(context, frequencies)
         return cache
+
+    def _sinks_beyond(self, length: int, cache: PiCache | PiStaticCache | None) -> list[NearSinks | None] | None:
+        """How the sinks of each layer move once `length` tokens exceed the pretrained context; None before."""
+        context = getattr(self.config.text_config, "max_position_embeddings", None)
+        if context is None or length <= context or isinstance(cache, PiStaticCache):
+            return None
+        filled = cache if isinstance(cache, PiCache) and any(layer.near for layer in cache.layers) else self.new_cache()
+        near = [layer.near for layer in filled.layers]
+        if isinstance(cache, PiCache):
+            for layer, of_layer in zip(cache.layers, near, strict=True):
+                layer.near = of_layer  # of a cache that was not made by new_cache
+        return near
 
     def _prepare_static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
@@ -185,6 +199,10 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
         elif segment_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             segment_ids = segments_of_batch(attention_mask, position_ids, past, *like.shape[:2])
+        near = None
+        if any(pattern.sinks for pattern in self._patterns):
+            past = past_key_values.get_seq_length() if isinstance(past_key_values, PiCache) else 0
+            near = self._sinks_beyond(past + like.shape[1], past_key_values)
         if isinstance(past_key_values, PiCache):
             past_key_values.begin(segment_ids)
         return self.model(
@@ -195,9 +213,19 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
-            pi_call=ConvertedCall(self._patterns, segment_ids, past_key_values),
+            pi_call=ConvertedCall(self._patterns, segment_ids, past_key_values, near),
             **kwargs,
         )
+
+
+def _compute_dtype(model: PreTrainedModel, projection: nn.Module) -> torch.dtype:
+    """What a layer computes in: the dtype of its weights, unless they are quantised; then that of the embeddings."""
+    embeddings: Any = model.get_input_embeddings()
+    weights: Any = projection.weight
+    for dtype in (weights.dtype, embeddings.weight.dtype, model.config.dtype):
+        if dtype in DTYPES:
+            return dtype
+    return torch.float32
 
 
 def _takes_gate(module: nn.Module) -> bool:
@@ -247,7 +275,7 @@ def convert(
 
     With the same weights the first forward is sparse softmax attention over the pattern: fusion="mass", whose learned
     gate starts at a = 0. Layers that have a sliding window of their own keep it. Model and config are changed in
-    place: use what is returned.
+    place, unless an error is raised: use what is returned.
 
     Args:
         model: a decoder of transformers that uses its attention interface (Llama, Qwen, Mistral, Gemma, SmolLM …).
@@ -296,11 +324,12 @@ def convert(
             stacklevel=2,
         )
     register_names()
-    setattr(config, SETTINGS, settings_of(pattern, layers))
-    model.set_attn_implementation(NAME)
-    converted = PiConvertedForCausalLM(PiConvertedConfig(config, gate=gate), model)
-    converted.generation_config = model.generation_config
-    return converted.train(model.training)
+    with undone_on_failure(model):
+        setattr(config, SETTINGS, settings_of(pattern, layers))
+        model.set_attn_implementation(NAME)
+        converted = PiConvertedForCausalLM(PiConvertedConfig(config, gate=gate), model)
+        converted.generation_config = model.generation_config
+        return converted.train(model.training)
 
 
 AutoConfig.register("pi_converted", PiConvertedConfig, exist_ok=True)

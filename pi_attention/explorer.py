@@ -6,6 +6,7 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+from pi_attention.files import write_text
 from pi_attention.pattern import PiPattern
 
 
@@ -32,6 +33,5 @@ def write_explorer(path: Path, pattern: PiPattern, *, heads: int, layers: int, c
         "context": context,
         "schedule": schedule,
     }
-    page = files("pi_attention").joinpath("explorer.html").read_text()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page.replace("/*INITIAL*/{}", json.dumps(initial)))
+    page = files("pi_attention").joinpath("explorer.html").read_text(encoding="utf-8")
+    write_text(path, page.replace("/*INITIAL*/{}", json.dumps(initial)))

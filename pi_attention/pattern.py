@@ -17,6 +17,9 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
+MOST_TOKENS = 2**62
+"""Of any field and of the reach: sums of two of them still fit into 64 bits."""
+
 
 @dataclass(frozen=True)
 class Band:
@@ -126,6 +129,13 @@ class PiPattern:
             raise ValueError(
                 "ring=True needs causal=False: on a ring there is no past. Set causal=False or ring=False."
             )
+        largest = {"window": self.window, "period": max(self.periods), "sinks": self.sinks, "reach": self.reach or 0}
+        for name, value in largest.items():
+            if value > MOST_TOKENS:
+                raise ValueError(
+                    f"{name}={value} is beyond 2**62 tokens, the most that positions can count: take less "
+                    f"{'skips or a smaller period' if name == 'reach' else 'of it; a window of 2**40 is dense'}."
+                )
         if self.sinks and not self.causal:
             raise ValueError(f"sinks={self.sinks} needs causal=True: sinks are the first keys before a query.")
 

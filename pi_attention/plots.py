@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from pi_attention.accounting import Sizes, model_flops
+from pi_attention.files import replacing
 from pi_attention.pattern import Band, PiPattern
 from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density
 from pi_attention.tasks.influence import Influence
@@ -46,10 +47,9 @@ def _figure(width: float, height: float, **options: Any) -> tuple[Figure, Any]:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a picture; the ending of the path is its format (png, svg, pdf)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), replacing(path) as partial:
         metadata = {"Date": None} if path.suffix == ".svg" else None  # the same picture is the same file
-        figure.savefig(path, dpi=150, metadata=metadata)
+        figure.savefig(partial, dpi=150, metadata=metadata)
 
 
 def curves(lines: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str, *, log: bool = False) -> Figure:

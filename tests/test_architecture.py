@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "pi_attention"
 
 ORDER = [
+    "files",
     "pattern",
     "accounting",
     "receptive_field",
@@ -16,12 +17,14 @@ ORDER = [
     "explorer",
     "segments",
     "masks",
+    "ops.transforms",
     "ops.fusion",
     "ops.reference",
     "ops.sinks",
     "ops.blocked.rows",
     "ops.blocked.one_query",
     "ops.blocked.band",
+    "ops.blocked.functional",
     "ops.blocked.operator",
     "ops.blocked.attention",
     "ops.fused.kernels.steps",
@@ -50,6 +53,9 @@ ORDER = [
     "bill",
     "models.configuration_pi",
     "models.static_cache",
+    "models.continuous",
+    "models.undo",
+    "models.near_sinks",
     "models.caching",
     "models.rotary",
     "models.loss",
@@ -62,14 +68,18 @@ ORDER = [
     "data",
     "tasks",
     "plots",
+    "training.values",
     "training.config",
     "training",
+    "cli.terminal",
+    "cli.limits",
+    "cli.options",
     "cli.runs",
     "cli",
 ]
 """A file imports only from files above it; its own folder counts where the folder stands."""
 
-STANDARD_LIBRARY_ONLY = ["pattern", "accounting", "receptive_field", "planner", "devices"]
+STANDARD_LIBRARY_ONLY = ["files", "pattern", "accounting", "receptive_field", "planner", "devices"]
 
 
 def modules() -> dict[str, Path]:

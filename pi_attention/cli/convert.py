@@ -8,6 +8,8 @@ from typing import Literal
 
 from rich.console import Console
 
+from pi_attention.files import need_folder
+
 
 @dataclass
 class Convert:
@@ -50,6 +52,7 @@ class Convert:
             raise ValueError("model is empty: give the folder or the hub name of a pretrained model.")
         if (self.out / "config.json").exists():
             raise FileExistsError(f"out={str(self.out)!r} holds a model already: choose another folder, or delete it.")
+        need_folder("out", self.out)
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

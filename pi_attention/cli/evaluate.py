@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from pi_attention.files import need_folder, write_text
+
 if TYPE_CHECKING:
     from pi_attention.data.packing import PackedBlocks
 
@@ -44,6 +46,7 @@ class Eval:
         from pi_attention.cli.runs import load_run
         from pi_attention.tasks.language_modelling import evaluate
 
+        need_folder("out", self.out or self.run)
         model, tokenizer = load_run(self.run)
         blocks = self._blocks(model, tokenizer)
         if not console.is_terminal:  # where no bar is shown
@@ -60,12 +63,8 @@ class Eval:
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
         out = self.out or self.run
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "eval.json").write_text(
-            json.dumps(
-                {"data": self.data or "validation", "context": blocks.context} | dataclasses.asdict(result), indent=2
-            )
-        )
+        found = {"data": self.data or "validation", "context": blocks.context} | dataclasses.asdict(result)
+        write_text(out / "eval.json", json.dumps(found, indent=2))
         plots.save(plots.loss_by_position(result.position, result.loss_by_position), out / "loss_by_position.png")
         console.print(
             f"{result.tokens:,} tokens: loss {result.loss:.4f} nats, perplexity {result.perplexity:.3f} a token, "
@@ -81,7 +80,7 @@ class Eval:
         from pi_attention.data.corpus import load_documents
         from pi_attention.data.packing import PackedBlocks
         from pi_attention.training.config import TrainConfig, load_yaml
-        from pi_attention.training.train import SETTINGS, load_blocks
+        from pi_attention.training.train import SETTINGS, load_blocks, need_whole_settings
 
         context = self.context or model.config.max_position_embeddings
         if self.data is not None:
@@ -89,6 +88,7 @@ class Eval:
             return PackedBlocks(documents, tokenizer, context)
         if not (self.run / SETTINGS).exists():
             raise ValueError("data is needed: a saved model, unlike a run, has no validation text of its own.")
+        need_whole_settings(self.run / SETTINGS)
         config = load_yaml(TrainConfig, self.run / SETTINGS)
         config.data.context = context
         return load_blocks(config, tokenizer)[1]

@@ -77,7 +77,7 @@ class Experiment:
                 raise ValueError("dataset needs the name of the experiment to run: language_modelling, for example.")
             chosen = [runner.on_dataset(entry, self.dataset) for entry in chosen]
         for entry in chosen:
-            console.print(f"[bold]{entry.title}[/]")
+            console.print(entry.title, style="bold")
             runner.run(
                 entry,
                 self.scale,

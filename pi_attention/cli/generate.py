@@ -23,7 +23,7 @@ class Generate:
     temperature: float = 0.8
     """Sampling temperature; 0 is greedy."""
     top_k: int = 50
-    """Sample among the so many likeliest tokens."""
+    """Sample among the so many likeliest tokens; 0 among all."""
     seed: int = 0
     """Seed of the sampling."""
 
@@ -31,13 +31,14 @@ class Generate:
         """Run the command; the exit code."""
         from pi_attention.accounting import cache_tokens
         from pi_attention.cli.runs import load_run
+        from pi_attention.cli.terminal import as_typed
         from pi_attention.tasks.generation import generate_text
 
         model, tokenizer = load_run(self.run)
         result = generate_text(
             model,
             tokenizer,
-            self.prompt,
+            as_typed("prompt", self.prompt),
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
 from pi_attention.cli.convert import Convert
 from pi_attention.cli.evaluate import Eval
 from pi_attention.cli.experiment import Experiment
 from pi_attention.cli.generate import Generate
 from pi_attention.cli.inspect import Inspect
+from pi_attention.cli.limits import check_limits
+from pi_attention.cli.options import check_options, nearest, parser_errors_in_one_line, take_config
 from pi_attention.cli.plan import Plan
+from pi_attention.cli.terminal import (
+    TRACEBACK,
+    close_quietly,
+    in_words,
+    make_console,
+    prepare_streams,
+    print_line,
+    warnings_in_one_line,
+)
 from pi_attention.cli.train import Train
 from pi_attention.training.config import load_yaml
 
@@ -28,48 +37,67 @@ COMMANDS: dict[str, Any] = {
     "convert": Convert,
     "experiment": Experiment,
 }
-
-
-def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
-    """Split `--config FILE` off the arguments."""
-    for index, argument in enumerate(arguments):
-        if argument == "--config":
-            if index + 1 == len(arguments):
-                raise ValueError("--config needs the path of a YAML file.")
-            return arguments[:index] + arguments[index + 2 :], Path(arguments[index + 1])
-        if argument.startswith("--config="):
-            return arguments[:index] + arguments[index + 1 :], Path(argument.partition("=")[2])
-    return arguments, None
+WRONG, UNEXPECTED, INTERRUPTED = 2, 1, 130
+"""Exit codes: what the user gave is wrong, the library is, Ctrl-C."""
 
 
 def parse(arguments: list[str]) -> Any:
-    """The command's settings, from defaults, then the YAML file, then the flags."""
-    arguments, config = _take_config(arguments)
+    """The command's settings, from defaults, then the YAML file, then the flags.
+
+    Raises:
+        ValueError, FileNotFoundError: a command, an option or a value is wrong; the message names it and the remedy.
+        SystemExit: help was asked for, and printed.
+    """
+    arguments, config = take_config(arguments)
     short_names = (tyro.conf.OmitArgPrefixes,)
-    if arguments and arguments[0] in COMMANDS and config is not None:
-        name, *rest = arguments
-        default = load_yaml(COMMANDS[name], config)
-        return tyro.cli(COMMANDS[name], args=rest, default=default, prog=f"pi-attention {name}", config=short_names)
-    if config is not None:
-        raise ValueError(f"--config needs a command before it: one of {sorted(COMMANDS)}.")
-    return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        args=arguments,
-        prog="pi-attention",
-        description="π-Attention: train, evaluate, generate with and look into long-context transformers. "
-        "Each command also takes --config FILE.yaml; flags win over the file.",
-        config=short_names,
-    )
+    if not arguments or arguments[0] not in COMMANDS:
+        if config is not None:
+            raise ValueError(f"--config needs a command before it: one of {sorted(COMMANDS)}.")
+        if not arguments:
+            raise ValueError(f"a command is missing: use one of {', '.join(COMMANDS)}.")
+        if arguments[0] not in ("-h", "--help") and not arguments[0].startswith("--tyro"):
+            raise ValueError(
+                f"{arguments[0]!r} is no command{nearest(arguments[0], COMMANDS)} Use one of {', '.join(COMMANDS)}."
+            )
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            args=arguments,
+            prog="pi-attention",
+            description="π-Attention: train, evaluate, generate with and look into long-context transformers. "
+            "Each command also takes --config FILE.yaml; flags win over the file.",
+            config=short_names,
+        )
+    name, *rest = arguments
+    kind = COMMANDS[name]
+    check_options(name, kind, rest)
+    default = kind() if config is None else load_yaml(kind, config)
+    if {"-h", "--help"} & set(rest):  # prints, and leaves
+        return tyro.cli(kind, args=rest, default=default, prog=f"pi-attention {name}", config=short_names)
+    with parser_errors_in_one_line(name):
+        command = tyro.cli(kind, args=rest, default=default, prog=f"pi-attention {name}", config=short_names)
+    check_limits(name, command)
+    return command
 
 
 def main() -> None:
     """Entry point of the `pi-attention` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    prepare_streams()
     try:
-        command = parse(sys.argv[1:])
-        code = command.execute(Console())
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotImplementedError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
-        raise SystemExit(2) from error
+        with warnings_in_one_line():
+            code = parse(sys.argv[1:]).execute(make_console())
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        close_quietly()
+        code = UNEXPECTED
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        wrong = isinstance(error, ValueError | TypeError | OSError | NotImplementedError | MemoryError)
+        where = "" if wrong else f" ({type(error).__name__}; with {TRACEBACK}=1 it says where)"
+        print_line("error", in_words(error) + where)
+        raise SystemExit(WRONG if wrong else UNEXPECTED) from error
     raise SystemExit(code)

@@ -21,6 +21,7 @@ from pi_attention.accounting import (
 )
 from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks
 from pi_attention.devices import DEVICES
+from pi_attention.files import need_folder, write_text
 from pi_attention.pattern import PiPattern
 from pi_attention.planner import Plan as Found
 from pi_attention.planner import longest_stretch, plan
@@ -87,6 +88,8 @@ class Plan:
             raise ValueError(f"memory must be at least 1 GiB, got {self.memory}.")
         if self.loss_slice is not None and self.loss_slice < 1:
             raise ValueError(f"loss_slice must be at least 1, got {self.loss_slice}.")
+        if self.out is not None:
+            need_folder("out", self.out.parent)
         found = self.found()
         figures = self.figures(found)
         words = {name: value for name, value in figures["pattern"].items() if hasattr(ModelSettings, name)}
@@ -95,8 +98,8 @@ class Plan:
         if self.out is not None:
             sizes = {"layers": self.layers, "heads": self.heads, "kv_heads": self.kv_heads or self.heads}
             model = sizes | {"hidden_size": self.heads * self.head_dim} | words
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(yaml.safe_dump({"data": {"context": self.context}, "model": model}, sort_keys=False))
+            settings = {"data": {"context": self.context}, "model": model}
+            write_text(self.out, yaml.safe_dump(settings, sort_keys=False))
         if self.json:
             console.print_json(json.dumps(figures))
             return 0

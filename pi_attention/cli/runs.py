@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,27 @@ def load_run(run: Path) -> tuple[Any, Any]:
 
     import pi_attention.convert  # noqa: F401  registers our models
 
+    need_ours(run, ("pi", "pi_converted"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers, safetensors and tokenizers raise many kinds
+        raise ValueError(f"run={str(run)!r} holds a model that cannot be loaded: {error}") from error
+    if found["missing_keys"]:
+        raise ValueError(
+            f"run={str(run)!r} lacks weights of its model, such as {sorted(found['missing_keys'])[0]}: save it again."
+        )
+    return model.to(device).eval(), tokenizer
+
+
+def need_ours(run: Path, kinds: tuple[str, ...]) -> None:
+    """Raise ValueError unless the model of a run is of one of these kinds (`model_type` of its configuration)."""
+    file = model_folder(run) / "config.json"
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"run={str(run)!r} has a config.json that cannot be read: {error}") from error
+    if kind not in kinds:
+        remedy = " Convert it first: pi-attention convert." if kind not in ("pi", "pi_converted") else ""
+        raise ValueError(f"run={str(run)!r} holds a model of the kind {kind!r}, not {' or '.join(kinds)}.{remedy}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import lzma
+import warnings
 from importlib import resources
 from pathlib import Path
 
+from pi_attention.data.readers import READERS, need_text, read_text
+
 BUNDLED = "shakespeare"
-READERS = {".txt": "text", ".md": "text", ".tokens": "text"}
-READERS |= {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TEXTS = (".txt", ".md", ".tokens")
+"""Endings of files that are one document."""
 
 
 def load_documents(data: str, *, split: str = "train", text_field: str = "text") -> list[str]:
@@ -22,21 +25,31 @@ def load_documents(data: str, *, split: str = "train", text_field: str = "text")
         split: of a data set on the hub.
         text_field: the column that holds the text.
 
+    Every row arrives as the text that it is. Empty ones are left out, and a warning says how many.
+
     Raises:
-        FileNotFoundError, ValueError: there is no such corpus, or it has no such field or no text.
+        FileNotFoundError, ValueError: there is no such corpus, it has no such field or no text, or a row is no text;
+            the message names the file, the row, the field and what is there instead.
     """
+    if not data:
+        raise ValueError("data is empty: give a text file, a folder, or a data set's name.")
     path = Path(data)
     if data == BUNDLED:
-        documents = _bundled()
+        found = _bundled()
     elif path.is_dir():
-        documents = [file.read_text(encoding="utf-8") for file in sorted(path.glob("*.txt"))]
-    elif path.suffix in READERS or path.exists():
-        documents = _local_file(path, text_field)
+        found = _folder(path)
+    elif path.suffix.lower() in (*TEXTS, *READERS) or path.exists():
+        found = _local_file(path, text_field)
     else:
-        documents = from_hub(data, split, text_field)
-    documents = [document for document in documents if document]
+        found = from_hub(data, split, text_field)
+    documents = [document for document in found if document]
     if not documents:
         raise ValueError(f"data={data!r} holds no text.")
+    if len(documents) < len(found):
+        warnings.warn(
+            f"data={data!r}: {len(found) - len(documents):,} of {len(found):,} documents are empty, and left out.",
+            stacklevel=2,
+        )
     return documents
 
 
@@ -46,24 +59,32 @@ def _bundled() -> list[str]:
         return [json.loads(line)["text"] for line in lines]
 
 
+def _folder(path: Path) -> list[str]:
+    texts = sorted(path.glob("*.txt"))
+    for text in texts:
+        if not text.is_file():
+            raise ValueError(f"data={str(path)!r} holds {text.name!r}, which is no file: rename it, or move it away.")
+    return [read_text(text) for text in texts]
+
+
 def _local_file(path: Path, text_field: str) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"data={str(path)!r} does not exist: give a text file, a folder, or a data set's name.")
-    kind = READERS.get(path.suffix)
-    if kind is None:
-        raise ValueError(f"data={str(path)!r} has an unknown ending {path.suffix!r}: use one of {sorted(READERS)}.")
-    if kind == "text":
-        return [path.read_text(encoding="utf-8")]
-    from datasets import load_dataset
-
-    return _column(load_dataset(kind, data_files=str(path), split="train"), text_field, str(path))
+    ending = path.suffix.lower()
+    if ending in TEXTS:
+        return [read_text(path)]
+    if ending not in READERS:
+        known = sorted((*TEXTS, *READERS))
+        raise ValueError(f"data={str(path)!r} has an unknown ending {path.suffix!r}: use one of {known}.")
+    name = str(path)
+    return [need_text(value, text_field, where, name) for where, value in READERS[ending](path, text_field)]
 
 
 def from_hub(name: str, split: str, text_field: str = "text") -> list[str]:
     """The rows of a split of a data set on the hub, its configuration after a colon; empty ones too.
 
     Raises:
-        ValueError: it cannot be loaded, or has no such field.
+        ValueError: it cannot be loaded, has no such field, or a row that is no text.
     """
     from datasets import load_dataset
 
@@ -81,4 +102,5 @@ def _column(dataset: object, text_field: str, name: str) -> list[str]:
     columns = getattr(dataset, "column_names", [])
     if text_field not in columns:
         raise ValueError(f"data={name!r} has no field {text_field!r}: set text_field to one of {columns}.")
-    return list(dataset[text_field])  # type: ignore[index]
+    rows = enumerate(dataset[text_field], 1)  # type: ignore[index]
+    return [need_text(value, text_field, f"row {number}", name) for number, value in rows]

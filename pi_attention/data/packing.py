@@ -38,11 +38,23 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
 
     A block is a dict of input_ids, segment_ids and labels, [context] each; the labels leave out the first token of
     each document, which no earlier token of its segment predicts. The last, incomplete block is dropped.
+
+    Text is never read as a control token: what spells one in a document is tokenized as the characters that it is.
+
+    Raises:
+        ValueError: the context is below 1, there is too little text, or the tokenizer has no end-of-document token.
     """
 
     def __init__(self, documents: list[str], tokenizer: Any, context: int) -> None:
+        if context < 1:
+            raise ValueError(f"context must be at least 1 token, got {context}.")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos_token, which separates documents: set one and save it.")
+        if not documents:
+            raise ValueError(f"there is no text, so no block of context={context}: use more data.")
         ids, owner = [], []
-        for number, tokens in enumerate(tokenizer(documents, add_special_tokens=False)["input_ids"]):
+        tokenized = tokenizer(documents, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for number, tokens in enumerate(tokenized):
             ids.append(np.asarray([*tokens, tokenizer.eos_token_id], dtype=np.int32))
             owner.append(np.full(len(tokens) + 1, number, dtype=np.int32))
         self.tokens = np.concatenate(ids)

@@ -16,13 +16,20 @@ def _byte_characters() -> dict[str, int]:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Token ids 0 to 255 are the bytes of the UTF-8 text, 256 is the end of a document."""
+    """Token ids 0 to 255 are the bytes of the UTF-8 text, 256 is the end of a document.
+
+    Text never becomes the token 256, not even "<|endoftext|>": text and its bytes correspond one to one.
+    """
     tokenizer = Tokenizer(models.BPE(vocab=_byte_characters(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token=end,
+        pad_token=end,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
     )
 
 

@@ -39,4 +39,6 @@ class PiSelfAttention(PiAttention):
             starts=None if segment_ids is None else segment_starts(segment_ids),
             scale=query.shape[-1] ** -0.5,
         )
-        return self.map(attention_map) @ value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        exact = torch.promote_types(value.dtype, torch.float32)  # as the reference computes
+        value = value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        return (self.map(attention_map).to(exact) @ value.to(exact)).to(query.dtype)

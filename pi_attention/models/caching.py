@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from pi_attention.cache import LayerCache
+from pi_attention.models.continuous import REFUSAL
+from pi_attention.models.near_sinks import NearSinks, sinks_among
 from pi_attention.models.static_cache import PiStaticCache, PiStaticLayer
 from pi_attention.nn.rope import moved_rotary
 from pi_attention.pattern import PiPattern
@@ -25,7 +27,7 @@ class PiCacheLayer(CacheLayerMixin):
     def __init__(self, pattern: PiPattern) -> None:
         self.cache = LayerCache(pattern)
         self.starts: Tensor | None = None  # where the segments of the next tokens begin, unless `update` is told
-        self.near: tuple[int, Tensor] | None = None  # see PiCache.keep_sinks_near
+        self.near: NearSinks | None = None  # see PiCache.keep_sinks_near
 
     @property
     def keys(self) -> Tensor | None:
@@ -39,6 +41,10 @@ class PiCacheLayer(CacheLayerMixin):
     def is_initialized(self) -> bool:
         return self.cache.kept is not None
 
+    @property
+    def record_past(self) -> bool:
+        return self.cache.recording
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: the first update allocates."""
 
@@ -47,18 +53,23 @@ class PiCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         starts = self.starts if starts is None else starts
         key, value = self.cache.update(key_states, value_states, starts)
-        if self.near is None or self.cache.length <= self.near[0]:
-            return key, value
-        most, frequencies = self.near
+        if self.near is None or self.cache.length <= self.near.most or key_states.shape[2] > 1:
+            return key, value  # with several queries, each has sinks of its own: see NearSinks
+        frequencies = self.near.frequencies
         start = torch.zeros(1, dtype=torch.long, device=key.device) if starts is None else starts
-        by = (self.cache.length - start - most).clamp(min=0)[:, None]
-        number = self.cache.select(torch.arange(self.cache.length, device=key.device)[None]) - start[:, None]
-        sinks = (number >= 0) & (number < self.cache.pattern.sinks)  # in their slots, or still among the last tokens
+        by = self.near.shift(torch.tensor(self.cache.length - 1, device=key.device), start)[:, None]
+        sinks = sinks_among(self.positions(), start[:, None], self.cache.pattern)
         if starts is None:  # then they come first, and the rest need not be turned
             slots = self.cache.pattern.sinks
             by = torch.where(sinks[:, :slots], by, 0)
             return torch.cat([moved_rotary(key[:, :, :slots], by, frequencies), key[:, :, slots:]], dim=2), value
         return moved_rotary(key, torch.where(sinks, by, 0), frequencies), value
+
+    def positions(self) -> Tensor:
+        """Of the keys last returned, [B, keys]; −1 for an empty sink slot."""
+        assert self.keys is not None
+        every = torch.arange(self.cache.length, device=self.keys.device)
+        return self.cache.select(every.expand(self.keys.shape[0], -1))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         kept = 0 if self.keys is None else self.keys.shape[2]
@@ -81,13 +92,33 @@ class PiCacheLayer(CacheLayerMixin):
             self.cache.reorder(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.cache.reorder(indices)
+        if self.keys is not None:
+            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+            self.cache.reorder(rows[torch.as_tensor(indices).to(rows.device)])
 
     def activate_past_recording(self) -> None:
         self.cache.record()
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.cache.crop(abs(int(tokens_to_remove)))  # a tensor from transformers 5.17
+        """Forget the last −`tokens_to_remove` tokens, all of them where there are fewer; as transformers' layers.
+
+        Raises:
+            ValueError: the number is positive.
+            RuntimeError: tokens that the pattern sees from there are gone, because nothing was recorded.
+        """
+        tokens = -int(tokens_to_remove)  # a tensor from transformers 5.17
+        if tokens < 0:
+            raise ValueError(
+                f"crop({-tokens}) is not supported: a negative number, such as {tokens}, removes so many tokens."
+            )
+        if tokens >= self.cache.length:
+            if tokens and self.is_initialized:
+                self.cache.reset()
+            return
+        try:
+            self.cache.crop(tokens)
+        except ValueError as error:
+            raise RuntimeError(f"{error} Here: activate_past_recording().") from error
 
     def offload(self) -> None:
         self.cache.to("cpu")
@@ -98,15 +129,17 @@ class PiCacheLayer(CacheLayerMixin):
         )
 
 
-class PiCache(Cache):
+class PiCache(DynamicCache):
     """The decoding cache of a model: for each layer what its pattern can still see.
+
+    A `DynamicCache` for whoever asks; only its layers are other ones.
 
     Args:
         patterns: of the layers, `config.patterns()`.
     """
 
     def __init__(self, patterns: list[PiPattern]) -> None:
-        super().__init__(layers=[PiCacheLayer(pattern) for pattern in patterns])
+        Cache.__init__(self, layers=[PiCacheLayer(pattern) for pattern in patterns])
 
     def begin(self, segment_ids: Tensor | None) -> None:
         """Before new tokens of a model that knows no segments: the ids [B, length + T], which place the sinks."""
@@ -119,8 +152,7 @@ class PiCache(Cache):
     def keep_sinks_near(self, most: int, frequencies: list[Tensor | None]) -> None:
         """Let sinks move along, so that none is `most` tokens or more before the newest token.
 
-        A pretrained model knows no larger lag than its context; window and skips stay below it, sinks would not
-        (arXiv 2309.17453 gives sinks a position in the cache for the same reason).
+        See `NearSinks` for why, and for several queries at once.
 
         Args:
             most: tokens, the context of the pretrained model.
@@ -128,7 +160,7 @@ class PiCache(Cache):
         """
         for layer, of_layer in zip(self.layers, frequencies, strict=True):
             if layer.cache.pattern.sinks and of_layer is not None:
-                layer.near = most, of_layer
+                layer.near = NearSinks(most, of_layer)
 
     @property
     def nbytes(self) -> int:
@@ -147,9 +179,7 @@ class BoundedGeneration:
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         """Refused: paged caches hold blocks of consecutive keys, and ours keeps what the pattern sees."""
-        raise NotImplementedError(
-            "continuous batching needs a paged cache, which π-Attention has not: use generate with a left-padded batch."
-        )
+        raise NotImplementedError(REFUSAL)
 
     def _prepare_static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
@@ -158,7 +188,9 @@ class BoundedGeneration:
             raise NotImplementedError(
                 f"cache_implementation={cache_implementation!r}: a cache is bounded, keep it on the device ('static')."
             )
-        return PiStaticCache(self.config.patterns(), max_cache_len)
+        # as large as any before, because another size would compile again
+        self._previous_max_cache_length = max(max_cache_len, getattr(self, "_previous_max_cache_length", -1))
+        return PiStaticCache(self.config.patterns(), self._previous_max_cache_length)
 
     @staticmethod
     def create_masks_for_generate(
@@ -174,6 +206,10 @@ class BoundedGeneration:
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.cache_implementation == "offloaded":
+            raise NotImplementedError(
+                "cache_implementation='offloaded': a cache is bounded, keep it on the device (leave the option out)."
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
             model_kwargs["past_key_values"] = self.new_cache()

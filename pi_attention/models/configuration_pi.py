@@ -35,7 +35,7 @@ class PiConfig(PretrainedConfig):
         fusion: "gate" or "mass" (see `pi_attention`).
         gate_features: the gate sees only so many features of the hidden state; None sees all.
         qk_norm: RMSNorm over each head's query and key.
-        rope_theta: base of the rotary embedding.
+        rope_theta: base of the rotary embedding, 10,000 when None; the one in rope_parameters.
         rope_parameters: scaling of the rotary embedding as in Llama, such as {"rope_type": "yarn", "factor": 4.0,
             "rope_theta": 10000.0}; plain when None.
         max_position_embeddings: longest context that the model was trained for.
@@ -68,7 +68,7 @@ class PiConfig(PretrainedConfig):
         fusion: Fusion = "gate",
         gate_features: int | None = None,
         qk_norm: bool = False,
-        rope_theta: float = 10000.0,
+        rope_theta: float | None = None,
         rope_parameters: dict[str, Any] | None = None,
         max_position_embeddings: int = 2048,
         loss_slice: int | None = None,
@@ -98,9 +98,14 @@ class PiConfig(PretrainedConfig):
         self.fusion: Fusion = fusion
         self.gate_features = gate_features
         self.qk_norm = qk_norm
-        self.rope_theta = rope_theta
-        self.rope_parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope_theta} | (
-            rope_parameters or {}
+        in_parameters = (rope_parameters or {}).get("rope_theta")
+        if None not in (rope_theta, in_parameters) and rope_theta != in_parameters:
+            raise ValueError(
+                f"rope_theta={rope_theta} and {in_parameters} in rope_parameters are one setting: give it once."
+            )
+        theta = rope_theta or in_parameters or 10000.0
+        self.rope_parameters: dict[str, Any] = (
+            {"rope_type": "default"} | (rope_parameters or {}) | {"rope_theta": theta}
         )
         self.max_position_embeddings = max_position_embeddings
         self.loss_slice = loss_slice
@@ -119,9 +124,14 @@ class PiConfig(PretrainedConfig):
         patterns = self.patterns()
         # The words that transformers' own caches know: exact and bounded for every pattern without sinks.
         reaches = [pattern.reach for pattern in patterns]
-        bounded = [reach for reach in reaches if reach is not None and reach < DENSE.window - 1]
+        # With sinks a reader that knows these words alone would drop the sinks, so such a layer is called full.
+        slides = [
+            not pattern.sinks and reach is not None and reach < DENSE.window - 1
+            for pattern, reach in zip(patterns, reaches, strict=True)
+        ]
+        bounded = [reach for reach, slide in zip(reaches, slides, strict=True) if slide and reach is not None]
         self.sliding_window = max(bounded) + 1 if bounded else None
-        self.layer_types = ["sliding_attention" if reach in bounded else "full_attention" for reach in reaches]
+        self.layer_types = ["sliding_attention" if slide else "full_attention" for slide in slides]
         for derived in ("sliding_window", "layer_types"):
             kwargs.pop(derived, None)
         self.base_model_tp_plan = self._tensor_parallel_plan()  # 5.17 extends it in super().__init__ when tied
@@ -145,6 +155,15 @@ class PiConfig(PretrainedConfig):
         if self.gate and any(pattern.skips != 0 for pattern in self.patterns()):
             plan["layers.*.self_attn.gate.fc_out"] = "colwise"
         return plan
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary embedding, the one in `rope_parameters`."""
+        return float(self.rope_parameters["rope_theta"])
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self.rope_parameters = self.rope_parameters | {"rope_theta": value}
 
     @property
     def pattern(self) -> PiPattern:

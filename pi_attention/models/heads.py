@@ -4,29 +4,77 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import MaskedLMOutput
+from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
 from transformers.utils import can_return_tuple
 
 from pi_attention.models.configuration_pi import PiConfig
+from pi_attention.models.loss import IGNORE
 from pi_attention.models.modeling_pi import PiModel, PiPreTrainedModel
 
 
 class PiForSequenceClassification(GenericForSequenceClassification, PiPreTrainedModel):
     """PiModel with a linear head on the last token that is no padding (by `pad_token_id`)."""
 
-    accepts_loss_kwargs = False  # its loss ignores num_items_in_batch, so the Trainer must divide
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits [B, num_labels], and with labels the mean loss, by `config.problem_type`.
+
+        Args:
+            input_ids, attention_mask, kwargs: see `PiModel`.
+            labels: [B] classes or [B, num_labels] targets.
+            num_items_in_batch: labels of the whole batch that this is a part of; the loss is its share of their mean.
+        """
+        given: Any = {"attention_mask": attention_mask, "labels": labels, "return_dict": True}
+        outputs = super().forward(input_ids, **given, **kwargs)
+        if labels is not None and num_items_in_batch is not None:
+            outputs.loss = outputs.loss * (labels != IGNORE).sum() / num_items_in_batch
+        return outputs
 
 
 class PiForTokenClassification(GenericForTokenClassification, PiPreTrainedModel):
     """PiModel with a linear head on every token."""
 
-    accepts_loss_kwargs = False
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Logits [B, T, num_labels], and with labels [B, T] (−100 ignored) the mean loss.
+
+        Args:
+            input_ids, attention_mask, kwargs: see `PiModel`.
+            labels: [B, T] classes.
+            num_items_in_batch: labels of the whole batch that this is a part of; the loss is its share of their mean.
+        """
+        outputs = super().forward(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        loss = None
+        if labels is not None:
+            logits, targets = outputs.logits.float().flatten(0, 1), labels.flatten().to(outputs.logits.device)
+            # a sum, which has a gradient where no token is labelled
+            total = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+            count = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = total / (count.to(total.device) if isinstance(count, Tensor) else count)
+        return TokenClassifierOutput(
+            loss=loss, logits=outputs.logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 class PiForQuestionAnswering(GenericForQuestionAnswering, PiPreTrainedModel):

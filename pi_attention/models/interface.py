@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from pi_attention.models.caching import PiCache
 from pi_attention.models.configuration_pi import DENSE
+from pi_attention.models.continuous import refuse_continuous_batching
 from pi_attention.models.modeling_pi import segments_of_batch
+from pi_attention.models.near_sinks import NearSinks, sinks_among
 from pi_attention.models.static_cache import PiStaticCache
 from pi_attention.ops.api import pi_attention
 from pi_attention.pattern import PiPattern
+from pi_attention.segments import segment_starts
 
+Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
 NAME = "pi"
 SETTINGS = "pi_attention"
 """Attribute of a model's config: a dict of `PiPattern` fields, and "layers", the indices of the layers that get it."""
@@ -33,6 +38,25 @@ class ConvertedCall:
     """[B, S] of all tokens so far; None when each row is one segment."""
     cache: PiCache | PiStaticCache | None
     """Where the keys come from."""
+    near: list[NearSinks | None] | None = None
+    """Of the layers, beyond the pretrained context."""
+
+    def attend(self, layer: int, operator: Operator, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The operator, each of several queries with the sinks where its own position puts them."""
+        near, pattern = None if self.near is None else self.near[layer], self.patterns[layer]
+        if near is None or not pattern.sinks or query.shape[2] == 1:  # the cache has moved them for a single one
+            return operator(query, key, value)
+        starts: Tensor | int = 0 if self.segment_ids is None else segment_starts(self.segment_ids).long()
+        if isinstance(self.cache, PiCache):
+            of_cache = self.cache.layers[layer]
+            length, position = of_cache.cache.length, of_cache.positions()
+            start_of_key = starts if isinstance(starts, int) else of_cache.cache.select(starts)
+        else:
+            length, start_of_key = key.shape[2], starts
+            position = torch.arange(length, device=key.device)[None]
+        queries = torch.arange(length - query.shape[2], length, device=key.device)[None]
+        shift = near.shift(queries, starts if isinstance(starts, int) else starts[:, -query.shape[2] :])
+        return near.attend(operator, query, key, value, shift, sinks_among(position, start_of_key, pattern))
 
     def segments_of_keys(self, layer: int) -> Tensor | None:
         """The segment ids of the keys that a layer's cache kept."""
@@ -74,6 +98,7 @@ def register(pattern: PiPattern | None = None) -> None:
 def register_names() -> None:
     """The part of `register` that needs no pattern."""
     AttentionInterface.register(NAME, attention_forward)
+    refuse_continuous_batching(NAME)
     AttentionMaskInterface.register(NAME, padding_of_keys)  # without it transformers drops padding silently
 
 
@@ -167,5 +192,10 @@ def attention_forward(
         padding = None if attention_mask is None else attention_mask[:, 0, 0]
         past = key.shape[2] - query.shape[2]
         ids = segments_of_batch(padding, position_ids, past, query.shape[0], query.shape[2])
-    out = pi_attention(query, key, value, pattern, gate=pi_gate, fusion="mass", segment_ids=ids, scale=scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def operator(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return pi_attention(query, key, value, pattern, gate=pi_gate, fusion="mass", segment_ids=ids, scale=scale)
+
+    out = operator(query, key, value) if pi_call is None else pi_call.attend(layer, operator, query, key, value)
     return out.transpose(1, 2).contiguous(), None

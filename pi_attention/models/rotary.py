@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,17 @@ class PiRotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(config: PiConfig, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
         """Inverse frequencies [D / 2] and the factor of cos and sin."""
         return rotary_frequencies(config.head_dim, float(config.rope_parameters["rope_theta"])), 1.0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move, but keep the frequencies in fp32: rounded to bf16, position 8,000 is turned by another radian."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                kept = torch.empty_like(moved, dtype=torch.float32) if buffer.is_meta else buffer.to(moved.device)
+                setattr(self, name, kept)
+        return self
 
     @torch.no_grad()
     @dynamic_rope_update

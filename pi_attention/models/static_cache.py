@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segment_starts
@@ -30,7 +30,7 @@ class PiStaticLayer(CacheLayerMixin):
         super().__init__()
         self.pattern = pattern
         reach = max_cache_len if pattern.reach is None else pattern.reach + 1
-        self.sinks = pattern.sinks if reach < max_cache_len else 0  # else none is ever forgotten
+        self.sinks = min(pattern.sinks, max(0, max_cache_len - reach))  # the others are never forgotten
         self.max_cache_len = max_cache_len
         self.slots = self.sinks + min(reach, max_cache_len)
         self.ids: Tensor | None = None  # [B, slots] int32
@@ -59,6 +59,7 @@ class PiStaticLayer(CacheLayerMixin):
     def extend(self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Append T new tokens with ids [B, T]; all that their queries can see: keys, values and their segment ids."""
         first = self.is_empty
+        self._leave_inference_mode()
         if first:
             if self.ids is None or len(self.ids) != len(key):
                 self.lazy_initialization(key, value)
@@ -78,6 +79,19 @@ class PiStaticLayer(CacheLayerMixin):
         if tokens == 1:
             return self.keys, self.values, self.ids
         return (key, value, new) if first else (keys, values, ids)
+
+    def _leave_inference_mode(self) -> None:
+        """Copy tensors that inference mode made, where it is left: they cannot be written to there."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or self.ids is None:
+            return
+        if self.ids.is_inference():
+            assert self.keys is not None and self.values is not None
+            self.keys, self.values, self.ids = self.keys.clone(), self.values.clone(), self.ids.clone()
+            for tensor in (self.keys, self.values, self.ids):
+                torch._dynamo.mark_static_address(tensor)
+        if self.length.is_inference():
+            self.length = self.length.clone()
+            torch._dynamo.mark_static_address(self.length)
 
     def _kept(self, ids: Tensor, tokens: int) -> Tensor:
         """Which of the old slots and new tokens fill the slots now, [B, slots]; −1 for none."""
@@ -102,12 +116,14 @@ class PiStaticLayer(CacheLayerMixin):
         return self.max_cache_len
 
     def reset(self) -> None:
+        self._leave_inference_mode()
         self.is_empty = True
         self.length.zero_()
         if self.ids is not None:
             self.ids.fill_(-1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._leave_inference_mode()
         if self.ids is not None and self.keys is not None and self.values is not None:
             index = beam_idx.to(self.device)
             for tensor in (self.keys, self.values, self.ids):
@@ -120,8 +136,10 @@ def _take(source: Tensor, index: Tensor, dim: int) -> Tensor:
     return source.gather(dim, index.clamp(min=0).expand(shape))
 
 
-class PiStaticCache(Cache):
+class PiStaticCache(StaticCache):
     """The decoding cache of a model for torch.compile: every tensor keeps its size and its address.
+
+    A `StaticCache` for whoever asks; only its layers are other ones.
 
     Args:
         patterns: of the layers, `config.patterns()`.
@@ -131,7 +149,7 @@ class PiStaticCache(Cache):
     layers: list[PiStaticLayer]
 
     def __init__(self, patterns: list[PiPattern], max_cache_len: int) -> None:
-        super().__init__(layers=[PiStaticLayer(pattern, max_cache_len) for pattern in patterns])
+        Cache.__init__(self, layers=[PiStaticLayer(pattern, max_cache_len) for pattern in patterns])
 
     @property
     def is_empty(self) -> bool:

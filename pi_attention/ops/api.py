@@ -14,6 +14,7 @@ from pi_attention.ops.checks import check_arguments, refuse_context_parallel
 from pi_attention.ops.dense import covers_everything, dense_attention
 from pi_attention.ops.fused.attention import fused_attention, why_not_triton
 from pi_attention.ops.fusion import gate_values
+from pi_attention.ops.transforms import transforming
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segment_starts
 
@@ -129,7 +130,7 @@ def pi_attention(
     starts = None if segment_ids is None else segment_starts(segment_ids)
     fusion = "mass" if gate is None else fusion
 
-    if impl == "auto" and not return_aux and covers_everything(pattern, key.shape[2]):
+    if impl == "auto" and not return_aux and not transforming() and covers_everything(pattern, key.shape[2]):
         out = dense_attention(query, key, value, pattern, starts, scale)
         # An empty sum: the gate, which fuses nothing here, gets a zero gradient like everywhere, and not none at all.
         return out if gate is None or not gate.requires_grad else out + gate[..., :0].sum().to(out.dtype)

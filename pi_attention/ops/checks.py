@@ -25,9 +25,20 @@ def refuse_context_parallel() -> None:
         )
 
 
+def check_layout(name: str, x: Tensor, layout: str) -> None:
+    """Raise TypeError for a nested (jagged), sparse or quantised tensor."""
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise TypeError(
+            f"{name} is a {kind} tensor: pass a dense one {layout}. Sequences of several lengths are packed into one "
+            "row, with segment_ids from segments_from_cu_seqlens, or padded, with those from segments_from_mask."
+        )
+
+
 def _check_tensor(name: str, x: object, layout: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor {layout}, got {type(x).__name__}.")
+    check_layout(name, x, layout)
     if x.dim() != 4:
         raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}.")
     if x.dtype not in DTYPES:
@@ -84,6 +95,7 @@ def check_arguments(
     if gate is not None:
         if not isinstance(gate, Tensor) or not gate.is_floating_point():
             raise TypeError("gate must be a floating-point Tensor [B, H, T] of logits, or None.")
+        check_layout("gate", gate, "[B, H, T]")
         if gate.shape != query.shape[:3]:
             raise ValueError(
                 f"gate must be [B, H, T] = {tuple(query.shape[:3])}, got {tuple(gate.shape)}: "
@@ -94,6 +106,7 @@ def check_arguments(
     if segment_ids is not None:
         if not isinstance(segment_ids, Tensor) or segment_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError("segment_ids must be an int32 Tensor [B, S], or None: see segments_from_mask.")
+        check_layout("segment_ids", segment_ids, "[B, S]")
         if segment_ids.shape != (key.shape[0], key.shape[2]):
             raise ValueError(
                 f"segment_ids must be [B, S] = {(key.shape[0], key.shape[2])}, got {tuple(segment_ids.shape)}: "

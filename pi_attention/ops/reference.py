@@ -20,16 +20,17 @@ def band_reference(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, s
         query: [B, H, T, D]; key, value: [B, H, S, D]; visible: bool, broadcastable to [B, H, T, S].
 
     Returns:
-        out [B, H, T, D] in the dtype of the query, 0 where no key is visible; log-sum-exp [B, H, T] in fp32 (fp64 for
-        fp64 inputs), −inf there.
+        out [B, H, T, D], 0 where no key is visible; log-sum-exp [B, H, T], −inf there. Both in fp32 (fp64 for fp64
+        inputs), in which everything is computed: a product of fp16 that is scaled later may overflow before.
     """
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    scores = (query @ key.transpose(-1, -2)).to(exact) * scale  # [T, D] @ [D, S] -> [T, S]
+    query, key, value = (x.to(exact) for x in (query, key, value))
+    scores = (query * scale) @ key.transpose(-1, -2)  # [T, D] @ [D, S] -> [T, S]
     scores = scores.masked_fill(~visible, -torch.inf)
     empty = ~visible.any(dim=-1, keepdim=True)
     lse = torch.logsumexp(scores.masked_fill(empty, 0.0), dim=-1, keepdim=True)
     weights = torch.exp(scores - lse).masked_fill(~visible, 0.0)
-    out = weights.to(value.dtype) @ value  # [T, S] @ [S, D] -> [T, D]
+    out = weights @ value  # [T, S] @ [S, D] -> [T, D]
     return out, lse.masked_fill(empty, -torch.inf).squeeze(-1)
 
 
@@ -51,4 +52,4 @@ def reference_attention(
     out_local, lse_local = band_reference(query, key, value, local, scale)
     out_skip, lse_skip = band_reference(query, key, value, skip, scale)
     weight = gate_values(lse_local, lse_skip, gate, fusion)
-    return fuse(out_local, out_skip, weight), lse_local, lse_skip
+    return fuse(out_local, out_skip, weight).to(query.dtype), lse_local, lse_skip

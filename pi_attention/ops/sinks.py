@@ -15,7 +15,7 @@ def sink_attention(
     """Softmax attention of each query over the sinks of its segment that lie beyond its window.
 
     Shapes and dtypes as those of `band_forward`. In packed rows each query's sinks are gathered, which takes
-    O(T · sinks · D) of memory; elsewhere all queries share them.
+    O(T · min(sinks, S) · D) of memory; elsewhere all queries share them.
     """
     heads, length, groups, key_length = query.shape[1], query.shape[2], key.shape[1], key.shape[2]
     dtype = compute_dtype(query.dtype)
@@ -26,7 +26,7 @@ def sink_attention(
         keys = "bgsd"
     else:
         start = starts[:, key_length - length :, None].long()
-        sink = start + torch.arange(pattern.sinks, device=query.device)  # [B, T, sinks]
+        sink = start + torch.arange(min(pattern.sinks, key_length), device=query.device)  # [B, T, sinks]
         visible = ((start >= 0) & (sink <= position - pattern.window))[:, None]
         sink = sink.clamp(0, key_length - 1)
         row = torch.arange(len(sink), device=query.device)[:, None, None]

@@ -45,6 +45,12 @@ def generate_text(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     if temperature < 0:
         raise ValueError(f"temperature must not be negative, got {temperature}: 0 is greedy.")
+    if top_k < 0:
+        raise ValueError(f"top_k must not be negative, got {top_k}: 0 samples among all tokens.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt={prompt!r} is not UTF-8: give text of the terminal's encoding.") from error
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("prompt is empty: give at least one character.")

@@ -52,7 +52,15 @@ def evaluate(
         buckets: parts of the context for the loss by position.
         limit: evaluate only the first so many blocks.
         progress: called with the number of blocks done and in all.
+
+    Raises:
+        ValueError: batch_size, buckets or limit is below 1, or the blocks are of one token, which predicts none.
     """
+    for name, value in (("batch_size", batch_size), ("buckets", buckets), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if blocks.context < 2:
+        raise ValueError(f"context must be at least 2 tokens, got {blocks.context}: one predicts the next.")
     model.eval()
     count = len(blocks) if limit is None else min(limit, len(blocks))
     loader = DataLoader(torch.utils.data.Subset(blocks, range(count)), batch_size=batch_size)
@@ -65,6 +73,8 @@ def evaluate(
         done += len(losses)
         if progress is not None:
             progress(done, count)
+    if not seen.any():
+        raise ValueError("no token of these blocks is predicted by one before it: the documents are of one token each.")
     loss = float(total.sum() / seen.sum())
     parts = torch.arange(blocks.context).chunk(min(buckets, blocks.context))
     return LanguageModelling(

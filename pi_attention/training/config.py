@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
+from pi_attention.files import write_text
 from pi_attention.pattern import PiPattern
+from pi_attention.training.values import as_kind
 
 
 @dataclass
@@ -106,6 +108,9 @@ class RunSettings:
     """Folder of the run: checkpoints, configuration, metrics, pictures, sample."""
     resume: bool = False
     """Go on from the folder's last checkpoint; every other setting is then taken from the folder."""
+    checkpoint: int | None = None
+    """With resume: go on from the checkpoint of this step instead, where the last one is damaged; later ones are put
+    aside."""
     seed: int = 0
     """Seed of weights, order of the blocks and sample."""
     log_every: int = 10
@@ -195,35 +200,40 @@ def from_plain(kind: type[Settings], values: dict[str, Any], where: str = "") ->
     """Settings from plain values; what is left out keeps its default.
 
     Raises:
-        ValueError: a name is unknown; the message lists the known ones.
+        ValueError: a name is unknown, and the message lists the known ones; or a value is of another kind.
     """
-    made = kind()
+    made, kinds = kind(), get_type_hints(kind)
     for name, value in values.items():
         if name not in made.__dict__:
-            raise ValueError(f"unknown setting {where + name!r}: use one of {sorted(made.__dict__)}.")
+            raise ValueError(f"unknown setting {where + str(name)!r}: use one of {sorted(made.__dict__)}.")
         default = getattr(made, name)
         if dataclasses.is_dataclass(default):
             if not isinstance(value, dict):
                 raise ValueError(f"{where + name} must be a mapping of settings, got {value!r}.")
             value = from_plain(type(default), value, f"{where}{name}.")
-        elif isinstance(default, tuple):
-            value = tuple(value) if isinstance(value, list | tuple) else (value,)
-        elif isinstance(default, Path):
-            value = Path(value)
+        else:
+            value = as_kind(where + name, value, kinds[name])
         setattr(made, name, value)
     return made
 
 
 def load_yaml(kind: type[Settings], path: Path) -> Settings:
-    """Settings from a YAML file."""
+    """Settings from a YAML file, UTF-8 whatever the locale.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, it is no YAML, or a setting is unknown or of another kind.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"config={str(path)!r} does not exist.")
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not is a ValueError
+        raise ValueError(f"config={str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config={str(path)!r} must hold a mapping of settings, got {type(values).__name__}.")
     return from_plain(kind, values)
 
 
 def save_yaml(settings: object, path: Path) -> None:
-    """Write settings to a YAML file."""
-    path.write_text(yaml.safe_dump(to_plain(settings), sort_keys=False))
+    """Write settings to a YAML file, which is whole or absent."""
+    write_text(path, yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True))

@@ -31,21 +31,32 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from pi_attention.data.packing import PackedBlocks
 from pi_attention.data.tokenizers import load_tokenizer
 from pi_attention.distributed.layout import Layout, Parallel, of_rank
+from pi_attention.files import need_folder
 from pi_attention.models import PiForCausalLM
-from pi_attention.training.checkpoints import PARTIAL, last_checkpoint, step_of, sync
+from pi_attention.training.checkpoints import (
+    PARTIAL,
+    checkpoint_to_resume,
+    checkpoints_of,
+    last_checkpoint,
+    put_aside_after,
+    seal,
+    step_of,
+)
 from pi_attention.training.config import TrainConfig, save_yaml
 from pi_attention.training.progress import append_metrics, drop_metrics_after
 from pi_attention.training.train import (
-    MODEL,
+    PARTIAL_MODEL,
     SETTINGS,
     enable_checkpointing,
     load_blocks,
     model_config,
+    publish_model,
     refuse_to_overwrite,
     settings_to_resume,
     write_report,
 )
 
+SHARDED = "sharded"
 ANSWER = 10
 """Seconds that a rank has to say that it lives, once an exchange has failed."""
 
@@ -78,11 +89,6 @@ def clip_gradients(model: nn.Module, most: float) -> None:
             parameter.grad.mul_(factor)
 
 
-def checkpoints_of(run: Path) -> list[Path]:
-    """The complete checkpoints of a run's folder, oldest first."""
-    return sorted(run.glob("sharded-*"), key=step_of)
-
-
 def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
     """Write a checkpoint of all ranks; it has its name only when it is complete."""
     staging = run / PARTIAL
@@ -92,11 +98,11 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
     weights, moments = get_state_dict(model, optimizer)
     state_dict_saver.save({"model": weights, "optimizer": moments}, checkpoint_id=staging)
     if dist.get_rank() == 0:
-        sync(staging)
-        final = run / f"sharded-{step}"
+        seal(staging, checksums=False)  # one rank would have to read what all of them wrote
+        final = run / f"{SHARDED}-{step}"
         shutil.rmtree(final, ignore_errors=True)
         staging.replace(final)
-        for old in checkpoints_of(run)[:-keep]:
+        for old in checkpoints_of(run, SHARDED)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -173,9 +179,12 @@ def train_over_ranks(config: TrainConfig, console: Console) -> None:
                 f"a step of the run has {before} blocks, but batch_size · gradient_accumulation · dp, with "
                 f"parallel={config.run.parallel!r}, is {_blocks_a_step(config)}: choose them so that it is {before}."
             )
+        checkpoint = checkpoint_to_resume(out, asked.run.checkpoint, SHARDED)
     else:
-        refuse_to_overwrite(out)
+        refuse_to_overwrite(config)
+        asked, checkpoint = config, None
     config.check()
+    need_folder("out", out)
     layout = Layout.parse(config.run.parallel)
     if config.optimizer.compile:
         raise ValueError("compile=True is not supported with parallel: leave one of them out.")
@@ -196,14 +205,16 @@ def train_over_ranks(config: TrainConfig, console: Console) -> None:
         if first:
             out.mkdir(parents=True, exist_ok=True)
             save_yaml(config, out / SETTINGS)
-        weights = _steps(config, parallel, training, validation, console)
+            if checkpoint is not None and asked.run.checkpoint is not None:
+                put_aside_after(out, checkpoint, SHARDED)
+        weights = _steps(config, parallel, training, validation, console, checkpoint)
         dist.barrier()  # no rank leaves while another still talks to it
     dist.destroy_process_group()
     if first:
         whole = PiForCausalLM(model_config(config, tokenizer))
         whole.load_state_dict(weights)
-        whole.save_pretrained(out / MODEL)
-        tokenizer.save_pretrained(out / MODEL)
+        whole.save_pretrained(out / PARTIAL_MODEL)
+        publish_model(out, tokenizer)
         write_report(config, whole.to(device), tokenizer, validation, console)
 
 
@@ -213,9 +224,14 @@ def _blocks_a_step(config: TrainConfig) -> int:
 
 
 def _steps(
-    config: TrainConfig, parallel: Parallel, training: PackedBlocks, validation: PackedBlocks, console: Console
+    config: TrainConfig,
+    parallel: Parallel,
+    training: PackedBlocks,
+    validation: PackedBlocks,
+    console: Console,
+    checkpoint: Path | None,
 ) -> dict[str, Any]:
-    """All steps from the last checkpoint on; the whole weights on the first rank, nothing on the others."""
+    """All steps from the checkpoint on; the whole weights on the first rank, nothing on the others."""
     o, run = config.optimizer, config.run
     model, ranks = parallel.model, parallel.mesh["dp"].size()
     device = next(model.parameters()).device
@@ -229,9 +245,8 @@ def _steps(
         betas=(0.9, 0.95),
         foreach=False,
     )
-    checkpoints = checkpoints_of(run.out)
     schedule = get_cosine_schedule_with_warmup(optimizer, o.warmup_steps, o.steps)
-    first = load(checkpoints[-1], model, optimizer) if checkpoints else 0
+    first = load(checkpoint, model, optimizer) if checkpoint is not None else 0
     if first:  # a rate is a function of the step alone
         schedule.last_epoch = first - 1
         schedule.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+import warnings
 from collections import deque
 from pathlib import Path
 from statistics import median
@@ -15,27 +16,49 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from pi_attention.files import write_text
+
 METRICS = "metrics.jsonl"
 RECENT = 20
 """Steps whose median time is the speed: without the first, which may compile, and as fast as the machine is now."""
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file."""
+    """The lines of a run's metrics file; a last one that a crash left incomplete is dropped with a warning.
+
+    Raises:
+        ValueError: another line is no JSON object with a step; the message names file and line.
+    """
     file = run / METRICS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    *lines, torn = file.read_bytes().split(b"\n")  # each line ends in one, so what follows the last was cut off
+    if torn:
+        warnings.warn(f"{file}: the last line is incomplete, as a crash leaves it, and dropped.", stacklevel=2)
+    return [_entry(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line]
+
+
+def _entry(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON ({error}): delete the line.") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        raise ValueError(f"{where} is no object with a step: delete the line.")
+    return entry
 
 
 def drop_metrics_after(run: Path, step: int) -> None:
     """Leave out the lines of steps that a resumed run does again."""
     kept = [line for line in read_metrics(run) if line["step"] <= step]
-    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in kept))
+    write_text(run / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def append_metrics(run: Path, step: int, values: dict[str, Any]) -> None:
-    """Add a line."""
-    with (run / METRICS).open("a") as lines:
-        lines.write(json.dumps({"step": step} | values) + "\n")
+    """Add a line, in one write."""
+    line = json.dumps({"step": step} | values) + "\n"
+    with (run / METRICS).open("ab", buffering=0) as lines:
+        lines.write(line.encode())
 
 
 class MetricsFile(TrainerCallback):
@@ -67,12 +90,12 @@ class ProgressBar(TrainerCallback):
             console=console,
             disable=not console.is_terminal,
         )
-        self.loss = self.validation = "–"
+        self.loss = self.validation = "-"
         self.seconds: deque[float] = deque(maxlen=RECENT)  # of the last steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.task = self.progress.add_task(
-            "", total=state.max_steps, completed=state.global_step, loss="–", validation="–", speed="–"
+            "", total=state.max_steps, completed=state.global_step, loss="-", validation="-", speed="-"
         )
         if state.is_world_process_zero:
             self.progress.start()
@@ -102,7 +125,7 @@ class ProgressBar(TrainerCallback):
         self.progress.stop()
 
     def _speed(self) -> str:
-        return f"{self.tokens_per_step / median(self.seconds):,.0f}" if self.seconds else "–"
+        return f"{self.tokens_per_step / median(self.seconds):,.0f}" if self.seconds else "-"
 
     def _show(self, step: int) -> None:
         self.progress.update(self.task, completed=step, loss=self.loss, validation=self.validation, speed=self._speed())

@@ -8,6 +8,7 @@ pi-attention train --out runs/pi --resume
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,22 @@ from pi_attention import plots
 from pi_attention.data.corpus import load_documents
 from pi_attention.data.packing import PackedBlocks, hold_out
 from pi_attention.data.tokenizers import load_tokenizer
+from pi_attention.files import need_folder, write_text
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.nn import record_aux
 from pi_attention.tasks.generation import generate_text
-from pi_attention.training.checkpoints import AtomicTrainer, last_checkpoint, step_of
+from pi_attention.training.checkpoints import AtomicTrainer, checkpoint_to_resume, publish, put_aside_after, step_of
 from pi_attention.training.config import TrainConfig, load_yaml, save_yaml, to_plain
 from pi_attention.training.progress import MetricsFile, ProgressBar, SaveOnInterrupt, read_metrics
 
 SETTINGS = "train.yaml"
 MODEL = "model"
+PARTIAL_MODEL = ".partial-model"
+LAST_SETTING = "zero"
+"""Of the file of settings: where it is missing, the file was cut off."""
 SUMMARY = "summary.json"
 """The last thing that a run writes."""
-ALWAYS_NEW = ("run.out", "run.resume", "run.parallel", "run.zero", "run.patience")
+ALWAYS_NEW = ("run.out", "run.resume", "run.parallel", "run.zero", "run.patience", "run.checkpoint")
 """Settings that are not of the run, but of the machine and the moment."""
 
 
@@ -43,15 +48,19 @@ def train(config: TrainConfig, console: Console) -> bool:
     out = config.run.out
     checkpoint = None
     if config.run.resume:
-        config, checkpoint = settings_to_resume(config), last_checkpoint(out)
+        step, config = config.run.checkpoint, settings_to_resume(config)
         if config.run.parallel:
             raise ValueError(
                 f"out={str(out)!r} holds a run of parallel={config.run.parallel!r}: resume it under torchrun, with "
                 "--parallel."
             )
+        checkpoint = checkpoint_to_resume(out, step)
+        if checkpoint is not None and step is not None:
+            put_aside_after(out, checkpoint)
     else:
-        refuse_to_overwrite(out)
+        refuse_to_overwrite(config)
     config.check()
+    need_folder("out", out)
     trained = checkpoint is not None and step_of(checkpoint) >= config.optimizer.steps
     if trained and (out / SUMMARY).exists():
         console.print(f"{out}/ holds a finished run of {config.optimizer.steps} steps: nothing is left to do.")
@@ -89,15 +98,24 @@ def train(config: TrainConfig, console: Console) -> bool:
         )
         return False
 
-    trainer.save_model(str(out / MODEL))
-    tokenizer.save_pretrained(out / MODEL)
+    trainer.save_model(str(out / PARTIAL_MODEL))
     if trainer.is_world_process_zero():
+        publish_model(out, tokenizer)
         write_report(config, trainer.model, tokenizer, validation, console)
     return True
 
 
-def refuse_to_overwrite(out: Path) -> None:
-    """Raise FileExistsError for a folder that holds a run."""
+def publish_model(out: Path, tokenizer: Any) -> None:
+    """Give the saved model its name once it is whole, with its tokenizer."""
+    tokenizer.save_pretrained(out / PARTIAL_MODEL)
+    publish(out / PARTIAL_MODEL, out / MODEL)
+
+
+def refuse_to_overwrite(config: TrainConfig) -> None:
+    """Raise FileExistsError for a folder that holds a run, ValueError for a checkpoint to go on from without resume."""
+    out = config.run.out
+    if config.run.checkpoint is not None:
+        raise ValueError(f"checkpoint={config.run.checkpoint} is for a run that goes on: add --resume.")
     if (out / SETTINGS).exists():
         raise FileExistsError(
             f"out={str(out)!r} holds a run already: choose another folder, delete it, or use --resume."
@@ -113,13 +131,14 @@ def settings_to_resume(given: TrainConfig, *may_change: str) -> TrainConfig:
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: a setting differs from the run's.
+        ValueError: a setting differs from the run's, or the file of its settings is not whole.
     """
     out = given.run.out
     if not (out / SETTINGS).exists():
         raise FileNotFoundError(f"out={str(out)!r} holds no run to resume: leave out --resume, or give its folder.")
+    need_whole_settings(out / SETTINGS)
     config = load_yaml(TrainConfig, out / SETTINGS)
-    config.run.out, config.run.resume = out, False
+    config.run.out, config.run.resume, config.run.checkpoint = out, False, None
     asked, default, kept = (to_plain(settings) for settings in (given, TrainConfig(), config))
     for part, settings in kept.items():
         for name, value in settings.items():
@@ -130,6 +149,17 @@ def settings_to_resume(given: TrainConfig, *may_change: str) -> TrainConfig:
                     "its settings: leave it out, or train anew in another folder."
                 )
     return config
+
+
+def need_whole_settings(file: Path) -> None:
+    """Raise ValueError where a part of a run's settings is gone: a default in its place would be another run."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    begun = set(re.findall(r"^(?:  )?(\w+):", text, re.MULTILINE))
+    if not begun >= {*to_plain(TrainConfig()), LAST_SETTING} or not text.endswith("\n"):
+        raise ValueError(
+            f"{file} is incomplete, it was cut off or is empty: write the run's settings into it again, or train anew "
+            "in another folder. Nothing was changed."
+        )
 
 
 def load_blocks(config: TrainConfig, tokenizer: Any) -> tuple[PackedBlocks, PackedBlocks]:
@@ -238,9 +268,9 @@ def write_report(
     gates = [calls[0].gate[0].float().cpu() for calls in aux.values()]
     plots.save(plots.gate_picture(gates), out / "gate.png")
 
-    prompt = tokenizer.decode(block["input_ids"][:64])
+    prompt = tokenizer.decode(block["input_ids"][:64], skip_special_tokens=True)
     sample = generate_text(model, tokenizer, prompt, max_new_tokens=400, seed=config.run.seed)
-    (out / "sample.txt").write_text(sample.text)
+    write_text(out / "sample.txt", sample.text)
     last = {key: value for line in metrics for key, value in line.items() if key in ("loss", "eval_loss", "step")}
-    (out / SUMMARY).write_text(json.dumps(last, indent=2))
+    write_text(out / SUMMARY, json.dumps(last, indent=2))
     console.print(f"validation loss {last.get('eval_loss', float('nan')):.3f} nats a token; the run is in {out}/")

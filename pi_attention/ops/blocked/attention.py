@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pi_attention.ops.blocked.operator import band
+from pi_attention.ops.blocked.functional import differentiable_band
+from pi_attention.ops.blocked.operator import band as registered_band
 from pi_attention.ops.fusion import fuse, gate_values
 from pi_attention.ops.sinks import join_sinks
+from pi_attention.ops.transforms import transforming
 from pi_attention.pattern import PiPattern
 
 
@@ -23,6 +25,7 @@ def blocked_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
+    band = differentiable_band if transforming() else registered_band
     local, lse_local = band(query, key, value, starts, pattern.to_ints(), False, scale)
     if pattern.sinks:
         local, lse_local = join_sinks(local, lse_local, query, key, value, starts, pattern, scale)

@@ -160,7 +160,7 @@ class Visibility:
 
     def __init__(self, plan: RowPlan, pattern: PiPattern, skip: bool, starts: Tensor | None, device: torch.device):
         self.plan, self.segmented, self.ring = plan, starts is not None, pattern.ring
-        self.sinks = pattern.sinks if skip else 0
+        self.sinks = min(pattern.sinks, plan.keys) if skip else 0  # positions are int32
         if starts is None:
             starts = torch.zeros(1, plan.keys, dtype=torch.int32, device=device)
         queries = starts[:, plan.keys - plan.queries :]

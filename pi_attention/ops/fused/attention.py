@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from pi_attention.ops.fused.operators import Fused, decode, fused, is_plain, run_decoding, run_fused
+from pi_attention.ops.transforms import transforming
 from pi_attention.pattern import PiPattern
 
 HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off")
 
 
 def why_not_triton(query: Tensor) -> str | None:
@@ -24,6 +27,10 @@ def why_not_triton(query: Tensor) -> str | None:
 
         if not knobs.runtime.interpret:
             return f"the tensors are on {query.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
+    if transforming():
+        return "forward mode and the transforms of torch.func are asked for, and the kernels have reverse mode alone"
+    if query.dtype == torch.bfloat16 and (not query.is_cuda or INTERPRETED):
+        return "Triton's interpreter computes products of bfloat16 wrongly; take float16 or float32"
     if query.dtype == torch.float64:
         return "the kernels compute in fp32, and the tensors are float64"
     if query.shape[3] > 256:

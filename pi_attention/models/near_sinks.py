@@ -1,0 +1,65 @@
+"""Sinks that move along with the text: beyond the pretrained context each query sees them at the largest lag it knows.
+
+A pretrained model knows no larger lag than its context. Window and skips stay below it, sinks would not (arXiv
+2309.17453 gives sinks a position in the cache for the same reason). So a query at position p of its segment sees the
+sinks as if they stood p + 1 − context positions later. Turning the key by +n is turning the query by −n; so all
+queries of a chunk, each with its own n, take one call of the operator over twice the features: [q, turned q] against
+[k, 0] for a usual key and [0, k] for a sink. A result then does not depend on how tokens are batched into calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pi_attention.nn.rope import moved_rotary
+from pi_attention.pattern import PiPattern
+
+
+@dataclass(frozen=True)
+class NearSinks:
+    """How far sinks may lie behind, and how they are turned.
+
+    Args:
+        most: tokens, the context of the pretrained model.
+        frequencies: of the layer's rotary embedding, [rotated features / 2].
+    """
+
+    most: int
+    frequencies: Tensor
+
+    def shift(self, position: Tensor, start: Tensor | int) -> Tensor:
+        """By how many positions the sinks move, for queries at these positions of segments that begin at `start`."""
+        return (position + 1 - start - self.most).clamp(min=0)
+
+    def attend(
+        self,
+        operator: Callable[[Tensor, Tensor, Tensor], Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shift: Tensor,
+        is_sink: Tensor,
+    ) -> Tensor:
+        """The operator's output [B, H, T, D], each query seeing the sinks moved by its own shift.
+
+        Args:
+            operator: output of query, key and value, whose scale does not depend on the number of features.
+            query: [B, H, T, D], after rotary embedding; key, value: [B, G, S, D].
+            shift: [B or 1, T]; is_sink: [B or 1, S], bool.
+        """
+        turned = moved_rotary(query, -shift, self.frequencies)
+        sink = is_sink[:, None, :, None]
+        keys = torch.cat([key.masked_fill(sink, 0.0), key.masked_fill(~sink, 0.0)], dim=-1)
+        both = torch.cat([query, turned], dim=-1)
+        return operator(both, keys, F.pad(value, (0, value.shape[-1])))[..., : value.shape[-1]]
+
+
+def sinks_among(position: Tensor, start: Tensor | int, pattern: PiPattern) -> Tensor:
+    """Which keys are sinks of their segment, bool: positions [B or 1, S], −1 for an empty slot; starts like them."""
+    number = position - start
+    return (position >= 0) & (number >= 0) & (number < pattern.sinks)

@@ -1,0 +1,167 @@
+"""What lies beside a run's checkpoints is whole or absent, and damage is named, never trained over."""
+
+import json
+import shutil
+
+import matplotlib.figure
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from pi_attention import files, plots
+from pi_attention.cli.main import parse
+from pi_attention.training import checkpoints
+from pi_attention.training.config import TrainConfig, load_yaml, save_yaml
+from pi_attention.training.progress import append_metrics, drop_metrics_after, read_metrics
+
+TINY = """
+--steps 6 --save-every 2 --hidden-size 16 --layers 1 --heads 2 --window 4 --period 4 --skips 2 --context 32
+--eval-every 6 --eval-blocks 1 --log-every 1 --warmup-steps 1
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "t.txt").write_text("".join(f"{i} and {i * i}. " for i in range(200)))
+    execute("train", "--data", str(folder / "t.txt"), "--out", str(folder / "r"), *TINY)
+    return folder / "r"
+
+
+@pytest.fixture
+def stopped(run, tmp_path):
+    """A copy of the run as if it had been killed before its report."""
+    shutil.copytree(run, tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / "model")
+    (tmp_path / "r" / "summary.json").unlink()
+    return tmp_path / "r"
+
+
+def execute(*arguments):
+    return parse(list(arguments)).execute(Console(quiet=True))
+
+
+class Killed(BaseException):
+    pass
+
+
+def dies(*args, **kwargs):
+    raise Killed
+
+
+def test_a_text_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "new" / "f.txt"
+    files.write_text(file, "é\n")
+    assert file.read_bytes() == "é\n".encode()
+    monkeypatch.setattr(files, "sync", dies)  # after the bytes, before the name
+    with pytest.raises(Killed):
+        files.write_text(file, "other")
+    assert file.read_bytes() == "é\n".encode()
+
+
+def test_a_picture_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "p.png"
+    file.write_bytes(b"before")
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", dies)
+    with pytest.raises(Killed):
+        plots.save(plots.curves({"a": [(0, 0), (1, 1)]}, "x", "y"), file)
+    assert file.read_bytes() == b"before"
+
+
+def test_settings_keep_letters_of_any_language(tmp_path):
+    config = TrainConfig()
+    config.data.data = "Überschriften/π.txt"
+    save_yaml(config, tmp_path / "c.yaml")
+    assert "Überschriften/π.txt" in (tmp_path / "c.yaml").read_text("utf-8")
+    assert load_yaml(TrainConfig, tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95, 0.999])
+def test_settings_that_were_cut_off_are_named_and_stay(share, stopped):
+    text = (stopped / "train.yaml").read_text()
+    (stopped / "train.yaml").write_text(text[: int(share * len(text))])
+    before = (stopped / "train.yaml").read_bytes()
+    with pytest.raises(ValueError, match=r"train\.yaml is incomplete"):
+        execute("train", "--out", str(stopped), "--resume")
+    assert (stopped / "train.yaml").read_bytes() == before
+
+
+def test_settings_that_cannot_be_read_are_named_and_stay(stopped):
+    text = (stopped / "train.yaml").read_text().replace("data: ", "data: [", 1)
+    (stopped / "train.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"train\.yaml.*no YAML"):
+        execute("train", "--out", str(stopped), "--resume")
+    assert (stopped / "train.yaml").read_text() == text
+
+
+def test_a_torn_last_line_of_metrics_is_dropped_with_a_warning(tmp_path):
+    for step in (1, 2):
+        append_metrics(tmp_path, step, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 3, "lo')
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: the last line is incomplete"):
+        drop_metrics_after(tmp_path, 2)
+    append_metrics(tmp_path, 3, {"loss": 0.5})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_another_line_of_metrics_that_is_damaged_is_named(tmp_path):
+    for line in (b"{\n", b"7\n", b'{"loss": 1}\n'):
+        (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'{"step": 3}\n')
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+            read_metrics(tmp_path)
+
+
+def flip(file):
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+DAMAGES = {
+    "cut": lambda folder: (folder / "model.safetensors").write_bytes(b"\x08"),
+    "empty": lambda folder: (folder / "optimizer.pt").write_bytes(b""),
+    "flipped": lambda folder: flip(folder / "model.safetensors"),
+    "missing": lambda folder: (folder / "trainer_state.json").unlink(),
+    "list": lambda folder: (folder / checkpoints.MANIFEST).write_bytes(b"{"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used_on_demand(kind, run, stopped):
+    DAMAGES[kind](stopped / "checkpoint-6")
+    with pytest.raises(ValueError, match=r"checkpoint-6 of out=.* is damaged.*checkpoint-4: .*--checkpoint 4"):
+        execute("train", "--out", str(stopped), "--resume")
+    assert (stopped / "checkpoint-6").exists() and not (stopped / "model").exists()
+    assert execute("train", "--out", str(stopped), "--resume", "--checkpoint", "4") == 0
+    assert checkpoints.damage(stopped / "checkpoint-6") is None and (stopped / "aside-checkpoint-6").exists()
+    whole, again = (load_file(folder / "model" / "model.safetensors") for folder in (run, stopped))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert load_yaml(TrainConfig, stopped / "train.yaml").run.checkpoint is None
+
+
+def test_without_a_whole_checkpoint_there_is_none_to_offer(stopped):
+    for step in (4, 6):
+        DAMAGES["empty"](stopped / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match="no whole one before it"):
+        execute("train", "--out", str(stopped), "--resume")
+
+
+def test_a_checkpoint_is_chosen_only_of_a_run_that_has_it(stopped):
+    with pytest.raises(ValueError, match=r"checkpoint=5, but .*\[4, 6\]"):
+        execute("train", "--out", str(stopped), "--resume", "--checkpoint", "5")
+    with pytest.raises(ValueError, match="add --resume"):
+        execute("train", "--out", str(stopped), "--checkpoint", "4")
+
+
+def test_a_checkpoint_of_many_ranks_is_sealed_by_sizes(tmp_path):
+    folder = tmp_path / "sharded-2"
+    folder.mkdir()
+    (folder / "__0_0.distcp").write_bytes(b"abc")
+    checkpoints.seal(folder, checksums=False)
+    assert json.loads((folder / checkpoints.MANIFEST).read_text()) == {"__0_0.distcp": [3, None]}
+    assert checkpoints.checkpoint_to_resume(tmp_path, None, "sharded") == folder
+    (folder / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"__0_0\.distcp has 0 bytes instead of 3"):
+        checkpoints.checkpoint_to_resume(tmp_path, None, "sharded")

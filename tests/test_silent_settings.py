@@ -1,0 +1,257 @@
+"""Settings that say one thing and would do another: averages, sizes, layouts, words of configurations."""
+
+import time
+
+import pytest
+import torch
+from test_convert import PATTERN, pretrained, prompt
+from torch import nn
+from transformers import AutoConfig, GenerationMixin, Trainer, TrainingArguments
+
+from pi_attention import PiPattern, pi_attention, segments_from_mask
+from pi_attention.convert import convert
+from pi_attention.models import (
+    PiConfig,
+    PiForCausalLM,
+    PiForMaskedLM,
+    PiForSequenceClassification,
+    PiForTokenClassification,
+    PiStaticCache,
+)
+from pi_attention.models.interface import register
+from pi_attention.pattern import MOST_TOKENS
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
+BASE = SIZES | {"window": 3, "period": 4, "skips": 2}
+
+
+def rows(kind, count=8):
+    found = []
+    for i in range(count):
+        ids = torch.randint(1, 50, (24,))
+        labels = ids % 2 if kind is PiForTokenClassification else ids.clone()
+        labels[: 3 * i] = -100
+        if kind is PiForSequenceClassification:
+            labels = torch.tensor(i % 2)
+        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return found
+
+
+def step(kind, data, batch, accumulate, folder):
+    torch.manual_seed(0)
+    model = kind(PiConfig(**BASE, causal=kind is not PiForMaskedLM, classifier_dropout=0.0))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=1,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=1e-2,
+        optim="sgd",
+        max_grad_norm=1e9,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        lr_scheduler_type="constant",
+    )
+    Trainer(model=model, args=arguments, train_dataset=data).train()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("kind", [PiForCausalLM, PiForMaskedLM, PiForTokenClassification, PiForSequenceClassification])
+@pytest.mark.parametrize(("batch", "accumulate"), [(2, 4), (1, 8), (3, 3)])
+def test_accumulated_batches_are_the_batch(kind, batch, accumulate, tmp_path):
+    data = rows(kind)
+    whole, parts = step(kind, data, 8, 1, tmp_path), step(kind, data, batch, accumulate, tmp_path)
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_without_labels_has_no_loss_and_a_gradient():
+    model = PiForTokenClassification(PiConfig(**BASE)).eval()
+    ids = torch.randint(1, 50, (2, 9))
+    loss = model(input_ids=ids, labels=torch.full_like(ids, -100), num_items_in_batch=5).loss
+    loss.backward()
+    assert loss == 0 and model.score.weight.grad.abs().max() == 0
+    assert model(input_ids=ids, labels=ids % 2, return_dict=False)[0] == model(input_ids=ids, labels=ids % 2).loss
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_more_sinks_than_tokens_are_as_many_as_tokens(impl, segmented):
+    query = torch.randn(1, 2, 40, 8)
+    ids = segments_from_mask(torch.tensor([[0] * 3 + [1] * 37])) if segmented else None
+    many, all_of_them = (
+        pi_attention(query, query, query, PiPattern(4, 4, 2, sinks=sinks), segment_ids=ids, impl=impl)
+        for sinks in (2**40, 40)
+    )
+    torch.testing.assert_close(many, all_of_them)
+
+
+def test_the_cost_of_sinks_follows_the_length():
+    query = torch.randn(1, 2, 256, 16)
+    ids = segments_from_mask(torch.tensor([[0] * 3 + [1] * 253]))
+    taken = []
+    for sinks in (256, 200_000):
+        begun = time.perf_counter()
+        pi_attention(query, query, query, PiPattern(16, 16, 4, sinks=sinks), segment_ids=ids)
+        taken.append(time.perf_counter() - begun)
+    assert taken[1] < 20 * taken[0] + 1  # 800 times the memory otherwise
+
+
+def test_a_static_cache_has_no_slots_for_sinks_that_cannot_be_forgotten():
+    config = PiConfig(**BASE, sinks=10**6)
+    cache = PiStaticCache(config.patterns(), 50)
+    assert cache.layers[0].slots == 50
+    model, ids = PiForCausalLM(config).eval(), torch.randint(1, 50, (1, 40))
+    got = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([20, 1, 1, 18], dim=1)], dim=1)
+    torch.testing.assert_close(got, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ((MOST_TOKENS + 1, 1, 0), "window"),
+        ((4, MOST_TOKENS + 1, 1), "period"),
+        ((4, (2, 2**70), 1), "period"),
+        ((4, 2**40, 2**40), "reach"),
+        ((4, 4, 2**63), "reach"),
+    ],
+)
+def test_what_positions_cannot_count_is_refused_where_the_pattern_is_made(fields, name):
+    with pytest.raises(ValueError, match=rf"{name}=\d+ is beyond 2\*\*62 tokens"):
+        PiPattern(*fields)
+    with pytest.raises(ValueError, match="sinks"):
+        PiPattern(4, 4, 1, sinks=2**63)
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize(
+    "pattern",
+    [PiPattern(2**62, 1, 0), PiPattern(4, 2**62, 1), PiPattern(4, 2**31 + 5, 7), PiPattern(4, 4, 2**58, sinks=2**61)],
+    ids=str,
+)
+def test_large_fields_compute(pattern, impl):
+    query = torch.randn(1, 2, 20, 8)
+    out = pi_attention(query, query, query, pattern, impl=impl)
+    small = PiPattern(
+        *(min(x, 1000) for x in (pattern.window, pattern.period, pattern.skips)), sinks=min(pattern.sinks, 99)
+    )
+    torch.testing.assert_close(out, pi_attention(query, query, query, small, impl="reference"))
+
+
+def test_tensors_of_other_layouts_are_refused_by_name():
+    query = torch.randn(2, 2, 10, 8)
+    jagged = torch.nested.nested_tensor([torch.randn(2, n, 8) for n in (3, 5)], layout=torch.jagged)
+    ragged = torch.nested.nested_tensor([torch.randn(2, n, 8) for n in (3, 5)])
+    for wrong, kind in ((jagged, "nested"), (ragged, "nested"), (query.to_sparse(), "sparse_coo")):
+        with pytest.raises(TypeError, match=rf"query is a .*{kind} tensor.*segments_from_cu_seqlens"):
+            pi_attention(wrong, query, query, PATTERN)
+        with pytest.raises(TypeError, match=rf"value is a .*{kind} tensor"):
+            pi_attention(query, query, wrong, PATTERN)
+    with pytest.raises(TypeError, match=r"gate is a .*sparse_coo"):
+        pi_attention(query, query, query, PATTERN, gate=torch.zeros(2, 2, 10).to_sparse())
+    with pytest.raises(TypeError, match=r"segment_ids is a .*sparse_coo"):
+        pi_attention(query, query, query, PATTERN, segment_ids=torch.ones(2, 10, dtype=torch.int32).to_sparse())
+
+
+def test_rope_theta_of_a_saved_configuration_is_one_setting(tmp_path):
+    PiConfig(**BASE).save_pretrained(tmp_path)
+    for config in (
+        PiConfig.from_pretrained(tmp_path, rope_theta=1e6),
+        AutoConfig.from_pretrained(tmp_path, rope_theta=1e6),
+        PiConfig(**BASE, rope_theta=1e6),
+        PiConfig(**BASE, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    ):
+        assert config.rope_theta == config.rope_parameters["rope_theta"] == 1e6
+        frequencies = PiForCausalLM(config).model.rotary_emb.inv_freq
+        torch.testing.assert_close(frequencies[1], torch.tensor(1e6 ** (-2 / 8)))
+        config.save_pretrained(tmp_path / "again")
+        assert PiConfig.from_pretrained(tmp_path / "again").rope_theta == 1e6
+    assert PiConfig(**BASE).rope_theta == 1e4
+    config = PiConfig(**BASE)
+    config.rope_theta = 5e5
+    assert config.rope_parameters["rope_theta"] == 5e5
+    with pytest.raises(ValueError, match="one setting"):
+        PiConfig(**BASE, rope_theta=1e4, rope_parameters={"rope_theta": 1e6})
+
+
+def test_a_layer_with_sinks_is_not_called_sliding():
+    assert PiConfig(**BASE).layer_types == ["sliding_attention"] and PiConfig(**BASE).sliding_window == 9
+    with_sinks = PiConfig(**BASE, sinks=2)
+    assert with_sinks.layer_types == ["full_attention"] and with_sinks.sliding_window is None
+    mixed = PiConfig(**BASE | {"num_hidden_layers": 2}, layer_patterns=["pi", {"sinks": 3}, "dense"][:2])
+    assert mixed.layer_types == ["sliding_attention", "full_attention"]
+
+
+def test_continuous_batching_is_refused_for_a_model_that_only_names_us():
+    register(PATTERN)
+    model = pretrained().float()
+    model.set_attn_implementation("pi")
+    with pytest.raises(NotImplementedError, match='attn_implementation="pi": continuous batching'):
+        model.generate_batch([[3, 4, 5]])
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        model.init_continuous_batching()
+    register(PATTERN)  # once is enough
+    assert GenerationMixin.init_continuous_batching.refuses == "pi"
+
+
+class Quantised(nn.Linear):
+    """A projection whose weights are stored in integers, as bitsandbytes and others store them."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.step = float(linear.weight.abs().max()) / 127
+        stored = (linear.weight.detach() / self.step).round().to(torch.int8)
+        self.weight = nn.Parameter(stored, requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.step)
+
+
+def quantised(dtype):
+    model = pretrained().to(dtype)
+    for module in list(model.modules()):
+        if hasattr(module, "q_proj"):
+            module.q_proj = Quantised(module.q_proj)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gate_of_a_quantised_model_takes_its_compute_dtype(dtype):
+    model, ids = quantised(dtype), prompt()
+    converted = convert(model, PATTERN)
+    gates = [parameter for name, parameter in converted.named_parameters() if "pi_gate" in name]
+    assert gates and {gate.dtype for gate in gates} == {dtype}
+    assert converted(ids).logits.isfinite().all()
+    assert converted.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 43)
+
+
+@pytest.mark.parametrize("where", ["FusionGate", "PiConvertedConfig", "_initialise_gates_of"])
+def test_a_conversion_that_fails_changes_nothing(where, monkeypatch):
+    model, ids = pretrained(), prompt()
+    want, before = model(ids).logits, dict(vars(model.config))
+    modules = [name for name, _ in model.named_modules()]
+    monkeypatch.setattr(f"pi_attention.convert.{where}", fail_later(where))
+    with pytest.raises(TypeError, match="later"):
+        convert(model, PATTERN)
+    monkeypatch.undo()
+    assert dict(vars(model.config)) == before
+    assert [name for name, _ in model.named_modules()] == modules
+    torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=0)
+    assert convert(model, PATTERN)(ids).logits.isfinite().all()
+
+
+def fail_later(where):
+    """Raise; of the gates, the second one, when the first has been added."""
+    import pi_attention.convert
+
+    usual, calls = getattr(pi_attention.convert, where), []
+
+    def replacement(*args, **kwargs):
+        calls.append(args)
+        if where != "FusionGate" or len(calls) == 2:
+            raise TypeError("later")
+        return usual(*args, **kwargs)
+
+    return replacement
