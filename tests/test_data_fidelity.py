@@ -33,17 +33,44 @@ def write(path, documents, field="text"):
     return str(path)
 
 
-@settings(deadline=None, max_examples=60)
-@given(documents=st.lists(TEXT, min_size=1, max_size=6), kind=st.sampled_from([".csv", ".jsonl", ".json", ".parquet"]))
-def test_rows_arrive_as_they_were_written(documents, kind, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rows")
+ROWS = {
+    "documents": st.lists(TEXT, min_size=1, max_size=6),
+    "kind": st.sampled_from([".csv", ".jsonl", ".json", ".parquet"]),
+}
+
+
+def check_rows(documents, kind, folder):
     assert load_documents(write(folder / f"d{kind}", documents)) == documents
+
+
+@settings(deadline=None, max_examples=60)
+@given(**ROWS)
+def test_rows_arrive_as_they_were_written(documents, kind, tmp_path_factory):
+    check_rows(documents, kind, tmp_path_factory.mktemp("rows"))
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=1000)
+@given(**ROWS)
+def test_very_many_rows_arrive_as_they_were_written(documents, kind, tmp_path_factory):
+    check_rows(documents, kind, tmp_path_factory.mktemp("rows"))
 
 
 @settings(deadline=None, max_examples=60)
 @given(document=TEXT)
 def test_bytes_of_a_file_are_the_tokens(document, tmp_path_factory):
-    file = tmp_path_factory.mktemp("bytes") / "d.txt"
+    check_bytes(document, tmp_path_factory.mktemp("bytes"))
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=1000)
+@given(document=TEXT)
+def test_bytes_of_very_many_files_are_the_tokens(document, tmp_path_factory):
+    check_bytes(document, tmp_path_factory.mktemp("bytes"))
+
+
+def check_bytes(document, folder):
+    file = folder / "d.txt"
     file.write_bytes(document.encode())
     raw = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not raw:
