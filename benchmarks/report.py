@@ -109,6 +109,38 @@ def variants() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def coordinated() -> str:
+    """Heads with all phases of a period, beside no phases and a window of as many keys."""
+    parts = []
+    for file in sorted(RESULTS.glob("coordinated-*.json")):
+        result = json.loads(file.read_text())
+        rows = []
+        for row in result["rows"]:
+            cells = [row["pattern"], str(row["D"]), str(row["key heads"])]
+            for kind in ("forward us", "forward+backward us"):
+                ours = row["pi"][kind]
+                others = (row[name][kind] for name in ("without phases", "our window of as many keys"))
+                cells += [f"{ours:,.0f}", *(f"{ours / other:.2f}×" for other in others)]
+            rows.append(cells)
+        head = ["w, π, m", "D", "key heads"]
+        for kind in ("forward", "forward + backward"):
+            head += [f"{kind}, µs", "of no phases", "of a window of as many keys"]
+        parts.append(f"{_described(result)}; S = 32768, H={result['H']}, bf16.\n\n" + table(head, rows))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def host() -> str:
+    """An eager call at short lengths, from Python to the end of its kernels."""
+    parts = []
+    for file in sorted(RESULTS.glob("host-*.json")):
+        result = json.loads(file.read_text())
+        kinds = ("pi forward us", "sdpa causal forward us", "pi forward+backward us", "sdpa causal forward+backward us")
+        rows = [[f"{row['S']:,}", *(f"{row[kind]:,.0f}" for kind in kinds)] for row in result["rows"]]
+        head = ["S", "π forward, µs", "SDPA forward", "π forward + backward", "SDPA forward + backward"]
+        parts.append(f"{_described(result)}; H={result['H']}, D=128, bf16.\n\n" + table(head, rows))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def decode() -> str:
     """A decoded token beside dense attention."""
     parts = []
@@ -388,6 +420,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu": gpu,
     "peers": peers,
     "variants": variants,
+    "coordinated": coordinated,
+    "host": host,
     "decode": decode,
     "step": step,
     "conversion": conversion,

@@ -11,6 +11,7 @@ MOST = 2**31 - 1
 LEAST = {
     "finetune_steps": 0,
     "max_new_tokens": 1,
+    "phase": 0,
     "seed": 0,
     "sinks": 0,
     "skips": 0,

@@ -200,8 +200,14 @@ def plan_tiles(kernel: str, problem: Problem, skip: bool, **flags: bool) -> Tile
 
 
 def one_pass_rows(problem: Problem) -> int:
-    """Rows before a tile that a one-pass backward kernel of the skip band needs; 0 where it does not serve."""
+    """Rows before a tile that a one-pass backward kernel of the skip band needs; 0 where it does not serve.
+
+    Its tiles have 64 rows, which must not be most of them beyond the end: residues of fewer than 32 rows take smaller
+    tiles in two kernels.
+    """
     pattern = problem.pattern
+    if problem.key[2] // min(pattern.periods) < 32 and not INTERPRETED:
+        return 0
     if problem.group > 1 or not pattern.causal or problem.query[3] > 128:
         return 0
     if problem.dtype.itemsize > 2 and not INTERPRETED:
