@@ -11,7 +11,7 @@ from experiments.intervals import interval
 from experiments.registry import EXPERIMENTS
 from experiments.report import measured_cells
 from experiments.runner import Result, Settings
-from experiments.variants import BASELINE, DILATED_HEADS
+from experiments.variants import BASELINE, COORDINATED_HEADS, DILATED_HEADS
 from pi_attention import plots
 
 Lines = dict[str, list[tuple[float, float]]]
@@ -42,7 +42,7 @@ def rows_of(name: str, chosen: Settings) -> dict[str, list[dict[str, Any]]]:
 
 
 def gains(
-    variants: Iterable[str] = ("pi", "pi, coprime heads", DILATED_HEADS),
+    variants: Iterable[str] = ("pi", "pi, coprime heads", DILATED_HEADS, COORDINATED_HEADS),
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """Percent by which variants are better than the baseline, by task: mean over paired seeds and half-width."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
@@ -105,7 +105,7 @@ def draw(folder: Path) -> None:
     """Write every picture."""
     picture = plots.intervals(gains(), "better than ring-local attention of the same keys (%)", limits=(-60, 60))
     plots.save(picture, folder / "gains.svg")
-    variants = ("dense", BASELINE, "pi", DILATED_HEADS)
+    variants = ("dense", BASELINE, "pi", DILATED_HEADS, COORDINATED_HEADS)
     lines = relative(over("language_modelling_long", {"corpus": "linux"}, variants, by_position(2048)))
     picture = plots.curves(lines, "position in the context", "test perplexity, ring-local = 1")
     plots.save(picture, folder / "perplexity_by_position.svg")

@@ -66,7 +66,8 @@ def fused_attention(
     """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
     if scale <= 0:  # the kernels' running maximum takes a positive one
         query, scale = query * scale, 1.0
-    code, mass = _ints_of(pattern), fusion == "mass"
+    code = pattern.to_ints() if torch.compiler.is_compiling() else _ints_of(pattern)  # Dynamo looks through caches
+    mass = fusion == "mass"
     plain = is_plain(query, key, value)
     attend: Any
     if is_decoding(query, key, value, gate, pattern):
