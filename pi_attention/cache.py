@@ -48,6 +48,7 @@ class LayerCache:
         self._first = self._end = self.pattern.sinks  # kept tokens in the buffer; the sinks end at _first
         self._may_forget = True
         self._view_tokens = 0  # kept tokens among the keys last returned
+        self._all_sinks: Tensor | None = None  # 0 … sinks − 1, once all have left the kept tokens
         self._view_sinks: Tensor | None = None  # positions of its sinks, [B or 1, slots], −1 for an empty slot
 
     @property
@@ -199,6 +200,11 @@ class LayerCache:
             return known[:, :, :, :0]
         first_kept = self.length - (self._end - self._first)
         device = known.device
+        if starts is None and first_kept >= sinks:  # each in its slot, where it stays: a step looks for none
+            if self._all_sinks is None or self._all_sinks.device != device:
+                self._all_sinks = torch.arange(sinks, device=device)[None]
+            self._view_sinks = self._all_sinks
+            return known[:, :, :, :sinks].clone() if forgotten else known
         start = torch.zeros(1, dtype=torch.long, device=device) if starts is None else starts.to(device).long()
         start = torch.where(start < 0, self.length, start)[:, None]  # [B or 1, 1]
         before = (first_kept - start).clamp(0, sinks)  # sinks in slots now
