@@ -182,6 +182,8 @@ class PiPattern:
         """The pattern of the query heads [first, last) alone, as a rank of tensor parallelism holds them."""
         if not self.per_head:
             return self
+        if not 0 <= first < last <= len(self.periods):
+            raise ValueError(f"heads {first} to {last} are not among the {len(self.periods)} of the pattern.")
         return replace(self, period=self.periods[first:last], phase=self.phases[first:last])
 
     @property
@@ -300,6 +302,8 @@ class PiPattern:
         Raises:
             TypeError, ValueError: a field is unknown, is missing, or has a wrong value.
         """
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"a pattern must be a dict of its fields, got {settings!r}: see to_dict.")
         known = [field.name for field in fields(cls)]
         unknown = [name for name in settings if name not in known]
         if unknown:
@@ -400,6 +404,8 @@ def coordinated_heads(
     need_int("heads", heads, 1, "one phase is made for each query head")
     if period is None:
         period = next((n for n in (4, 3, 2) if heads % n == 0), heads)
+    if not isinstance(period, int | Sequence) or isinstance(period, str):
+        raise TypeError(f"period must be an int or several ints, got {period!r}: give one for each scale.")
     scales = [period] if isinstance(period, int) else list(period)
     if not scales or heads % len(scales):
         raise ValueError(

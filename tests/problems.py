@@ -161,6 +161,7 @@ CASES = [
     Case(PiPattern(64, 64, 2), T=37, S=37),
     Case(PiPattern(8, 4, None), T=50, S=63),
     Case(PiPattern(8, 4, 0), T=63, S=63, H=2, G=2),
+    Case(PiPattern(8, 4, 0, phase=(0, 1, 2, 3)), T=31, S=31, G=1),
     Case(PiPattern(8, 8, 3, sinks=1), segments=((-1,) * 9 + (0,) * 28, (0,) * 20 + (1,) * 12 + (-1,) * 5)),
     Case(PiPattern(6, 4, 9, phase=(0, 1, 2, 3)), T=63, S=63, fusion="mass"),
     Case(PiPattern(3, 16, 2, phase=11), T=5, S=50, G=1),

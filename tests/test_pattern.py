@@ -208,8 +208,14 @@ def test_constructors_name_what_is_wrong():
         coordinated_heads(16, 8, 0)
     with pytest.raises(ValueError, match="period"):
         coordinated_heads(16, 8, 4, period=0)
+    with pytest.raises(TypeError, match="period must be an int or several ints"):
+        coordinated_heads(16, 8, 4, period=2.0)
     with pytest.raises(ValueError, match="context"):
         dilated_heads(16, 8, 4, context=0)
+    with pytest.raises(TypeError, match="must be a dict of its fields, got None"):
+        PiPattern.from_dict(None)
+    with pytest.raises(ValueError, match="heads 1 to 5 are not among the 3"):
+        PiPattern(2, 4, 2, phase=(0, 1, 2)).of_heads(1, 5)
 
 
 def test_head_schedules():

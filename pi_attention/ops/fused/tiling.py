@@ -120,7 +120,7 @@ def band_table(pattern: PiPattern, length: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=256)
 def heads_differ(pattern: PiPattern) -> bool:
     """Whether heads differ in their skip keys."""
-    return len(set(pattern.skip_bands())) > 1
+    return pattern.skips != 0 and len(set(pattern.skip_bands())) > 1
 
 
 @lru_cache(maxsize=256)
