@@ -12,9 +12,8 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INT32_MAX = 2**31 - 1
-KNOWN = ("3.6.", "3.7.", "3.8.", "3.9.")
-"""Versions of Triton whose compiled kernels take the arguments that `Step` passes."""
-DIRECT = triton.__version__.startswith(KNOWN)
+DIRECT = triton.__version__.startswith("3.6.")
+"""Whether compiled kernels take the arguments that `Step` passes: an internal interface, tried on this version."""
 
 
 class Constants:
@@ -43,8 +42,8 @@ class Step:
     """One launch of a call's plan: everything but the tensors' addresses is known beforehand.
 
     Triton's own launch inspects every argument, about 100 µs for sixty of them, so it serves the first launch alone.
-    Afterwards addresses go straight to the compiled kernel, by an internal interface of the versions `KNOWN`. Rare
-    cases (unaligned tensors, 64-bit integers, other versions, profilers' hooks) take Triton's launch every time.
+    Afterwards the compiled kernel is launched; with `DIRECT`, addresses go straight to its launcher. Rare cases
+    (unaligned tensors, 64-bit integers) take Triton's own launch every time, and so do profilers' hooks.
 
     Args:
         kernel: what is launched.
@@ -65,7 +64,7 @@ class Step:
         self.kernel, self.programs, self.constants = kernel, programs, constants
         self.tail = (*strides, *numbers)
         narrow = max(map(abs, self.tail), default=0) <= INT32_MAX
-        self.key = (constants.key, _traits(strides)) if DIRECT and narrow else None
+        self.key = (constants.key, _traits(strides)) if narrow else None
         self.arguments = (*self.tail, *constants.values.values())
         self.launch: Any = None
 
@@ -97,10 +96,14 @@ class Step:
         if not fit or compiled is None:  # the interpreter returns nothing
             return
         self.kernel.compiled[key] = compiled
-        if hasattr(knobs.runtime.launch_enter_hook, "calls"):
-            current_stream = triton.runtime.driver.active.get_current_stream
-            device = bases[0].device.index
+        if DIRECT:
+            current_stream, device = _stream_finder(), bases[0].device.index
             self.launch = compiled.run, compiled.function, compiled.packed_metadata, current_stream, device
+
+
+def _stream_finder() -> Any:
+    """Triton's function from a device's index to its current stream."""
+    return triton.runtime.driver.active.get_current_stream
 
 
 def _unaligned(addresses: Sequence[Any]) -> bool:

@@ -1,0 +1,89 @@
+"""How a compiled kernel is launched again: straight to its launcher, or by Triton's own launch. Needs no GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from problems import need_triton
+
+need_triton()
+
+from pi_attention.ops.fused import compiled  # noqa: E402
+from pi_attention.ops.fused.compiled import Constants, Kernel, Step  # noqa: E402
+
+
+class FakeKernel:
+    """Stands for a Triton kernel and for its compiled form; writes down who was launched with what."""
+
+    def __init__(self):
+        self.calls = []
+        self.function, self.packed_metadata = "function", "metadata"
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.calls.append(("triton" if constants else "compiled", grid[0], arguments))
+            return self
+
+        return launch
+
+    def run(self, *arguments):
+        self.calls.append(("direct", arguments[0], arguments[3:]))
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(compiled, "_stream_finder", lambda: lambda device: "stream")
+    return FakeKernel()
+
+
+def step_of(kernel, programs=3, numbers=(7, 0.5)):
+    return Step(Kernel(kernel), programs, (16, 1), numbers, Constants({"num_warps": 4}, D=16))
+
+
+def test_addresses_go_straight_to_the_launcher_of_a_known_version(kernel, monkeypatch):
+    monkeypatch.setattr(compiled, "DIRECT", True)
+    step, x = step_of(kernel), torch.zeros(64)
+    step((x, x))
+    step((x, x))
+    assert [call[0] for call in kernel.calls] == ["triton", "direct"]
+    address = x.data_ptr()
+    want = ("stream", "function", "metadata", None, None, None, address, address, 16, 1, 7, 0.5, 16)
+    assert kernel.calls[1][1:] == (3, want)
+
+
+def test_another_version_launches_the_compiled_kernel(kernel, monkeypatch):
+    monkeypatch.setattr(compiled, "DIRECT", False)
+    step, x = step_of(kernel), torch.zeros(64)
+    step((x, x))
+    step((x, x))
+    assert [call[0] for call in kernel.calls] == ["triton", "compiled"]
+    assert kernel.calls[1][2][2:] == (16, 1, 7, 0.5, 16)
+
+
+def test_another_length_compiles_nothing(kernel, monkeypatch):
+    monkeypatch.setattr(compiled, "DIRECT", True)
+    shared, x = Kernel(kernel), torch.zeros(64)
+    for length in (100, 200):
+        Step(shared, length, (16, 1), (length, 0.5), Constants({"num_warps": 4}, D=16))((x, x))
+    assert [call[0] for call in kernel.calls] == ["triton", "compiled"]
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_unaligned_tensors_wide_numbers_and_hooks_take_triton_s_launch(kernel, monkeypatch, direct):
+    monkeypatch.setattr(compiled, "DIRECT", direct)
+    x = torch.zeros(64)
+    step = step_of(kernel)
+    for _ in range(2):
+        step((x[1:], x))
+    wide = step_of(kernel, numbers=(2**31, 0.5))
+    for _ in range(2):
+        wide((x, x))
+    assert [call[0] for call in kernel.calls] == ["triton"] * 4
+    step((x, x))
+    monkeypatch.setattr(compiled, "knobs", SimpleNamespace(runtime=SimpleNamespace(launch_enter_hook=Hook())))
+    step((x, x))
+    assert [call[0] for call in kernel.calls[4:]] == ["triton", "compiled"]
+
+
+class Hook:
+    calls = ("a profiler",)
