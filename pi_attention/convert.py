@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from pi_attention.models.interface import (
 )
 from pi_attention.models.modeling_pi import initialise, segments_of_batch, static_segments
 from pi_attention.models.near_sinks import NearSinks
+from pi_attention.models.rotary import keep_in_fp32
 from pi_attention.models.static_cache import PiStaticCache
 from pi_attention.models.undo import undone_on_failure
 from pi_attention.nn.gate import FusionGate
@@ -150,6 +152,15 @@ class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin
             for layer, of_layer in zip(cache.layers, near, strict=True):
                 layer.near = of_layer  # of a cache that was not made by new_cache
         return near
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move, but keep the frequencies of rotary embeddings in fp32."""
+        rotary = [module for module in self.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+        before = [dict(module.named_buffers(recurse=False)) for module in rotary]
+        super()._apply(fn, recurse)
+        for module, buffers in zip(rotary, before, strict=True):
+            keep_in_fp32(module, buffers)
+        return self
 
     def _prepare_static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any

@@ -344,6 +344,11 @@ def test_a_reader_that_leaves_early_sees_no_traceback(tmp_path):
     process.wait()
 
 
+def test_output_that_was_closed_before_the_start_is_no_error(tmp_path):
+    command = f'"{sys.executable}" -m pi_attention.cli plan --context 512 --layers 4 >&-'
+    assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == 0
+
+
 def test_a_setting_and_its_limit_have_one_name():
     names = {name for kind in COMMANDS.values() for name, _ in fields(kind)}
     assert {*LEAST, *POSITIVE, *FRACTIONS} <= names

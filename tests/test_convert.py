@@ -277,3 +277,14 @@ def test_beyond_the_pretrained_context_the_sinks_move_along(family, padding):
     one_segment = torch.zeros_like(seen, dtype=torch.int32)
     want = stream(seen, position_ids=positions, segment_ids=one_segment, use_cache=False)
     torch.testing.assert_close(out.logits[:, -1], want.logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cast", [lambda model: model.to(torch.bfloat16), lambda model: model.half().float()])
+def test_rotary_frequencies_of_a_converted_model_stay_exact(cast):
+    """Rounded to 16 bits they turn position 8,000 by another radian."""
+    model = convert(pretrained().float(), PiPattern(4, 5, 3))
+    rotary = next(module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding"))
+    x, positions = torch.zeros(1, 1, 64), torch.tensor([[8000]])
+    want = rotary(x, positions)
+    for got, exact in zip(cast(model) and rotary(x, positions), want, strict=True):
+        assert torch.equal(got, exact)

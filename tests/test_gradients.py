@@ -77,3 +77,23 @@ def test_a_gate_that_fuses_nothing_has_a_zero_gradient(impl, length):
     query, gate = torch.randn(1, 2, length, 4, requires_grad=True), torch.randn(1, 2, length, requires_grad=True)
     pi_attention(query, query, query, PiPattern(8, 8, 2), gate=gate, impl=impl).sum().backward()
     assert torch.equal(gate.grad[..., :8], torch.zeros(1, 2, min(8, length)))
+
+
+@pytest.mark.parametrize("pattern", [PiPattern(2, 2, 2), PiPattern(2, 3, 2, sinks=1, phase=1)], ids=str)
+def test_third_derivatives_are_those_of_the_reference(pattern):
+    """Hessian-vector products by double backward, and a derivative of second derivatives."""
+    case = Case(pattern, T=6, S=6, B=1, H=2, G=2)
+    found = []
+    for impl in ("reference", "blocked"):
+        query, key, value, gate = case.tensors()
+
+        def loss(query, key=key, value=value, gate=gate, impl=impl):
+            return pi_attention(query, key, value, pattern, gate=gate, impl=impl).pow(3).sum()
+
+        product = torch.autograd.functional.hvp(loss, query.detach(), torch.ones_like(query))[1]
+        first = torch.autograd.grad(loss(query), query, create_graph=True)[0]
+        second = torch.autograd.grad(first.pow(2).sum(), query, create_graph=True)[0]
+        found.append([product, *torch.autograd.grad(second.pow(2).sum(), (query, key, value, gate))])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert want.norm() > 0
+        torch.testing.assert_close(got, want)

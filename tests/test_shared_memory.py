@@ -55,8 +55,8 @@ def shared_memory(kernel, given, element):
 for dim, (dtype, element) in [(d, t) for d in DIMS for t in TYPES]:
     precision = "ieee" if element == "fp32" else "tf32"
 
-    def problem(pattern, queries=32768):
-        query, key = (1, 16, queries, dim), (1, 4, 32768, dim)
+    def problem(pattern, queries=32768, groups=4):
+        query, key = (1, 16, queries, dim), (1, groups, 32768, dim)
         strides, gate = (0,) * 12, ((0, 0, 0), torch.float32)
         where = torch.device("meta"), precision, True
         return Problem(pattern, True, 1.0, query, key, strides, gate, True, dtype, *where)
@@ -66,7 +66,7 @@ for dim, (dtype, element) in [(d, t) for d in DIMS for t in TYPES]:
         plan = plan_tiles(name, problem(bands[band][0]), bands[band][1], **flags)
         shared = shared_memory(kernel, plan.constants, element)
         print(shared, dim, element, band, name, plan.tiles)
-    one_pass = plan_one_pass(problem(LONE)) if dim <= 128 and element != "fp32" else None
+    one_pass = plan_one_pass(problem(LONE, groups=16)) if dim <= 128 and element != "fp32" else None
     if one_pass is not None:
         print(shared_memory(one_pass_file.skip_backward_kernel, one_pass.constants, element), dim, element, "one pass")
     for pattern in (LONE, coordinated_heads(16, 64, 16)):

@@ -125,6 +125,7 @@ DAMAGES = {
     "flipped": lambda folder: flip(folder / "model.safetensors"),
     "missing": lambda folder: (folder / "trainer_state.json").unlink(),
     "list": lambda folder: (folder / checkpoints.MANIFEST).write_bytes(b"{"),
+    "empty list": lambda folder: (folder / checkpoints.MANIFEST).write_bytes(b"{}"),
 }
 
 

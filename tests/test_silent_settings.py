@@ -155,6 +155,12 @@ def test_tensors_of_other_layouts_are_refused_by_name():
         pi_attention(query, query, query, PATTERN, segment_ids=torch.ones(2, 10, dtype=torch.int32).to_sparse())
 
 
+def test_the_older_name_of_the_scaling_takes_the_base_too():
+    config = PiConfig(**BASE, rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_theta=1e6)
+    assert config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
+    assert config.rope_theta == 1e6
+
+
 def test_rope_theta_of_a_saved_configuration_is_one_setting(tmp_path):
     PiConfig(**BASE).save_pretrained(tmp_path)
     for config in (

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -28,7 +29,13 @@ codecs.register_error("pi_attention.ascii", _in_ascii)
 
 
 def prepare_streams() -> None:
-    """Let output write what the terminal's encoding lacks in ASCII, where it would end the process otherwise."""
+    """Let output write what the terminal's encoding lacks in ASCII, where it would end the process otherwise.
+
+    A stream that was closed before the start swallows what is written to it.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 for as long as we run
     for stream in (sys.stdout, sys.stderr):
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

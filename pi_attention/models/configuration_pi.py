@@ -98,6 +98,8 @@ class PiConfig(PretrainedConfig):
         self.fusion: Fusion = fusion
         self.gate_features = gate_features
         self.qk_norm = qk_norm
+        scaling = kwargs.pop("rope_scaling", None)  # the name of older configurations
+        rope_parameters = rope_parameters or scaling
         in_parameters = (rope_parameters or {}).get("rope_theta")
         if None not in (rope_theta, in_parameters) and rope_theta != in_parameters:
             raise ValueError(

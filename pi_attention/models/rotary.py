@@ -13,6 +13,19 @@ from pi_attention.models.configuration_pi import PiConfig
 from pi_attention.nn.rope import angles_at, rotary_frequencies
 
 
+def keep_in_fp32(module: nn.Module, before: dict[str, Tensor]) -> None:
+    """After a module was cast: its buffers in fp32, on the new device.
+
+    Frequencies rounded to bf16 turn position 8,000 by another radian.
+    """
+    for name, buffer in before.items():
+        moved = getattr(module, name)
+        narrowed = moved.is_floating_point() and moved.element_size() < 4
+        if narrowed or buffer.dtype == torch.float32 != moved.dtype:
+            exact = torch.empty_like(moved, dtype=torch.float32) if buffer.is_meta else buffer.to(moved.device).float()
+            setattr(module, name, exact)
+
+
 class PiRotaryEmbedding(nn.Module):
     """cos and sin of positions, scaled as `config.rope_parameters` says; attributes as transformers expects them."""
 
@@ -37,14 +50,10 @@ class PiRotaryEmbedding(nn.Module):
         return rotary_frequencies(config.head_dim, float(config.rope_parameters["rope_theta"])), 1.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move, but keep the frequencies in fp32: rounded to bf16, position 8,000 is turned by another radian."""
+        """Move, but keep the frequencies in fp32."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != torch.float32:
-                kept = torch.empty_like(moved, dtype=torch.float32) if buffer.is_meta else buffer.to(moved.device)
-                setattr(self, name, kept)
+        keep_in_fp32(self, before)
         return self
 
     @torch.no_grad()

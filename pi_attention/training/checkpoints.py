@@ -61,6 +61,8 @@ def damage(checkpoint: Path) -> str | None:
         return None if any(checkpoint.iterdir()) else "it is empty"  # of an earlier version
     try:
         noted = json.loads(file.read_bytes())
+        if not noted:
+            return f"{MANIFEST} names no file"
         for name, (size, checksum) in noted.items():
             path = checkpoint / name
             if not path.is_file():

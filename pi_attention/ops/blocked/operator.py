@@ -88,15 +88,21 @@ def _save_band_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _differentiate_band_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    """Double backward: run the plain PyTorch backward again under autograd, and differentiate that."""
+    """Double backward: run the plain PyTorch backward again under autograd, and differentiate that.
+
+    Where a graph is asked for, the inputs are views of the saved tensors, through which further derivatives go on.
+    Views, because saved tensors depend on one another, and here each is an input of its own.
+    """
     *tensors, starts = ctx.saved_tensors
-    inputs = [x.detach().requires_grad_() for x in tensors]
+    further = torch.is_grad_enabled()
+    inputs = [x.view_as(x) if further and x.requires_grad else x.detach().requires_grad_() for x in tensors]
     rest: tuple[Any, ...] = (starts, PiPattern.from_ints(ctx.pattern), ctx.skip, ctx.scale)
     with torch.enable_grad():
         outputs = eager_band_backward(*inputs, *rest)
     if not any(x.requires_grad for x in outputs):  # no query has a key in this band
         return None, None, None, None, None, None, None, None, None, None
-    return *torch.autograd.grad(outputs, inputs, grads, allow_unused=True), None, None, None, None
+    found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True, create_graph=further)
+    return *found, None, None, None, None
 
 
 torch.library.register_autograd(
