@@ -110,12 +110,11 @@ def run_forward(
     plan = forward_plan(problem)
     absent = query  # a pointer that no kernel reads
     starts = absent if starts is None else starts
-    skip_out = skip_lse = None
+    out, skip_out, skip_lse = _empty_like(query), None, None
     if plan.skip is None:
-        out, lse = _outputs(query)
+        lse = _rows_like(query)
     else:
-        shape = (2, *query.shape[:3])
-        out, (lse, skip_lse) = _empty_like(query), torch.empty(shape, dtype=torch.float32, device=query.device).unbind()
+        lse, skip_lse = _pair_of_rows_like(query)
     with on_device(problem.device):
         if plan.skip is not None:
             skip_out = _empty_like(query)
@@ -129,8 +128,17 @@ def run_forward(
     return out, lse, skip_out, skip_lse
 
 
-def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_like(query), torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+def _rows_like(query: Tensor) -> Tensor:
+    return torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+
+
+def _pair_of_rows_like(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors [B, H, T] of one allocation, if both then start at multiples of 16 bytes."""
+    batch, heads, length, _ = query.shape
+    if batch * heads * length % 4:
+        return _rows_like(query), _rows_like(query)
+    first, second = torch.empty((2, batch, heads, length), dtype=torch.float32, device=query.device)
+    return first, second
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -356,8 +364,8 @@ def run_decode(
     plan = decode_plan(problem)
     parts = torch.empty(2, plan.splits, *query.shape, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(2, plan.splits, *query.shape[:3], dtype=torch.float32, device=query.device)
-    out, lse = _outputs(query)
-    skip_lse = torch.empty_like(lse)
+    out = _empty_like(query)
+    lse, skip_lse = _pair_of_rows_like(query)
     absent = query
     with on_device(problem.device):
         starts = absent if starts is None else starts
