@@ -193,3 +193,25 @@ def test_rows_of_the_hub_are_checked_too(monkeypatch):
 def test_no_text_makes_no_blocks():
     with pytest.raises(ValueError, match="no text"):
         PackedBlocks([], TOKENIZER, 8)
+
+
+def test_what_would_be_dropped_or_misread_is_named(tmp_path):
+    (tmp_path / "wide.txt").write_bytes("Hello".encode("utf-16-le"))
+    with pytest.warns(UserWarning, match=r"wide\.txt.* UTF-16"):
+        load_documents(str(tmp_path / "wide.txt"))
+    (tmp_path / "twice.jsonl").write_text('{"text": "a", "text": "b"}\n')
+    with pytest.raises(ValueError, match=r"twice\.jsonl.*line 1.*the key 'text' stands twice"):
+        load_documents(str(tmp_path / "twice.jsonl"))
+    table = pa.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice\.parquet.* has 2 fields 'text'"):
+        load_documents(str(tmp_path / "twice.parquet"))
+
+
+def test_a_folder_says_what_it_leaves_out(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "B.TXT").write_text("two")
+    assert sorted(load_documents(str(tmp_path))) == ["one", "two"]
+    (tmp_path / "c.md").write_text("three")
+    with pytest.warns(UserWarning, match=r"1 entries that are no \.txt file are left out, such as 'c\.md'"):
+        assert len(load_documents(str(tmp_path))) == 2

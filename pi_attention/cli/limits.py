@@ -61,5 +61,7 @@ def _check(command: str, name: str, value: Any) -> None:
     if value < least:
         why = ": the first token of a block only predicts" if least == 2 else ""
         raise ValueError(f"{name} must be at least {least}, got {value}{why}.")
+    if name == "temperature" and 0 < value < 1e-3:
+        raise ValueError(f"temperature must be 0, which takes the likeliest token, or at least 0.001, got {value}.")
     if isinstance(value, int) and value > MOST_OF.get(name, MOST):
         raise ValueError(f"{name} must be at most {MOST_OF.get(name, MOST):,}, got {value}.")

@@ -60,7 +60,14 @@ def _bundled() -> list[str]:
 
 
 def _folder(path: Path) -> list[str]:
-    texts = sorted(path.glob("*.txt"))
+    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    texts = [entry for entry in entries if entry.suffix.lower() == ".txt"]
+    others = [entry.name for entry in entries if entry not in texts]
+    if texts and others:
+        warnings.warn(
+            f"data={str(path)!r}: {len(others):,} entries that are no .txt file are left out, such as {others[0]!r}.",
+            stacklevel=3,
+        )
     for text in texts:
         if not text.is_file():
             raise ValueError(f"data={str(path)!r} holds {text.name!r}, which is no file: rename it, or move it away.")

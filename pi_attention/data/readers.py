@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ def read_text(path: Path) -> str:
     raw = path.read_bytes()
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"data={str(path)!r} is UTF-16 by its byte order mark: save it as UTF-8.")
+    if raw.count(0) > len(raw) // 4:  # UTF-8 it is, but no text that anybody wrote
+        warnings.warn(
+            f"data={str(path)!r} is zero in {raw.count(0):,} of {len(raw):,} bytes, as UTF-16 is: save it as UTF-8.",
+            stacklevel=2,
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -86,9 +92,17 @@ def csv_rows(path: Path, field: str) -> Rows:
         ) from error
 
 
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return found
+
+
 def _parsed(text: str, path: Path, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_key_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"data={str(path)!r} holds no JSON in {where} ({error}): write one object a line, or one array of objects."
@@ -121,7 +135,10 @@ def parquet_rows(path: Path, field: str) -> Rows:
 
     try:
         file = parquet.ParquetFile(path)
-        _need_field(field, file.schema_arrow.names, path)
+        names = file.schema_arrow.names
+        _need_field(field, names, path)
+        if names.count(field) > 1:
+            raise ValueError(f"data={str(path)!r} has {names.count(field)} fields {field!r}: give each its own name.")
         number = 0
         for batch in file.iter_batches(columns=[field]):
             for value in batch.column(0).to_pylist():
