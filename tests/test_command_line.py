@@ -344,6 +344,14 @@ def test_a_reader_that_leaves_early_sees_no_traceback(tmp_path):
     process.wait()
 
 
+def test_a_key_that_stands_twice_in_a_file_is_named(tmp_path):
+    (tmp_path / "twice.yaml").write_text("model:\n  heads: 2\nmodel:\n  heads: 4\n")
+    with pytest.raises(ValueError, match=r"twice\.yaml.*the key 'model' stands twice"):
+        load_yaml(TrainConfig, tmp_path / "twice.yaml")
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        load_yaml(TrainConfig, tmp_path)
+
+
 def test_output_that_was_closed_before_the_start_is_no_error(tmp_path):
     command = f'"{sys.executable}" -m pi_attention.cli plan --context 512 --layers 4 >&-'
     assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == 0

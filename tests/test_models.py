@@ -407,3 +407,11 @@ def test_the_loss_by_slices_is_the_loss_and_its_logits_never_exist_together(name
     assert model(ids).logits.shape == (2, 60, 64)
     with pytest.raises(ValueError, match="loss_slice=0 must be at least 1"):
         make(name, loss_slice=0)
+
+
+def test_a_cache_that_holds_keys_is_initialized():
+    model = make()
+    cache = model.new_cache()
+    assert not cache.is_initialized
+    model(torch.randint(model.config.vocab_size, (1, 9)), past_key_values=cache, use_cache=True)
+    assert cache.is_initialized

@@ -141,6 +141,11 @@ class PiCache(DynamicCache):
     def __init__(self, patterns: list[PiPattern]) -> None:
         Cache.__init__(self, layers=[PiCacheLayer(pattern) for pattern in patterns])
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer holds keys."""
+        return all(layer.is_initialized for layer in self.layers)
+
     def begin(self, segment_ids: Tensor | None) -> None:
         """Before new tokens of a model that knows no segments: the ids [B, length + T], which place the sinks."""
         starts = None

@@ -217,6 +217,18 @@ def from_plain(kind: type[Settings], values: dict[str, Any], where: str = "") ->
     return made
 
 
+class EachKeyOnce(yaml.SafeLoader):
+    """YAML whose mappings name each key once, where the last would win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As of `SafeLoader`; ValueError for a key that stands twice."""
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise ValueError(f"the key {twice[0]!r} stands twice, line {node.start_mark.line + 1} and below")
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(kind: type[Settings], path: Path) -> Settings:
     """Settings from a YAML file, UTF-8 whatever the locale.
 
@@ -224,9 +236,10 @@ def load_yaml(kind: type[Settings], path: Path) -> Settings:
         FileNotFoundError, ValueError: there is no such file, it is no YAML, or a setting is unknown or of another kind.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"config={str(path)!r} does not exist.")
+        what = "is no file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"config={str(path)!r} {what}: give a YAML file of settings.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), EachKeyOnce) or {}
     except (yaml.YAMLError, ValueError) as error:  # a date that there is not is a ValueError
         raise ValueError(f"config={str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

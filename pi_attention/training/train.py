@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def train(config: TrainConfig, console: Console) -> bool:
         checkpoint = checkpoint_to_resume(out, step)
         if checkpoint is not None and step is not None:
             put_aside_after(out, checkpoint)
+        if checkpoint is None and (out / "metrics.jsonl").exists():
+            warnings.warn(f"out={str(out)!r} holds no checkpoint: the run begins at its first step.", stacklevel=2)
     else:
         refuse_to_overwrite(config)
     config.check()
