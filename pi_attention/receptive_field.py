@@ -54,9 +54,8 @@ class _Sequence:
         """The positions at the signed lags of a band before those in the set, by doubling."""
         assert band.last is not None
         steps, found, at, size = band.last - band.first, 0, 0, 1
-        seen = self.moved(
-            bits, band.first * band.stride + band.phase
-        )  # then every lag is positive, and what leaves is gone
+        # once moved by the first lag, every further one is positive, and what leaves is gone
+        seen = self.moved(bits, band.first * band.stride + band.phase)
         while steps:  # `seen` holds the first `size` lags of the band
             if steps & 1:
                 found |= self.moved(seen, at)

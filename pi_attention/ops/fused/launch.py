@@ -83,7 +83,7 @@ class ForwardPlan(NamedTuple):
 
 
 def _table(problem: Problem) -> Tensor | None:
-    if not problem.both or not heads_differ(problem.pattern):
+    if not heads_differ(problem.pattern):
         return None
     return band_table(problem.pattern, problem.key[2], problem.device)
 
@@ -199,7 +199,7 @@ def backward_plan(problem: Problem, grad_strides: tuple[int, ...], lse: bool, sk
         one_pass = Step(skip_backward, plan.programs, strides, (rows, *plan.sizes, *scales), plan.constants)
     elif both:
         skip = of_query(True)[0], of_key(True, classes)
-    if both and heads_differ(problem.pattern):
+    if heads_differ(problem.pattern):
         members = member_table(problem.pattern, problem.group, problem.device)
     query, plan = of_query(False)
     sinks, chunks = sink_steps(problem, strides) if problem.sinks else (None, 0)
