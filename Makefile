@@ -26,7 +26,7 @@ test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto -m "not gpu" --cov=pi_attention --cov-report=term
 
 test-gpu:  # on a machine with a GPU, in an environment of its own: the semantics of the kernels, and the rest
-	$(PYTHON) -m pytest -n 8 tests/test_semantics.py tests/test_compile.py tests/test_operator_checks.py tests/test_gpu.py
+	$(PYTHON) -m pytest -n 8 tests/test_semantics.py tests/test_compile.py tests/test_operator_checks.py tests/test_gpu.py tests/test_hopper.py
 
 experiments-smoke: $(VENV)/installed  # each experiment at toy size, with data made up where the real is not there
 	$(BIN)/python -m pytest -n auto tests/test_experiments.py --smoke

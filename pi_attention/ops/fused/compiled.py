@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+Launch = Callable[[Sequence[Any]], None]
+"""Launches a kernel on the tensors of a call."""
 
 INT32_MAX = 2**31 - 1
 DIRECT = triton.__version__.startswith("3.6.")
@@ -68,8 +70,8 @@ class Step:
         self.arguments = (*self.tail, *constants.values.values())
         self.launch: Any = None
 
-    def __call__(self, tensors: Sequence[Tensor | TensorDescriptor]) -> None:
-        """Launch on the current device and stream; the tensors lie there."""
+    def __call__(self, tensors: Sequence[Any]) -> None:
+        """Launch on the current device and stream, where the tensors lie, or those of the tensor descriptors."""
         if self.launch is not None and not knobs.runtime.launch_enter_hook.calls:
             addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
             if not _unaligned(addresses):
@@ -79,10 +81,10 @@ class Step:
                 return
         self._first(tensors)
 
-    def _first(self, tensors: Sequence[Tensor | TensorDescriptor]) -> None:
+    def _first(self, tensors: Sequence[Any]) -> None:
         """By Triton's own launch, unless the kernel was compiled for another length; remember its compiled form."""
         constants = self.constants
-        bases = [x.base if isinstance(x, TensorDescriptor) else x for x in tensors]
+        bases = [x if isinstance(x, Tensor) else x.base for x in tensors]
         fit = (
             self.key is not None and not torch.compiler.is_compiling() and not _unaligned([x.data_ptr() for x in bases])
         )

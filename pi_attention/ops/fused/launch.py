@@ -12,7 +12,8 @@ from torch import Tensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pi_attention.ops.fused.compiled import Constants, Kernel, Step
+from pi_attention.ops.fused.compiled import Constants, Kernel, Launch, Step
+from pi_attention.ops.fused.hopper.serves import serves
 from pi_attention.ops.fused.kernels.backward import (
     band_backward_key_kernel,
     band_backward_query_kernel,
@@ -75,7 +76,7 @@ class ForwardPlan(NamedTuple):
 
     skip: Step | None
     """None for a pattern without skips."""
-    local: Step
+    local: Launch
     bands: Tensor | None
     """`band_table`, where heads differ."""
     block: list[int] | None
@@ -99,8 +100,13 @@ def forward_plan(problem: Problem) -> ForwardPlan:
         numbers = (*problem.gate_strides, *plan.sizes, problem.scale * LOG2E)
         return Step(forward, plan.programs, problem.strides, numbers, plan.constants), plan
 
+    skip = step(True)[0] if problem.both else None
+    if serves("forward", problem):
+        from pi_attention.ops.fused.hopper.launch import Forward
+
+        return ForwardPlan(skip, Forward(problem), _table(problem), None)
     local, plan = step(False)
-    return ForwardPlan(step(True)[0] if problem.both else None, local, _table(problem), _block(plan))
+    return ForwardPlan(skip, local, _table(problem), _block(plan))
 
 
 def run_forward(
@@ -149,13 +155,13 @@ def _empty_like(x: Tensor) -> Tensor:
 class BackwardPlan(NamedTuple):
     """The launches of a backward pass, in order."""
 
-    query: Step
+    query: Launch
     """The local band's gradient of the queries, with the terms of every row and the gradient of the gate."""
     one_pass: Step | None
     """All gradients of the skip band; where that kernel serves, else the next two."""
     skip: tuple[Step, Step] | None
     """The skip band's gradients of the queries, then of keys and values."""
-    key: Step
+    key: Launch
     """The local band's gradients of keys and values."""
     sinks: tuple[Step, Step] | None
     """Gradients of the sinks' keys and values by chunks of queries, and their sum."""
@@ -169,12 +175,15 @@ class BackwardPlan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def backward_plan(problem: Problem, grad_strides: tuple[int, ...], lse: bool, skip_lse: bool) -> BackwardPlan:
+def backward_plan(
+    problem: Problem, grad_strides: tuple[int, ...], lse: bool, skip_lse: bool, aligned: bool = True
+) -> BackwardPlan:
     """The launches of a backward pass.
 
     Args:
         grad_strides: of the output's gradient.
         lse, skip_lse: whether the log-sum-exps have a gradient.
+        aligned: whether the output's gradient starts at a multiple of 16 bytes.
     """
     batch, heads, queries, _ = problem.query
     scales, strides = (problem.scale, problem.scale * LOG2E), problem.strides + grad_strides
@@ -201,11 +210,23 @@ def backward_plan(problem: Problem, grad_strides: tuple[int, ...], lse: bool, sk
         skip = of_query(True)[0], of_key(True, classes)
     if heads_differ(problem.pattern):
         members = member_table(problem.pattern, problem.group, problem.device)
-    query, plan = of_query(False)
     sinks, chunks = sink_steps(problem, strides) if problem.sinks else (None, 0)
-    return BackwardPlan(
-        query, one_pass, skip, of_key(False, 1), sinks, _table(problem), members, classes, chunks, _block(plan)
-    )
+    query: Launch
+    key: Launch
+    if aligned and serves("query", problem, grad_strides):
+        from pi_attention.ops.fused.hopper.launch import Query
+
+        query, block = Query(problem, lse, skip_lse), None
+    else:
+        query, tiles = of_query(False)
+        block = _block(tiles)
+    if aligned and serves("key", problem, grad_strides):
+        from pi_attention.ops.fused.hopper.launch import Key
+
+        key = Key(problem)
+    else:
+        key = of_key(False, 1)
+    return BackwardPlan(query, one_pass, skip, key, sinks, _table(problem), members, classes, chunks, block)
 
 
 def sink_steps(problem: Problem, strides: tuple[int, ...]) -> tuple[tuple[Step, Step], int]:
@@ -257,7 +278,8 @@ def run_backward(
     """
     grad_out = grads[0]
     grad_lse, grad_skip_lse = (None if x is None else x.contiguous() for x in grads[1:])
-    plan = backward_plan(problem, grad_out.stride(), grad_lse is not None, grad_skip_lse is not None)
+    aligned = not grad_out.data_ptr() & 15
+    plan = backward_plan(problem, grad_out.stride(), grad_lse is not None, grad_skip_lse is not None, aligned)
     absent = query  # a pointer that no kernel reads
     starts = absent if starts is None else starts
     out, lse = saved.out, saved.lse

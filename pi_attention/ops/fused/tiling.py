@@ -36,7 +36,7 @@ class Problem(NamedTuple):
     device: torch.device
     precision: str
     aligned: bool
-    """Whether keys and values start at multiples of 16 bytes."""
+    """Whether query, key and value start at multiples of 16 bytes."""
 
     @property
     def group(self) -> int:
@@ -82,7 +82,7 @@ def problem_of(
         query.dtype,
         query.device,
         precision(query),
-        not (key.data_ptr() | value.data_ptr()) & 15,
+        not (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15,
     )
 
 

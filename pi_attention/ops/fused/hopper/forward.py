@@ -1,0 +1,160 @@
+"""Forward kernel of the local band, with its sinks, and the fusion gate in its epilogue."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from pi_attention.ops.fused.hopper.rows import rows_producer
+from pi_attention.ops.fused.hopper.steps import (
+    LN2,
+    RUN_TIME,
+    barriers,
+    copy_out,
+    gate_logits,
+    gate_weight,
+    lowest_keys,
+    range_of_rows,
+    seen_keys,
+)
+
+
+@gluon.jit
+def _consumer(
+    out_desc, q_s, k_s, v_s, o_s, q_full, q_empty, o_full, o_empty, k_full, k_empty, v_full, v_empty,
+    Starts, Gate, SkipLse, Lse, sg_b, sg_h, sg_t, total, tiles, H, T, S, window, sinks, scale_log2,
+    WHICH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    SEGMENTS: gl.constexpr, FUSE: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """Rows [WHICH·BM, (WHICH + 1)·BM) of every tile; o_s holds their skip output, then their output."""
+    warps: gl.constexpr = gl.num_warps()
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], instr_shape=[16, BN, 16])
+    outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], instr_shape=[16, D, 16])
+    weights: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=outputs, k_width=2)
+    queries: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=scores, k_width=2)
+    rows: gl.constexpr = gl.SliceLayout(1, scores)
+    of_output: gl.constexpr = gl.SliceLayout(1, outputs)
+    zero = gl.zeros([BM, BN], gl.float32, scores)
+    slot = 0
+    count = 0
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        batch, head, token0, begin, first, steps, sink_tiles = range_of_rows(
+            tile, tiles, H, T, S, window, sinks, 2 * BM, BN
+        )
+        token0 += WHICH * BM
+        token = token0 + gl.arange(0, BM, rows)
+        present = token < T
+        position0, position = token0 + (S - T), token + (S - T)
+        row = (batch * H + head).to(gl.int64) * T + token
+        low, one_from = lowest_keys(Starts, batch, position, position0, present, S, window, BM, SEGMENTS)
+        lse_skip = gl.zeros([BM], gl.float32, rows)
+        logit = lse_skip
+        if FUSE:  # loaded here, so that it is there at the end
+            lse_skip = gl.load(SkipLse + row, mask=present, other=float("-inf"))
+            logit = gate_logits(Gate, sg_b, sg_h, sg_t, batch, head, token, present, GATED)
+        m = gl.full([BM], float("-inf"), gl.float32, rows)
+        l = gl.zeros([BM], gl.float32, rows)
+        acc = gl.zeros([BM, D], gl.float32, outputs)
+        mbarrier.wait(q_full.index(0), count & 1)
+        q = q_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM).load(queries)
+        mbarrier.arrive(q_empty.index(0), count=1)
+        mine = gl.maximum(first, WHICH * (BM // BN))
+        end = (window + BN - 2) // BN + (WHICH + 1) * (BM // BN)
+        for i in range(first - sink_tiles, steps):
+            s, phase = slot % STAGES, (slot // STAGES) & 1
+            of_sinks = i < first
+            mbarrier.wait(k_full.index(s), phase)
+            if of_sinks | ((i >= mine) & (i < end)):
+                key0 = gl.where(of_sinks, (i - first + sink_tiles) * BN, begin + i * BN)
+                k = k_s.index(s).reshape([BN, D])
+                score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+                score = warpgroup_mma_wait(0, deps=[score])
+                mbarrier.arrive(k_empty.index(s), count=1)
+                edge = of_sinks | (key0 < gl.maximum(position0 + BM - window, one_from)) | (key0 + BN - 1 > position0)
+                if edge:
+                    key = key0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
+                    seen = seen_keys(key, position, low, of_sinks, sinks, window)
+                    score = gl.where(seen, score, float("-inf"))
+                m_new = gl.maximum(m, gl.max(score, 1) * scale_log2)
+                shift = gl.where(m_new == float("-inf"), 0.0, m_new)
+                p = gl.exp2(score * scale_log2 - shift[:, None])
+                past = gl.exp2(m - shift)
+                l = l * past + gl.sum(p, 1)
+                m = m_new
+                acc = acc * gl.convert_layout(past, of_output)[:, None]
+                p = gl.convert_layout(p.to(k_s.dtype), weights)
+                mbarrier.wait(v_full.index(s), phase)
+                acc = warpgroup_mma(p, v_s.index(s).reshape([BN, D]), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+            else:
+                mbarrier.arrive(k_empty.index(s), count=1)
+                mbarrier.wait(v_full.index(s), phase)
+            mbarrier.arrive(v_empty.index(s), count=1)
+            slot += 1
+        empty = l == 0.0
+        l = gl.where(empty, 1.0, l)
+        lse = gl.where(empty, float("-inf"), (m + gl.log2(l)) * LN2)
+        gl.store(Lse + row, lse, mask=present)
+        mine_s = o_s.reshape([2 * BM, D]).slice(WHICH * BM, BM)
+        if FUSE:
+            g = gate_weight(lse, lse_skip, logit, MASS)
+            mbarrier.wait(o_full.index(0), count & 1)
+            out = acc * gl.convert_layout(g / l, of_output)[:, None]
+            out += gl.convert_layout(1.0 - g, of_output)[:, None] * mine_s.load(outputs).to(gl.float32)
+        else:
+            mbarrier.wait(o_full.index(0), count & 1)
+            out = acc * gl.convert_layout(1.0 / l, of_output)[:, None]
+        mine_s.store(out.to(k_s.dtype))
+        fence_async_shared()
+        copy_out(out_desc, [batch, head, token0, 0], o_s.slice(WHICH * BM, BM, dim=2))
+        tma.store_wait(0)
+        mbarrier.arrive(o_empty.index(0), count=1)
+        count += 1
+
+
+@gluon.jit(do_not_specialize=RUN_TIME)
+def forward_kernel(
+    q_desc, k_desc, v_desc, skip_desc, out_desc, Starts, Gate, SkipLse, Lse,
+    sg_b, sg_h, sg_t, total, tiles, H, T, S, window, sinks, scale_log2,
+    GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    SEGMENTS: gl.constexpr, FUSE: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """Out [B, H, T, D] and Lse [B, H, T]: `total` tiles of 2·BM query rows, `tiles` of them a head.
+
+    With FUSE, Out is g·(this band) + (1 − g)·(skip band), g from the gate logits and the two log-sum-exps.
+    """
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 2 * BM, D], q_desc.layout)
+    o_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 2 * BM, D], q_desc.layout)
+    k_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
+    q_full, q_empty, o_full, o_empty = barriers(1, 1), barriers(1, 2), barriers(1, 1), barriers(1, 2)
+    k_full, k_empty, v_full, v_empty = (
+        barriers(STAGES, 1),
+        barriers(STAGES, 2),
+        barriers(STAGES, 1),
+        barriers(STAGES, 2),
+    )
+    gl.warp_specialize([
+        (_consumer, (
+            out_desc, q_s, k_s, v_s, o_s, q_full, q_empty, o_full, o_empty, k_full, k_empty, v_full,
+            v_empty, Starts, Gate, SkipLse, Lse, sg_b, sg_h, sg_t, total, tiles, H, T, S, window, sinks,
+            scale_log2,
+            0, BM, BN, D, STAGES, SEGMENTS, FUSE, MASS, GATED,
+        )),
+        (_consumer, (
+            out_desc, q_s, k_s, v_s, o_s, q_full, q_empty, o_full, o_empty, k_full, k_empty, v_full,
+            v_empty, Starts, Gate, SkipLse, Lse, sg_b, sg_h, sg_t, total, tiles, H, T, S, window, sinks,
+            scale_log2,
+            1, BM, BN, D, STAGES, SEGMENTS, FUSE, MASS, GATED,
+        )),
+        (rows_producer, (
+            q_desc, q_desc, k_desc, v_desc, skip_desc, q_s, q_s, k_s, v_s, o_s, q_full, q_empty, o_full,
+            o_empty, k_full, k_empty, v_full, v_empty, total, tiles, H, T, S, window, sinks, GROUP, 2 *
+            BM, BN, D, STAGES, False, FUSE,
+        )),
+    ], [4, 1], [240, 24])  # fmt: skip

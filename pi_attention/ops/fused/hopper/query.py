@@ -1,0 +1,189 @@
+"""Gradient of the queries in the local band, with the terms of every row and the gradient of the gate."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from pi_attention.ops.fused.hopper.rows import rows_producer
+from pi_attention.ops.fused.hopper.steps import (
+    LOG2E,
+    RUN_TIME,
+    barriers,
+    copy_out,
+    gate_logits,
+    gate_weight,
+    lowest_keys,
+    range_of_rows,
+    seen_keys,
+)
+
+
+@gluon.jit
+def _row_terms(
+    delta, delta_skip, lse, lse_skip, logit, GradLse, GradSkipLse, Terms, GradGate, index, present, all_rows,
+    BOTH: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
+):  # fmt: skip
+    """w and c of the local band; those of both are stored, as `kernels.backward.row_terms` says."""
+    weight = gl.full_like(delta, 1.0)
+    shift = delta
+    if LSE:
+        shift -= gl.where(lse == float("-inf"), 0.0, gl.load(GradLse + index, mask=present, other=0.0))
+    if BOTH:
+        no_skip = lse_skip == float("-inf")
+        weight = gate_weight(lse, lse_skip, logit, MASS)
+        grad_gate = gl.where(no_skip, 0.0, (1.0 - weight) * (delta - delta_skip))
+        skip_shift = (1.0 - weight) * delta_skip
+        shift -= skip_shift
+        if MASS:
+            shift -= grad_gate
+            skip_shift += grad_gate
+        if SKIP_LSE:
+            skip_shift -= gl.where(no_skip, 0.0, gl.load(GradSkipLse + index, mask=present, other=0.0))
+        gl.store(Terms + 2 * all_rows + index, 1.0 - weight, mask=present)
+        gl.store(Terms + 3 * all_rows + index, skip_shift, mask=present)
+        if GATED:
+            gl.store(GradGate + index, grad_gate.to(GradGate.dtype.element_ty), mask=present)
+    gl.store(Terms + index, weight, mask=present)
+    gl.store(Terms + all_rows + index, shift, mask=present)
+    return weight, shift
+
+
+@gluon.jit
+def _consumer(
+    grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Starts, Lse, Terms,
+    Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h, sg_t, all_rows,
+    total, tiles, H, T, S, window, sinks, scale, scale_log2,
+    WHICH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    SEGMENTS: gl.constexpr, BOTH: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr,
+    SKIP_LSE: gl.constexpr,
+):  # fmt: skip
+    """Rows [WHICH·BM, (WHICH + 1)·BM) of every tile; the queries' place takes their gradient at the end."""
+    warps: gl.constexpr = gl.num_warps()
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], instr_shape=[16, BN, 16])
+    outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], instr_shape=[16, D, 16])
+    weights: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=outputs, k_width=2)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [warps, 1], [1, 0])
+    rows: gl.constexpr = gl.SliceLayout(1, scores)
+    zero = gl.zeros([BM, BN], gl.float32, scores)
+    slot = 0
+    count = 0
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        batch, head, token0, begin, first, steps, sink_tiles = range_of_rows(
+            tile, tiles, H, T, S, window, sinks, 2 * BM, BN
+        )
+        token0 += WHICH * BM
+        of_head = (batch * H + head).to(gl.int64) * T
+        line = token0 + gl.arange(0, BM, gl.SliceLayout(1, wide))
+        offset = (of_head + line)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
+        out = gl.load(Out + offset, mask=(line < T)[:, None], other=0.0)
+        skip_out = out
+        token = token0 + gl.arange(0, BM, rows)
+        present = token < T
+        index = of_head + token
+        lse = gl.load(Lse + index, mask=present, other=0.0)
+        lse_skip = lse
+        logit = lse
+        if BOTH:
+            skip_out = gl.load(SkipOut + offset, mask=(line < T)[:, None], other=0.0)
+            lse_skip = gl.load(SkipLse + index, mask=present, other=0.0)
+            logit = gate_logits(Gate, sg_b, sg_h, sg_t, batch, head, token, present, GATED)
+        position0, position = token0 + (S - T), token + (S - T)
+        low, one_from = lowest_keys(Starts, batch, position, position0, present, S, window, BM, SEGMENTS)
+        mbarrier.wait(q_full.index(0), count & 1)
+        q = q_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM)
+        d_out = grad_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM)
+        grad = d_out.load(wide).to(gl.float32)
+        delta = gl.convert_layout(gl.sum(grad * out.to(gl.float32), 1), rows)
+        delta_skip = delta
+        if BOTH:
+            delta_skip = gl.convert_layout(gl.sum(grad * skip_out.to(gl.float32), 1), rows)
+        weight, shift = _row_terms(
+            delta, delta_skip, lse, lse_skip, logit, GradLse, GradSkipLse, Terms, GradGate, index, present, all_rows,
+            BOTH, MASS, GATED, LSE, SKIP_LSE,
+        )  # fmt: skip
+        base = gl.where(lse == float("-inf"), 0.0, lse) * LOG2E
+        dq = gl.zeros([BM, D], gl.float32, outputs)
+        mine = gl.maximum(first, WHICH * (BM // BN))
+        end = (window + BN - 2) // BN + (WHICH + 1) * (BM // BN)
+        for i in range(first - sink_tiles, steps):
+            s, phase = slot % STAGES, (slot // STAGES) & 1
+            of_sinks = i < first
+            mbarrier.wait(k_full.index(s), phase)
+            mbarrier.wait(v_full.index(s), phase)
+            if of_sinks | ((i >= mine) & (i < end)):
+                key0 = gl.where(of_sinks, (i - first + sink_tiles) * BN, begin + i * BN)
+                k = k_s.index(s).reshape([BN, D])
+                v = v_s.index(s).reshape([BN, D])
+                score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+                d_weight = warpgroup_mma(d_out, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+                score = warpgroup_mma_wait(1, deps=[score])
+                p = gl.exp2(score * scale_log2 - base[:, None])
+                edge = of_sinks | (key0 < gl.maximum(position0 + BM - window, one_from)) | (key0 + BN - 1 > position0)
+                if edge:
+                    key = key0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
+                    p = gl.where(seen_keys(key, position, low, of_sinks, sinks, window), p, 0.0)
+                d_weight = warpgroup_mma_wait(0, deps=[d_weight])
+                mbarrier.arrive(v_empty.index(s), count=1)
+                d_score = p * (weight[:, None] * d_weight - shift[:, None])
+                d_score = gl.convert_layout(d_score.to(k_s.dtype), weights)
+                dq = warpgroup_mma(d_score, k, dq, is_async=True)
+                dq = warpgroup_mma_wait(0, deps=[dq])
+            else:
+                mbarrier.arrive(v_empty.index(s), count=1)
+            mbarrier.arrive(k_empty.index(s), count=1)
+            slot += 1
+        q.store((dq * scale).to(k_s.dtype))
+        fence_async_shared()
+        copy_out(grad_q_desc, [batch, head, token0, 0], q_s.index(0).slice(WHICH * BM, BM, dim=2))
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(0), count=1)
+        count += 1
+
+
+@gluon.jit(do_not_specialize=RUN_TIME)
+def query_kernel(
+    q_desc, k_desc, v_desc, grad_desc, grad_q_desc, Starts, Lse, Terms,
+    Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
+    sg_b, sg_h, sg_t, rows, total, tiles, H, T, S, window, sinks, scale, scale_log2,
+    GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    SEGMENTS: gl.constexpr, BOTH: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr,
+    SKIP_LSE: gl.constexpr,
+):  # fmt: skip
+    """GradQ [B, H, T, D] and Terms [4, B, H, T]: `total` tiles of 2·BM query rows, `tiles` of them a head."""
+    all_rows = rows.to(gl.int64)
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 2 * BM, D], q_desc.layout)
+    grad_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 2 * BM, D], q_desc.layout)
+    k_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
+    q_full, q_empty = barriers(1, 1), barriers(1, 2)
+    k_full, k_empty, v_full, v_empty = (
+        barriers(STAGES, 1),
+        barriers(STAGES, 2),
+        barriers(STAGES, 1),
+        barriers(STAGES, 2),
+    )
+    gl.warp_specialize([
+        (_consumer, (
+            grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            Starts, Lse, Terms, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h,
+            sg_t, all_rows, total, tiles, H, T, S, window, sinks, scale, scale_log2,
+            0, BM, BN, D, STAGES, SEGMENTS, BOTH, MASS, GATED, LSE, SKIP_LSE,
+        )),
+        (_consumer, (
+            grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            Starts, Lse, Terms, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h,
+            sg_t, all_rows, total, tiles, H, T, S, window, sinks, scale, scale_log2,
+            1, BM, BN, D, STAGES, SEGMENTS, BOTH, MASS, GATED, LSE, SKIP_LSE,
+        )),
+        (rows_producer, (
+            q_desc, grad_desc, k_desc, v_desc, q_desc, q_s, grad_s, k_s, v_s, q_s, q_full, q_empty,
+            q_full, q_empty, k_full, k_empty, v_full, v_empty, total, tiles, H, T, S, window, sinks,
+            GROUP, 2 * BM, BN, D, STAGES, True, False,
+        )),
+    ], [4, 1], [240, 24])  # fmt: skip

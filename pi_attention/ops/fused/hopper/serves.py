@@ -1,0 +1,42 @@
+"""Which calls the Hopper kernels serve. Gluon is experimental: it is imported by a call that they serve, and not here."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+
+from pi_attention.ops.fused.tiling import INTERPRETED, Problem
+
+MEASURED = triton.__version__.startswith("3.6.")
+"""Whether this version of Gluon was tried on a GPU. Its names change from version to version."""
+
+LEAST = 1 << 25
+"""Elements of the query from which they serve: below, the kernels are short and the host's descriptors cost more."""
+
+HEAD_DIMS = {"forward": (128,), "query": (128,), "key": (64, 128)}
+"""Head dims at which they are the faster ones, measured on an H200."""
+
+
+@lru_cache(maxsize=16)
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def serves(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) -> bool:
+    """Whether the Hopper kernel "forward", "query" or "key" serves a call.
+
+    The tensor memory accelerator wants rows of neighbouring elements, and strides that are multiples of 16 bytes.
+    """
+    pattern, (batch, heads, queries, dim) = problem.pattern, problem.query
+    if not MEASURED or INTERPRETED or batch * heads * queries * dim < LEAST or dim not in HEAD_DIMS[kernel]:
+        return False
+    if not _is_hopper(problem.device) or problem.dtype.itemsize != 2 or not problem.aligned:
+        return False
+    if pattern.ring or not pattern.causal or (problem.segments and problem.sinks and kernel != "key"):
+        return False
+    if kernel == "key" and queries % 4:  # row vectors, too, are loaded by tiles
+        return False
+    strides = problem.strides + grad_strides
+    return all(s > 0 and (s == 1 if i % 4 == 3 else s % 8 == 0) for i, s in enumerate(strides))

@@ -1,0 +1,85 @@
+"""What the Hopper kernels share: copies, barriers, the range of a tile, the gate."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in Triton 3.8
+copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+RUN_TIME = ["total", "tiles", "H", "T", "S", "window", "sinks", "rows", "sg_b", "sg_h", "sg_t"]
+"""Arguments that vary from call to call: no value of theirs is compiled in."""
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+HIDDEN = gl.constexpr(1 << 30)
+"""Start of the segment of padding: no key comes after it."""
+
+
+@gluon.jit
+def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
+    """One barrier for each slot of a ring, complete after so many arrivals."""
+    ring = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(ring.index(slot), count=ARRIVALS)
+    return ring
+
+
+@gluon.jit
+def range_of_rows(tile, tiles, H, T, S, window, sinks, BQ: gl.constexpr, BN: gl.constexpr):
+    """Of a tile of BQ query rows: batch, head, its first token, and the tiles of BN keys that it walks.
+
+    Band tile i begins at position `begin` + i·BN, first ≤ i < steps. Tiles of sinks come before, counted backwards from
+    `first`; there are none where the window covers all sinks.
+    """
+    row_of_heads = tile // tiles
+    token0 = tile % tiles * BQ
+    position0 = S - T + token0
+    back = (window + BN - 2) // BN
+    begin = position0 - back * BN
+    first = gl.maximum(-begin, 0) // BN
+    rows = gl.minimum(BQ, T - token0)
+    sink_tiles = (gl.maximum(gl.minimum(sinks, position0 + rows - window), 0) + BN - 1) // BN
+    steps = back + (rows + BN - 1) // BN
+    return row_of_heads // H, row_of_heads % H, token0, begin, first, steps, sink_tiles
+
+
+@gluon.jit
+def lowest_keys(Starts, batch, position, position0, present, S, window, BM: gl.constexpr, SEGMENTS: gl.constexpr):
+    """The first key of each query's window and segment, and the first key that is in one segment with all rows."""
+    low = gl.maximum(position - window + 1, 0)
+    one_from = 0
+    if SEGMENTS:
+        of_batch = Starts + batch.to(gl.int64) * S
+        start = gl.load(of_batch + position, mask=present, other=-1)
+        low = gl.maximum(low, gl.where(start < 0, HIDDEN, start))
+        one_from = gl.load(of_batch + gl.minimum(position0 + BM, S) - 1)
+        one_from = gl.where(one_from < 0, HIDDEN, one_from)
+    return low, one_from
+
+
+@gluon.jit
+def seen_keys(key, position, low, of_sinks, sinks, window):
+    """Which keys of a tile each query sees: those of its window and segment, or the sinks beyond its window."""
+    lowest = gl.where(of_sinks, 0, low)
+    highest = gl.where(of_sinks, gl.minimum(position - window, sinks - 1), position)
+    return (key[None, :] >= lowest[:, None]) & (key[None, :] <= highest[:, None])
+
+
+@gluon.jit
+def gate_weight(lse_local, lse_skip, logit, MASS: gl.constexpr):
+    """Weight g of the local band: sigmoid(a), or sigmoid(λ − μ + a); 1 where there is no skip key."""
+    no_skip = lse_skip == float("-inf")
+    if MASS:
+        logit += gl.where(no_skip, 0.0, lse_local - lse_skip)
+    return gl.where(no_skip, 1.0, 1.0 / (1.0 + gl.exp2(-logit * LOG2E)))
+
+
+@gluon.jit
+def gate_logits(Gate, sg_b, sg_h, sg_t, batch, head, token, present, GATED: gl.constexpr):
+    """The gate's logits of the rows in fp32; zero without a gate."""
+    logit = gl.zeros_like(token).to(gl.float32)
+    if GATED:
+        gates = Gate + batch.to(gl.int64) * sg_b + head.to(gl.int64) * sg_h + token.to(gl.int64) * sg_t
+        logit += gl.load(gates, mask=present, other=0.0).to(gl.float32)
+    return logit

@@ -1,0 +1,167 @@
+"""The Hopper kernels: they compile without a GPU and fit the chip; on a Hopper GPU they agree with the blocked bands."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from problems import need_triton
+
+from pi_attention import PiPattern, pi_attention
+
+SHARED_MEMORY = 227 * 1024
+SPILLS = 128
+"""Bytes of a thread's stack: the gradients of keys and values at D = 128 fill all 240 registers and a little more."""
+
+SCRIPT = """
+import json, os, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from pi_attention.ops.fused.hopper import launch
+from pi_attention.ops.fused.hopper.serves import HEAD_DIMS
+
+TOOL = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+WIDE = {"q_desc", "skip_desc"}, {"q_desc", "grad_desc"}, {"k_desc", "v_desc"}
+HALVES = {"Out", "SkipOut"}
+
+
+def resources(kernel, wide, constants):
+    signature, values = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[index,] = "constexpr", constants[name]
+        elif name in ("lse_desc", "terms_desc"):
+            signature[name] = f"tensordesc<fp32[1, {launch.BN}],{launch.ROWS!r}>"
+        elif name.endswith("_desc"):
+            rows = 2 * launch.BM if name in wide else launch.BM
+            signature[name] = f"tensordesc<bf16[1, 1, {rows}, {constants['D']}],{launch.HEADS!r}>"
+        elif name[0].isupper() and len(name) > 1:
+            signature[name] = "*i32" if name == "Starts" else "*bf16" if name in HALVES else "*fp32"
+        else:
+            signature[name] = "fp32" if name.startswith("scale") else "i32"
+    pointers = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = GluonASTSource(kernel, signature, constexprs=values, attrs=pointers)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.OPTIONS)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        table = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(part.split(":")[:2] for part in table.split() if part.count(":") == 1 and part.split(":")[1].isdigit())
+    return {"shared": compiled.metadata.shared, "registers": int(found["REG"]), "stack": int(found["STACK"])}
+
+
+for dim in (64, 128):
+    for segments in (False, True):
+        shape = {"GROUP": 2, "D": dim, "BM": launch.BM, "BN": launch.BN, "SEGMENTS": segments}
+        flags = {"MASS": True, "GATED": True}
+        of_query = {**flags, "BOTH": True, "LSE": True, "SKIP_LSE": True}
+        kernels = {
+            "forward": (launch.forward_kernel, WIDE[0], {**flags, "FUSE": True}),
+            "query": (launch.query_kernel, WIDE[1], of_query),
+            "key": (launch.key_kernel, WIDE[2], {"ADD": True}),
+        }
+        for name, (kernel, wide, flags) in kernels.items():
+            if dim not in HEAD_DIMS[name]:
+                continue
+            constants = {**shape, **flags, "STAGES": launch.stages(name, dim)}
+            print(json.dumps({"kernel": f"{name} {dim} {segments}", **resources(kernel, wide, constants)}))
+"""
+
+
+def test_kernels_compile_for_hopper_and_fit_it():
+    need_triton()
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) == 8
+    for row in rows:
+        assert row["shared"] <= SHARED_MEMORY, row
+        assert row["registers"] <= 168, row  # three warpgroups of 168 fill the register file
+        assert row["stack"] <= (SPILLS if row["kernel"].startswith("key 128") else 0), row
+
+
+def is_hopper():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+CASES = {
+    "plain": ({}, PiPattern(256, 256, 16)),
+    "narrow": ({}, PiPattern(1, 16, 3)),
+    "odd window": ({"length": 1900}, PiPattern(77, 64, 8)),
+    "wide": ({}, PiPattern(1500, 256, 4)),
+    "wider than the sequence": ({"length": 700}, PiPattern(4096, 8, 4)),
+    "no skips": ({}, PiPattern(200, 8, 0)),
+    "sinks": ({}, PiPattern(128, 64, 8, sinks=4)),
+    "many sinks": ({}, PiPattern(100, 64, 8, sinks=150)),
+    "grouped": ({"heads": 8, "groups": 2}, PiPattern(256, 64, 8)),
+    "batch": ({"batch": 3}, PiPattern(192, 64, 8)),
+    "fewer queries": ({"queries": 1000}, PiPattern(256, 64, 8)),
+    "strided": ({"strided": True}, PiPattern(256, 64, 8)),
+    "fp16": ({"dtype": torch.float16}, PiPattern(256, 64, 8)),
+    "packed": ({"packed": True}, PiPattern(256, 64, 8)),
+    "packed with sinks": ({"packed": True}, PiPattern(128, 64, 8, sinks=4)),
+    "coordinated": ({}, PiPattern(64, 4, 64, phase=(0, 1, 2, 3))),
+}
+
+
+def made(dim, batch=2, heads=4, groups=4, length=2000, queries=None, strided=False, dtype=torch.bfloat16, packed=False):
+    def tensor(count, rows):
+        shape = (batch, rows, count, dim) if strided else (batch, count, rows, dim)
+        x = torch.randn(shape, device="cuda", dtype=dtype)
+        return (x.transpose(1, 2) if strided else x).requires_grad_()
+
+    queries = queries or length
+    inputs = tensor(heads, queries), tensor(groups, length), tensor(groups, length)
+    segments = None
+    if packed:  # padding, documents, and a document of one token
+        cuts = torch.tensor([0, 100, 101, 777, 1500], device="cuda")
+        segments = torch.searchsorted(cuts, torch.arange(length, device="cuda"), right=True).expand(batch, -1) - 2
+    gate = torch.randn(batch, heads, queries, device="cuda", requires_grad=True)
+    return inputs, gate, segments
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("fusion", ["gate", "mass"])
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_agree_with_the_blocked_bands(name, fusion, dim, monkeypatch):
+    from pi_attention.ops.fused import launch
+    from pi_attention.ops.fused.hopper import launch as hopper
+    from pi_attention.ops.fused.hopper import serves
+
+    served = set()
+    for kind in (hopper.Forward, hopper.Query, hopper.Key):
+        whole = kind.__call__
+        monkeypatch.setattr(kind, "__call__", lambda self, x, whole=whole: (served.add(type(self)), whole(self, x)))
+    monkeypatch.setattr(serves, "LEAST", 0)
+    for plan in (launch.forward_plan, launch.backward_plan):
+        plan.cache_clear()
+    torch.manual_seed(0)
+    keywords, pattern = CASES[name]
+    inputs, gate, segments = made(dim, **keywords)
+    grad, found = torch.randn_like(inputs[0]), []
+    for impl in ("triton", "blocked"):
+        out, aux = pi_attention(
+            *inputs, pattern, gate=gate, fusion=fusion, segment_ids=segments, impl=impl, return_aux=True
+        )
+        lse = aux.lse_local
+        loss = (out.float() * grad).sum() + lse.masked_fill(lse.isinf(), 0).square().sum() / 100
+        found.append([out, lse, *torch.autograd.grad(loss, (*inputs, gate), allow_unused=True)])
+    for plan in (launch.forward_plan, launch.backward_plan):
+        plan.cache_clear()
+    alone = "packed with" in name or dim == 64
+    assert served == ({hopper.Key} if alone else {hopper.Forward, hopper.Query, hopper.Key})
+    for got, want in zip(*found, strict=True):
+        if want is None:
+            assert got is None
+            continue
+        there = want.isfinite()
+        assert torch.equal(got.isfinite(), there)
+        got, want = got[there].double(), want[there].double()
+        assert (got - want).norm() <= 1e-2 * want.norm()
