@@ -40,7 +40,7 @@ def test_a_run_of_an_earlier_version_goes_on(name, runs):
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert {step: losses[step] for step in LOSSES} == pytest.approx(LOSSES, abs=2e-6)
     assert [path.name for path in checkpoints.checkpoints_of(run)] == [name, "checkpoint-4", "checkpoint-6"]
-    assert not (run / ".converted").exists()
+    assert not (run / checkpoints.PARTIAL).exists()
 
 
 class Poison:

@@ -28,7 +28,6 @@ from torch.optim import Optimizer
 from pi_attention.training.checkpoints import PARTIAL, Contents, contents, publish_checkpoint, seal, step_of
 from pi_attention.training.earlier import is_of_trainer, tensors_of_trainer
 
-CONVERTED = ".converted"
 ALONE = "torch.distributed is disabled"
 """How a warning of DCP begins which is none: a run of one process needs no process group."""
 _OF_METADATA = (
@@ -123,7 +122,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> int:
     folder = checkpoint
     try:
         if is_of_trainer(checkpoint):
-            folder = checkpoint.parent / CONVERTED
+            folder = checkpoint.parent / PARTIAL
             if _rank() == 0:
                 _write(tensors_of_trainer(checkpoint, model, optimizer), folder, no_dist=True)
             _barrier()
