@@ -34,8 +34,9 @@ from benchmarks.timing import RESULTS, write
 from pi_attention import PiPattern
 from pi_attention.accounting import Sizes
 from pi_attention.bill import MODELS, bill
-from pi_attention.distributed import Layout, Parallel
+from pi_attention.distributed import Layout
 from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.training.step import Parallel
 from pi_attention.training.train import enable_checkpointing
 
 PATTERN = PiPattern(256, 256, 16)
@@ -94,7 +95,7 @@ def peak(sizes: Sizes, layout: Layout, zero: int, loss_slice: int | None) -> int
         with tracker:
             for _ in range(2):
                 tracker.reset_mod_stats()
-                parallel.loss(block, blocks=layout.dp).backward()
+                parallel.loss(block, layout.dp * (CONTEXT - 1)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         snapshot = tracker.get_tracker_snapshot("peak")

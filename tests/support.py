@@ -48,7 +48,10 @@ SUPPORT = {
         "test_models.py::test_cache_memory_is_bounded_in_generation",
     ],
     "gradient checkpointing": ["test_models.py::test_gradients_with_and_without_checkpointing"],
-    "Trainer: resume, gradient accumulation": ["test_training.py"],
+    "Trainer: resume, gradient accumulation": [
+        "test_trainer.py",
+        "test_silent_settings.py::test_accumulated_batches_are_the_batch",
+    ],
     "`torch.compile(fullgraph=True)`": ["test_models.py::test_compiled_model_agrees"],
     "`torch.export`": ["test_clients.py::test_exported_model_takes_any_length"],
     "PEFT LoRA: save, load, merge": [

@@ -15,7 +15,8 @@ from pi_attention.convert import PiConvertedForCausalLM
 from pi_attention.models import PiForCausalLM
 from pi_attention.models.configuration_pi import DENSE
 from pi_attention.training.config import TrainConfig, load_yaml
-from pi_attention.training.train import model_config, settings_to_resume
+from pi_attention.training.resume import settings_to_resume
+from pi_attention.training.train import model_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RUN = PiPattern(8, (5, 7), 3, sinks=2)

@@ -1,6 +1,5 @@
 """What lies beside a run's checkpoints is whole or absent, and damage is named, never trained over."""
 
-import json
 import shutil
 
 import matplotlib.figure
@@ -13,7 +12,7 @@ from pi_attention import files, plots
 from pi_attention.cli.main import parse
 from pi_attention.training import checkpoints
 from pi_attention.training.config import TrainConfig, load_yaml, save_yaml
-from pi_attention.training.progress import append_metrics, drop_metrics_after, read_metrics
+from pi_attention.training.metrics import append_metrics, drop_metrics_after, read_metrics
 
 TINY = """
 --steps 6 --save-every 2 --hidden-size 16 --layers 1 --heads 2 --window 4 --period 4 --skips 2 --context 32
@@ -120,10 +119,10 @@ def flip(file):
 
 
 DAMAGES = {
-    "cut": lambda folder: (folder / "model.safetensors").write_bytes(b"\x08"),
-    "empty": lambda folder: (folder / "optimizer.pt").write_bytes(b""),
-    "flipped": lambda folder: flip(folder / "model.safetensors"),
-    "missing": lambda folder: (folder / "trainer_state.json").unlink(),
+    "cut": lambda folder: (folder / "__0_0.distcp").write_bytes(b"\x08"),
+    "empty": lambda folder: (folder / ".metadata").write_bytes(b""),
+    "flipped": lambda folder: flip(folder / "__0_0.distcp"),
+    "missing": lambda folder: (folder / ".metadata").unlink(),
     "list": lambda folder: (folder / checkpoints.MANIFEST).write_bytes(b"{"),
     "empty list": lambda folder: (folder / checkpoints.MANIFEST).write_bytes(b"{}"),
 }
@@ -156,13 +155,24 @@ def test_a_checkpoint_is_chosen_only_of_a_run_that_has_it(stopped):
         execute("train", "--out", str(stopped), "--checkpoint", "4")
 
 
-def test_a_checkpoint_of_many_ranks_is_sealed_by_sizes(tmp_path):
-    folder = tmp_path / "sharded-2"
-    folder.mkdir()
-    (folder / "__0_0.distcp").write_bytes(b"abc")
-    checkpoints.seal(folder, checksums=False)
-    assert json.loads((folder / checkpoints.MANIFEST).read_text()) == {"__0_0.distcp": [3, None]}
-    assert checkpoints.checkpoint_to_resume(tmp_path, None, "sharded") == folder
-    (folder / "__0_0.distcp").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"__0_0\.distcp has 0 bytes instead of 3"):
-        checkpoints.checkpoint_to_resume(tmp_path, None, "sharded")
+def test_the_bytes_of_a_checkpoint_are_read_once_by_some_rank(tmp_path):
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        (tmp_path / name).write_bytes(name.encode())
+    checkpoints.seal(tmp_path, checkpoints.contents(tmp_path))
+    assert [checkpoints.damage(tmp_path, rank, 2) for rank in range(2)] == [None, None]
+    flip(tmp_path / "__1_0.distcp")
+    found = [checkpoints.damage(tmp_path, rank, 2) for rank in range(2)]
+    assert found == [None, "the bytes of __1_0.distcp have changed"]
+    (tmp_path / "__1_0.distcp").write_bytes(b"")
+    for rank in range(2):
+        assert checkpoints.damage(tmp_path, rank, 2) == "__1_0.distcp has 0 bytes instead of 12"
+
+
+def test_checkpoints_of_both_names_are_one_series(tmp_path):
+    for name in ("sharded-2", "checkpoint-4", "sharded-10", "aside-checkpoint-12", "checkpoint-new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tensors").write_bytes(b"1")
+    assert [path.name for path in checkpoints.checkpoints_of(tmp_path)] == ["sharded-2", "checkpoint-4", "sharded-10"]
+    (tmp_path / ".partial").mkdir()
+    checkpoints.publish_checkpoint(tmp_path / ".partial", tmp_path, 10, keep=2)
+    assert [path.name for path in checkpoints.checkpoints_of(tmp_path)] == ["checkpoint-4", "checkpoint-10"]

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +66,7 @@ def test_a_run_folder_holds_everything(finished):
     losses = [float(line["loss"]) for line in metrics if "loss" in line]
     assert losses[-1] < losses[0]
     assert [line["step"] for line in metrics if "eval_loss" in line] == [5, 10, 12]
+    assert {"grad_norm", "learning_rate", "epoch"} <= metrics[0].keys()
     assert "tokens/s" in printed and "s left" in printed
     assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
 
@@ -264,16 +264,13 @@ def test_the_command_without_its_packages_says_which_is_missing():
 
 def test_time_left_counts_by_recent_steps(monkeypatch):
     printed = io.StringIO()
-    bar = ProgressBar(tokens_per_step=100, console=Console(file=printed))
-    state = SimpleNamespace(max_steps=40, global_step=0, is_world_process_zero=False)
-    bar.on_train_begin(None, state, None)
-    state.is_world_process_zero = True
     now = 0.0
     monkeypatch.setattr("pi_attention.training.progress.time.perf_counter", lambda: now)
+    bar = ProgressBar(steps=40, done=0, tokens_per_step=100, console=Console(file=printed))
     for seconds in (60.0, *[1.0] * 8, *[2.0] * 21):  # the first compiles, the last ones run on a busier machine
-        bar.on_step_begin(None, state, None)
+        bar.step_begins()
         now += seconds
-        state.global_step += 1
-        bar.on_step_end(None, state, None)
-    bar.on_log(None, state, None, {"loss": 1.5})
-    assert "50 tokens/s  20 s left" in printed.getvalue()
+        bar.step_ends()
+        now += 30.0  # a validation is no part of a step
+    bar.show({"loss": 1.5})
+    assert "step 30/40  loss 1.500" in printed.getvalue() and "50 tokens/s  20 s left" in printed.getvalue()

@@ -80,7 +80,8 @@ class Eval:
         from pi_attention.data.corpus import load_documents
         from pi_attention.data.packing import PackedBlocks
         from pi_attention.training.config import TrainConfig, load_yaml
-        from pi_attention.training.train import SETTINGS, load_blocks, need_whole_settings
+        from pi_attention.training.resume import SETTINGS, need_whole_settings
+        from pi_attention.training.train import load_blocks
 
         context = self.context or model.config.max_position_embeddings
         if self.data is not None:

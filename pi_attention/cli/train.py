@@ -15,11 +15,6 @@ class Train(TrainConfig):
 
     def execute(self, console: Console) -> int:
         """Run the command; the exit code."""
-        if self.run.parallel:
-            from pi_attention.training.parallel import train_over_ranks
-
-            train_over_ranks(self, console)
-            return 0
         from pi_attention.training.train import train
 
         return 0 if train(self, console) else 130

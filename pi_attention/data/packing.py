@@ -75,8 +75,16 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.tokens) // self.context
 
+    def _place(self, index: int) -> slice:
+        return slice(index * self.context, (index + 1) * self.context)
+
+    def predicted(self, index: int) -> int:
+        """Tokens of a block that an earlier one of their document predicts."""
+        document = self.document[self._place(index)]
+        return int((document[1:] == document[:-1]).sum())
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        block = slice(index * self.context, (index + 1) * self.context)
+        block = self._place(index)
         input_ids = torch.from_numpy(self.tokens[block].astype(np.int64))
         segment_ids = torch.from_numpy(self.document[block] - self.document[block.start])
         labels = input_ids.clone()

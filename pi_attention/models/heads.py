@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -15,7 +14,7 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from transformers.utils import can_return_tuple
 
 from pi_attention.models.configuration_pi import PiConfig
-from pi_attention.models.loss import IGNORE
+from pi_attention.models.loss import IGNORE, cross_entropy, share_of_mean
 from pi_attention.models.modeling_pi import PiModel, PiPreTrainedModel
 
 
@@ -67,11 +66,7 @@ class PiForTokenClassification(GenericForTokenClassification, PiPreTrainedModel)
         outputs = super().forward(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         loss = None
         if labels is not None:
-            logits, targets = outputs.logits.float().flatten(0, 1), labels.flatten().to(outputs.logits.device)
-            # a sum, which has a gradient where no token is labelled
-            total = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-            count = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = total / (count.to(total.device) if isinstance(count, Tensor) else count)
+            loss = share_of_mean(cross_entropy(outputs.logits, labels), labels, num_items_in_batch)
         return TokenClassifierOutput(
             loss=loss, logits=outputs.logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -1,8 +1,9 @@
-"""The loss of a language model whose logits never exist together: those of a long text would fill a GPU."""
+"""The loss of a language model, also where its logits never exist together: those of a long text would fill a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,26 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
 """Label of what is not to be predicted."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
+    """The cross-entropy in nats of labels [...] under logits [..., classes], in fp32 or above; −100 counts nothing.
+
+    Args:
+        logits: any floating dtype; the labels may be on another device.
+        labels: class numbers.
+        reduction: "sum" is a scalar, with a gradient even where every label is −100; "none" is [...].
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = labels.flatten().to(logits.device)
+    losses = F.cross_entropy(logits.flatten(0, -2), targets, ignore_index=IGNORE, reduction=reduction)
+    return losses.view_as(labels) if reduction == "none" else losses
+
+
+def share_of_mean(total: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
+    """A sum of losses, divided by `count`, or by the number of labels that count where it is None."""
+    count = (labels != IGNORE).sum() if count is None else count
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
 
 def sliced_loss(
@@ -34,12 +55,8 @@ def sliced_loss(
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE) if shift_labels is None else shift_labels
 
     def part(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORE, reduction="sum")
+        return cross_entropy(head(hidden), targets)
 
     slices = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
     sums = [checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False) for piece in slices]
-    total = torch.stack(sums).sum()
-    count = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
-    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+    return share_of_mean(torch.stack(sums).sum(), targets, num_items_in_batch)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pi_attention.data.packing import IGNORE, PackedBlocks
+from pi_attention.models.loss import cross_entropy
 
 
 @dataclass
@@ -91,5 +92,5 @@ def _token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]
     """Losses [B, context], 0 where nothing is predicted, and which tokens are predicted, bool."""
     logits = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"], use_cache=False).logits
     labels = batch["labels"][:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORE)
+    losses = cross_entropy(logits[:, :-1], labels, "none")
     return F.pad(losses, (1, 0)), F.pad(labels != IGNORE, (1, 0))

@@ -79,9 +79,9 @@ class OptimizerSettings:
     steps: int = 300
     """Optimiser steps."""
     batch_size: int = 1
-    """Blocks of a step on each device."""
+    """Blocks that a device computes together."""
     gradient_accumulation: int = 1
-    """Batches summed up in a step."""
+    """Batches of each device in a step. A resumed run keeps the blocks of its step, whatever the layout."""
     learning_rate: float = 3e-3
     """Peak learning rate: linear warm-up, then cosine decay."""
     warmup_steps: int = 20
@@ -120,16 +120,16 @@ class RunSettings:
     eval_blocks: int = 16
     """Blocks of a validation during training."""
     save_every: int = 100
-    """Steps between two checkpoints; Ctrl-C saves one as well (not with parallel)."""
+    """Steps between two checkpoints; Ctrl-C saves one as well."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
     parallel: str = ""
     """Under torchrun: ranks that work on different sequences (dp), share heads (tp), share a sequence (cp), such as
-    "dp=2,tp=1,cp=4". A run resumes at any layout of the same blocks a step."""
+    "dp=2,tp=1,cp=4"; by default all work on different sequences. A run resumes at any layout, or on one process."""
     patience: int = 600
-    """With parallel: seconds that a rank waits for the others before the run ends with an error."""
+    """Under torchrun: seconds that a rank waits for the others before the run ends with an error."""
     zero: Literal[1, 2, 3] = 3
-    """With parallel: 3 shards parameters, gradients and optimizer over the ranks; 2 keeps parameters between forward
+    """Under torchrun: 3 shards parameters, gradients and optimizer over the ranks; 2 keeps parameters between forward
     and backward, 1 whole gradients too while they are accumulated."""
 
 

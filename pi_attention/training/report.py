@@ -1,0 +1,50 @@
+"""What a finished run leaves for the eye: pictures of loss, pattern and gate, a sample of text, a summary."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from pi_attention import plots
+from pi_attention.data.packing import PackedBlocks
+from pi_attention.files import write_text
+from pi_attention.models import PiForCausalLM
+from pi_attention.nn import record_aux
+from pi_attention.tasks.generation import generate_text
+from pi_attention.training.config import TrainConfig
+from pi_attention.training.metrics import read_metrics
+
+SUMMARY = "summary.json"
+"""The last thing that a run writes."""
+
+
+@torch.no_grad()
+def write_report(
+    config: TrainConfig, model: PiForCausalLM, tokenizer: Any, validation: PackedBlocks, console: Console
+) -> None:
+    """Pictures of loss, pattern and gate, a sample of text, and a summary of the last metrics."""
+    out = config.run.out
+    model.eval()
+    metrics = read_metrics(out)
+    plots.save(plots.loss_curve(metrics), out / "loss.png")
+    pattern = model.config.pattern
+    plots.save(plots.pattern_picture(pattern, plots.telling_length(pattern, config.data.context)), out / "pattern.png")
+    block = validation[0]
+    with record_aux(model) as aux:
+        model(
+            input_ids=block["input_ids"][None].to(model.device),
+            segment_ids=block["segment_ids"][None].to(model.device),
+            use_cache=False,
+        )
+    gates = [calls[0].gate[0].float().cpu() for calls in aux.values()]
+    plots.save(plots.gate_picture(gates), out / "gate.png")
+
+    prompt = tokenizer.decode(block["input_ids"][:64], skip_special_tokens=True)
+    sample = generate_text(model, tokenizer, prompt, max_new_tokens=400, seed=config.run.seed)
+    write_text(out / "sample.txt", sample.text)
+    last = {key: value for line in metrics for key, value in line.items() if key in ("loss", "eval_loss", "step")}
+    write_text(out / SUMMARY, json.dumps(last, indent=2))
+    console.print(f"validation loss {last.get('eval_loss', float('nan')):.3f} nats a token; the run is in {out}/")

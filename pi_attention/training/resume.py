@@ -1,0 +1,105 @@
+"""The settings with which a run goes on, and what a folder must hold or not hold for a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from pi_attention.distributed.layout import Layout
+from pi_attention.training.config import OptimizerSettings, TrainConfig, load_yaml, to_plain
+
+SETTINGS = "train.yaml"
+LAST_SETTING = "zero"
+"""Of the file of settings: where it is missing, the file was cut off."""
+BATCH = ("optimizer.batch_size", "optimizer.gradient_accumulation")
+"""How the blocks of a step are divided, which the layout changes."""
+OF_THE_MOMENT = ("run.out", "run.resume", "run.parallel", "run.zero", "run.patience", "run.checkpoint")
+"""Settings that are not of the run, but of the machine and the moment."""
+
+
+def refuse_to_overwrite(config: TrainConfig) -> None:
+    """Raise FileExistsError for a folder that holds a run, ValueError for a checkpoint to go on from without resume."""
+    out = config.run.out
+    if config.run.checkpoint is not None:
+        raise ValueError(f"checkpoint={config.run.checkpoint} is for a run that goes on: add --resume.")
+    if (out / SETTINGS).exists():
+        raise FileExistsError(
+            f"out={str(out)!r} holds a run already: choose another folder, delete it, or use --resume."
+        )
+
+
+def settings_to_resume(given: TrainConfig) -> TrainConfig:
+    """The settings of the run in a folder, with the given layout; a step keeps its number of blocks.
+
+    Args:
+        given: its run.out names the folder; every other setting must be the run's, or a default, or of the moment.
+            Where batch_size and gradient_accumulation are the defaults, they are chosen for the layout.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: a setting differs from the run's, or the file of its settings is not whole.
+    """
+    out = given.run.out
+    if not (out / SETTINGS).exists():
+        raise FileNotFoundError(f"out={str(out)!r} holds no run to resume: leave out --resume, or give its folder.")
+    need_whole_settings(out / SETTINGS)
+    config = load_yaml(TrainConfig, out / SETTINGS)
+    asked, default, kept = (to_plain(settings) for settings in (given, TrainConfig(), config))
+    for part, settings in kept.items():
+        for name, value in settings.items():
+            other = asked[part][name]
+            if f"{part}.{name}" not in OF_THE_MOMENT + BATCH and other not in (value, default[part][name]):
+                raise ValueError(
+                    f"{name}={other!r} differs from {value!r} of the run in out={str(out)!r}, and a resumed run keeps "
+                    "its settings: leave it out, or train anew in another folder."
+                )
+    blocks = blocks_a_step(config)
+    config.run.out, config.run.resume, config.run.checkpoint = out, False, None
+    config.run.parallel, config.run.zero, config.run.patience = given.run.parallel, given.run.zero, given.run.patience
+    divide_blocks(config, blocks, given.optimizer)
+    return config
+
+
+def blocks_a_step(config: TrainConfig) -> int:
+    """Blocks of an optimizer step, over all ranks and accumulations."""
+    o = config.optimizer
+    return o.batch_size * o.gradient_accumulation * Layout.parse(config.run.parallel).dp
+
+
+def divide_blocks(config: TrainConfig, blocks: int, asked: OptimizerSettings) -> None:
+    """Set batch_size and gradient_accumulation of a run so that a step has so many blocks at its layout.
+
+    Args:
+        config: of the run; changed in place.
+        blocks: of a step.
+        asked: the batch_size and gradient_accumulation that the user gave, or their defaults.
+
+    Raises:
+        ValueError: there is no such division.
+    """
+    default, each = OptimizerSettings(), blocks // Layout.parse(config.run.parallel).dp
+    batch, accumulation = asked.batch_size, asked.gradient_accumulation
+    if batch == default.batch_size and accumulation == default.gradient_accumulation:
+        batch = math.gcd(config.optimizer.batch_size, each)
+    elif batch == default.batch_size:
+        batch = each // accumulation
+    if accumulation == default.gradient_accumulation:
+        accumulation = each // batch
+    config.optimizer.batch_size, config.optimizer.gradient_accumulation = batch, accumulation
+    if blocks_a_step(config) != blocks:
+        raise ValueError(
+            f"a step of the run has {blocks} blocks, but batch_size={batch} · gradient_accumulation={accumulation}, "
+            f"with parallel={config.run.parallel!r}, is {blocks_a_step(config)}: choose them so that it is {blocks}."
+        )
+
+
+def need_whole_settings(file: Path) -> None:
+    """Raise ValueError where a part of a run's settings is gone: a default in its place would be another run."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    begun = set(re.findall(r"^(?:  )?(\w+):", text, re.MULTILINE))
+    if not begun >= {*to_plain(TrainConfig()), LAST_SETTING} or not text.endswith("\n"):
+        raise ValueError(
+            f"{file} is incomplete, it was cut off or is empty: write the run's settings into it again, or train anew "
+            "in another folder. Nothing was changed."
+        )
