@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from pi_attention import PiPattern, pi_attention
 from pi_attention.cache import LayerCache
-from pi_attention.segments import segment_starts
 
 PATTERNS = [
     PiPattern(4, 5, 3),
@@ -27,9 +26,8 @@ def cached(pattern, query, key, value, chunks, segment_ids=None, cache=None):
     outs, first = [], cache.length
     for chunk in chunks:
         end = first + chunk
-        starts = None if segment_ids is None else segment_starts(segment_ids[:, :end])[:, first]
-        kept_key, kept_value = cache.update(key[:, :, first:end], value[:, :, first:end], starts)
-        ids = None if segment_ids is None else cache.select(segment_ids[:, :end])
+        ids = None if segment_ids is None else segment_ids[:, :end]
+        kept_key, kept_value, ids = cache.extend(key[:, :, first:end], value[:, :, first:end], ids)
         outs.append(pi_attention(query[:, :, first:end], kept_key, kept_value, pattern, segment_ids=ids))
         first = end
     return torch.cat(outs, dim=2)
