@@ -7,7 +7,6 @@ without a gate saves in parameters goes into the width of its feed-forward netwo
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from experiments.runner import Settings
 from pi_attention.models import PiConfig
 from pi_attention.nn import PiAttention
 from pi_attention.nn.gate import GATE_WIDTH
+from pi_attention.nn.sources import Operator
 from pi_attention.pattern import (
     PiPattern,
     coordinated_heads,
@@ -174,7 +174,7 @@ def specialise(model: Any, settings: Settings) -> Any:
         layers = [module for module in model.modules() if isinstance(module, PiAttention)]
         for layer in layers:
             mask = random_blocks(settings["context"], settings["window"], settings["skips"], generator)
-            layer._attend = partial(_masked, mask.to(layer.q_proj.weight.device))  # type: ignore[method-assign]
+            layer.source = RandomBlocks(mask.to(layer.q_proj.weight.device))
     return model
 
 
@@ -197,7 +197,29 @@ def random_blocks(length: int, window: int, skips: int, generator: torch.Generat
     return mask & (key <= query)
 
 
-def _masked(mask: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Any, segment_ids: Any) -> Tensor:
-    assert gate is None and segment_ids is None
-    tokens = query.shape[2]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:tokens, :tokens])
+class RandomBlocks:
+    """The keys that a mask [context, context] shows, whatever the layer's pattern; a `KeySource`."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def position(self, cache: Any = None) -> int:
+        """Position of the first token: the sequence is whole."""
+        return 0
+
+    def attend(
+        self,
+        operator: Operator,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor | None,
+        segment_ids: Tensor | None = None,
+        *,
+        cache: Any = None,
+        once: bool = False,
+    ) -> Tensor:
+        """Masked attention instead of the operator, [B, H, T, D]; without gate, segments and cache."""
+        assert gate is None and segment_ids is None and cache is None
+        tokens = query.shape[2]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask[:tokens, :tokens])

@@ -48,3 +48,36 @@ def segment_starts(segment_ids: Tensor) -> Tensor:
     changed[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = torch.where(changed, position, 0).cummax(dim=1).values
     return torch.where(segment_ids >= 0, starts, -1).to(torch.int32)
+
+
+def segments_of_batch(
+    attention_mask: Tensor | None, position_ids: Tensor | None, past: int, batch: int, tokens: int
+) -> Tensor | None:
+    """Segment ids [B, past + T] from what Hugging Face callers pass; None when each row is one segment.
+
+    A document starts where the position ids do not continue, so packed documents never see one another, with or
+    without a mask and a cache; the first new token belongs to the document that started position_ids[:, 0] tokens ago.
+    """
+    if attention_mask is None and position_ids is None:
+        return None
+    length = past + tokens
+    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[1] != length):
+        raise ValueError(
+            f"attention_mask must be [B, {length}] for {past} cached and {tokens} new tokens, got "
+            f"{tuple(attention_mask.shape)}: pass the padding mask of all tokens; the pattern makes the rest."
+        )
+    like = attention_mask if attention_mask is not None else position_ids
+    assert like is not None
+    ids = torch.zeros(batch, length, dtype=torch.int32, device=like.device)
+    if position_ids is not None:
+        first = (past - position_ids[:, :1]).clamp(min=0)
+        starts_here = torch.arange(length, device=like.device) == first
+        jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        starts_here = starts_here.expand(position_ids.shape[0], -1).clone()
+        starts_here[:, past + 1 :] |= jumps
+        ids = ids + starts_here.cumsum(dim=1, dtype=torch.int32)
+    if attention_mask is not None:
+        ids = torch.where(attention_mask != 0, ids, -1)
+    if not torch.compiler.is_compiling() and bool((ids == ids[:, :1]).all()) and bool((ids[:, :1] >= 0).all()):
+        return None
+    return ids

@@ -198,7 +198,7 @@ def check_documents_compile_once(group):
     for number, start in enumerate((40, 17, 3)):
         segments = (positions >= start).int()
         attach(model, group, [32] * dist.get_world_size(group), segment_ids=segments)
-        cut = model.model.layers[0].self_attn.halo.shard
+        cut = model.model.layers[0].self_attn.source.shard
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
             got = compiled(cut(ids), position_ids=cut(positions), segment_ids=cut(segments), use_cache=False).logits
         want = alone(ids, position_ids=positions, segment_ids=segments, use_cache=False).logits

@@ -17,90 +17,93 @@ ORDER = [
     "explorer",
     "segments",
     "masks",
-    "ops.transforms",
-    "ops.fusion",
-    "ops.reference",
-    "ops.sinks",
-    "ops.blocked.rows",
-    "ops.blocked.one_query",
-    "ops.blocked.band",
-    "ops.blocked.functional",
-    "ops.blocked.operator",
-    "ops.blocked.attention",
-    "ops.fused.kernels.steps",
-    "ops.fused.kernels",
-    "ops.fused.tuning",
-    "ops.fused.compiled",
-    "ops.fused.tiling",
-    "ops.fused.hopper.steps",
-    "ops.fused.hopper.rows",
-    "ops.fused.hopper.forward",
-    "ops.fused.hopper.query",
-    "ops.fused.hopper.key",
-    "ops.fused.hopper.serves",
-    "ops.fused.hopper.launch",
-    "ops.fused.hopper",
-    "ops.fused.launch",
-    "ops.fused.operators",
-    "ops.fused.attention",
-    "ops.dense",
-    "ops.checks",
-    "ops.api",
-    "cache",
+    "ops",
     "nn.rope",
-    "nn.gate",
-    "nn.layers",
-    "nn.attention",
+    "cache",
     "nn",
-    "distributed.plan",
-    "distributed.exchange",
-    "distributed.context",
-    "distributed.sharding",
-    "distributed.tensor_parallel",
-    "distributed.layout",
     "distributed",
     "bill",
-    "models.configuration_pi",
-    "models.static_cache",
-    "models.continuous",
-    "models.undo",
-    "models.near_sinks",
-    "models.caching",
-    "models.rotary",
-    "models.loss",
-    "models.attention_map",
-    "models.modeling_pi",
-    "models.heads",
-    "models.interface",
     "models",
     "convert",
+    "models.interface",
     "data",
     "tasks",
     "plots",
-    "training.values",
-    "training.config",
-    "training.metrics",
-    "training.checkpoints",
-    "training.earlier",
-    "training.state",
-    "training.step",
-    "training.optimizer",
-    "training.interrupts",
-    "training.progress",
-    "training.resume",
-    "training.run",
-    "training.ranks",
-    "training.report",
-    "training.train",
-    "training.finetune",
     "training",
-    "cli.terminal",
-    "cli.limits",
-    "cli.options",
-    "cli.runs",
     "cli",
 ]
-"""A file imports only from files above it; its own folder counts where the folder stands."""
+"""Rooms (folders and files of the root): one imports only from rooms above it. A file of a room may stand elsewhere."""
+
+WITHIN = {
+    "ops": [
+        "transforms",
+        "fusion",
+        "reference",
+        "sinks",
+        "blocked.rows",
+        "blocked.one_query",
+        "blocked.band",
+        "blocked.functional",
+        "blocked.operator",
+        "blocked.attention",
+        "fused.kernels.steps",
+        "fused.kernels",
+        "fused.tuning",
+        "fused.compiled",
+        "fused.tiling",
+        "fused.hopper.steps",
+        "fused.hopper.rows",
+        "fused.hopper.forward",
+        "fused.hopper.query",
+        "fused.hopper.key",
+        "fused.hopper.serves",
+        "fused.hopper.launch",
+        "fused.hopper",
+        "fused.launch",
+        "fused.operators",
+        "fused.attention",
+        "dense",
+        "checks",
+        "api",
+    ],
+    "cache": ["contract", "near", "growing", "fixed"],
+    "nn": ["gate", "layers", "sources", "attention"],
+    "distributed": ["plan", "exchange", "context", "sharding", "tensor_parallel", "layout"],
+    "models": [
+        "configuration_pi",
+        "initialisation",
+        "caching",
+        "library_cache",
+        "continuous",
+        "generation",
+        "rotary",
+        "loss",
+        "attention_map",
+        "modeling_pi",
+        "heads",
+    ],
+    "convert": ["config", "interface", "gates", "rotary", "undo", "model"],
+    "training": [
+        "values",
+        "config",
+        "metrics",
+        "checkpoints",
+        "earlier",
+        "state",
+        "step",
+        "optimizer",
+        "interrupts",
+        "progress",
+        "resume",
+        "run",
+        "ranks",
+        "report",
+        "train",
+        "finetune",
+    ],
+    "cli": ["terminal", "limits", "options", "runs"],
+}
+"""Files of a room, each importing only from those above it; the rest of the room stands behind them, free in itself."""
 
 STANDARD_LIBRARY_ONLY = ["files", "pattern", "accounting", "receptive_field", "planner", "devices"]
 
@@ -121,10 +124,19 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def rank(name: str) -> int:
-    owners = [i for i, entry in enumerate(ORDER) if name == entry or name.startswith(entry + ".")]
-    assert owners, f"{name} has no place in the order: add it to ORDER"
-    return owners[0]
+def place(name: str, order: list[str]) -> int | None:
+    """Where the most exact entry for a module stands."""
+    owners = [entry for entry in order if name == entry or name.startswith(entry + ".")]
+    return order.index(max(owners, key=len)) if owners else None
+
+
+def rank(name: str) -> tuple[int, int]:
+    """Place of the room, then of the file in it; a package itself stands behind its files."""
+    room = place(name, ORDER)
+    assert room is not None, f"{name} has no place in the order: add it to ORDER"
+    files = WITHIN.get(ORDER[room], [])
+    within = place(name.removeprefix(ORDER[room] + "."), files)
+    return room, len(files) if within is None else within
 
 
 def test_a_file_imports_only_from_files_above_it():
@@ -134,6 +146,13 @@ def test_a_file_imports_only_from_files_above_it():
                 target = imported.removeprefix("pi_attention.")
                 inside = name.rpartition(".")[0] == target.rpartition(".")[0] and rank(name) == rank(target)
                 assert rank(target) < rank(name) or inside, f"{name} imports {target}, which stands below it"
+
+
+def test_every_file_and_room_of_the_order_is_there():
+    rooms = {*ORDER, *(f"{room}.{file}" for room, files in WITHIN.items() for file in files)}
+    for entry in rooms:
+        path = PACKAGE / entry.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").exists(), entry
 
 
 def test_some_files_need_the_standard_library_alone():

@@ -9,9 +9,9 @@ from test_models import make
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pi_attention import PiPattern, pi_attention
+from pi_attention.cache.near import NearSinks, sinks_among
 from pi_attention.convert import convert
 from pi_attention.models import PiCache
-from pi_attention.models.near_sinks import NearSinks, sinks_among
 from pi_attention.nn.rope import moved_rotary, rotary_frequencies
 
 PATTERNS = st.builds(

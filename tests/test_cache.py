@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi_attention import PiPattern, pi_attention
-from pi_attention.cache import LayerCache
+from pi_attention.cache import LayerCache, StaticLayerCache
 from pi_attention.segments import segment_starts
 
 PATTERNS = [
@@ -27,9 +27,8 @@ def cached(pattern, query, key, value, chunks, segment_ids=None, cache=None):
     outs, first = [], cache.length
     for chunk in chunks:
         end = first + chunk
-        starts = None if segment_ids is None else segment_starts(segment_ids[:, :end])[:, first]
-        kept_key, kept_value = cache.update(key[:, :, first:end], value[:, :, first:end], starts)
-        ids = None if segment_ids is None else cache.select(segment_ids[:, :end])
+        ids = None if segment_ids is None else segment_ids[:, :end]
+        kept_key, kept_value, ids = cache.extend(key[:, :, first:end], value[:, :, first:end], ids)
         outs.append(pi_attention(query[:, :, first:end], kept_key, kept_value, pattern, segment_ids=ids))
         first = end
     return torch.cat(outs, dim=2)
@@ -60,6 +59,57 @@ def test_left_padding_and_documents_equal_the_whole(pattern, chunks, pads):
     query, key, value = tokens(length)
     whole = pi_attention(query, key, value, pattern, segment_ids=ids, impl="reference")
     torch.testing.assert_close(cached(pattern, query, key, value, chunks, ids), whole)
+
+
+def storages(pattern, length):
+    return LayerCache(pattern), StaticLayerCache(pattern, length)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@settings(max_examples=6, deadline=None)
+@given(
+    chunks=st.lists(st.integers(1, 25), min_size=2, max_size=5),
+    documents=st.lists(st.integers(0, 60), max_size=4),
+    alone=st.booleans(),
+)
+def test_both_storages_keep_one_contract(pattern, chunks, documents, alone):
+    """Segment ids of all tokens, whose numbers may come again, or the starts of the new ones alone."""
+    chunks = [*chunks, *[1] * 8, 5]
+    length = sum(chunks)
+    parity = sum((torch.arange(length) >= start).int() for start in documents) if documents else torch.zeros(length)
+    ids = torch.stack([parity % 2, torch.where(torch.arange(length) < 5, -1, 0)]).int()
+    query, key, value = tokens(length)
+    whole = pi_attention(query, key, value, pattern, segment_ids=ids, impl="reference")
+    starts = segment_starts(ids)
+    for cache in storages(pattern, length):
+        outs, first = [], 0
+        for end in torch.tensor(chunks).cumsum(0).tolist():
+            new = slice(first, end)
+            given_ids = starts[:, new] if alone else ids[:, :end]
+            *seen, of_keys = cache.extend(key[:, :, new], value[:, :, new], given_ids)
+            outs.append(pi_attention(query[:, :, new], *seen, pattern, segment_ids=of_keys))
+            first = end
+        torch.testing.assert_close(torch.cat(outs, dim=2), whole)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_tokens_without_ids_go_on_with_the_last_segment(pattern):
+    ids = torch.tensor([[0] * 20 + [1] * 30, [-1] * 20 + [0] * 30], dtype=torch.int32)
+    query, key, value = tokens(50)
+    whole = pi_attention(query, key, value, pattern, segment_ids=ids, impl="reference")
+    for cache in storages(pattern, 50):
+        cache.extend(key[:, :, :30], value[:, :, :30], ids[:, :30])
+        for t in range(30, 50):
+            *seen, of_keys = cache.extend(key[:, :, t : t + 1], value[:, :, t : t + 1])
+            out = pi_attention(query[:, :, t : t + 1], *seen, pattern, segment_ids=of_keys)
+            torch.testing.assert_close(out, whole[:, :, t : t + 1])
+
+
+def test_segment_ids_of_another_length_are_refused():
+    cache, new = LayerCache(PiPattern(4, 5, 3)), torch.randn(1, 2, 4, 8)
+    cache.update(new, new)
+    with pytest.raises(ValueError, match="must have 8 columns"):
+        cache.extend(new, new, torch.zeros(1, 7, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("pattern", [p for p in PATTERNS if p.reach is not None], ids=str)

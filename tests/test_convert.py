@@ -17,10 +17,9 @@ from transformers import (
 )
 
 from pi_attention import PiPattern, coordinated_heads
-from pi_attention.convert import PiConvertedForCausalLM, convert
+from pi_attention.convert import PiConvertedForCausalLM, convert, register
 from pi_attention.masks import dense_mask
 from pi_attention.models import PiCache
-from pi_attention.models.interface import register
 
 SIZES = {
     "vocab_size": 99,

@@ -1,4 +1,4 @@
-"""The Hopper kernels: they compile without a GPU and fit the chip; on a Hopper GPU they agree with the blocked bands."""
+"""The Hopper kernels: they compile without a GPU and fit the chip; on Hopper they agree with the blocked bands."""
 
 import json
 import os

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from pi_attention import PiPattern, coordinated_heads
 from pi_attention.masks import dense_mask
 from pi_attention.models import PiCache, PiConfig, PiForCausalLM, PiForMaskedLM, PiModel
-from pi_attention.models.modeling_pi import segments_of_batch
+from pi_attention.segments import segments_of_batch
 
 ROTARY_ROUNDING = {"rtol": 1e-4, "atol": 1e-4}  # rotary embedding is relative, but its angles are fp32
 SIZES = {

@@ -1,6 +1,7 @@
 """Settings that say one thing and would do another: averages, sizes, layouts, words of configurations."""
 
 import time
+from importlib import import_module
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationMixin, Trainer, TrainingArguments
 
 from pi_attention import PiPattern, pi_attention, segments_from_mask
-from pi_attention.convert import convert
+from pi_attention.convert import convert, register
 from pi_attention.models import (
     PiConfig,
     PiForCausalLM,
@@ -18,7 +19,6 @@ from pi_attention.models import (
     PiForTokenClassification,
     PiStaticCache,
 )
-from pi_attention.models.interface import register
 from pi_attention.pattern import MOST_TOKENS
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
@@ -102,7 +102,7 @@ def test_the_cost_of_sinks_follows_the_length():
 def test_a_static_cache_has_no_slots_for_sinks_that_cannot_be_forgotten():
     config = PiConfig(**BASE, sinks=10**6)
     cache = PiStaticCache(config.patterns(), 50)
-    assert cache.layers[0].slots == 50
+    assert cache.layers[0].storage.slots == 50
     model, ids = PiForCausalLM(config).eval(), torch.randint(1, 50, (1, 40))
     got = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([20, 1, 1, 18], dim=1)], dim=1)
     torch.testing.assert_close(got, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
@@ -233,7 +233,7 @@ def test_the_gate_of_a_quantised_model_takes_its_compute_dtype(dtype):
     assert converted.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 43)
 
 
-@pytest.mark.parametrize("where", ["FusionGate", "PiConvertedConfig", "_initialise_gates_of"])
+@pytest.mark.parametrize("where", ["gates.FusionGate", "model.PiConvertedConfig", "model.initialise_gates_of"])
 def test_a_conversion_that_fails_changes_nothing(where, monkeypatch):
     model, ids = pretrained(), prompt()
     want, before = model(ids).logits, dict(vars(model.config))
@@ -250,13 +250,12 @@ def test_a_conversion_that_fails_changes_nothing(where, monkeypatch):
 
 def fail_later(where):
     """Raise; of the gates, the second one, when the first has been added."""
-    import pi_attention.convert
-
-    usual, calls = getattr(pi_attention.convert, where), []
+    module, name = where.split(".")
+    usual, calls = getattr(import_module(f"pi_attention.convert.{module}"), name), []
 
     def replacement(*args, **kwargs):
         calls.append(args)
-        if where != "FusionGate" or len(calls) == 2:
+        if where != "gates.FusionGate" or len(calls) == 2:
             raise TypeError("later")
         return usual(*args, **kwargs)
 

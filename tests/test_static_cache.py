@@ -84,6 +84,9 @@ def test_what_a_static_cache_cannot_do_is_refused():
 
     with pytest.raises(ValueError, match="StaticCache"):
         converted_model(prompt(1, 9), past_key_values=StaticCache(pretrained().config, max_cache_len=50))
+    own = make("pi")
+    with pytest.raises(ValueError, match="new keys at the end"):
+        own(prompt(1, 9), past_key_values=StaticCache(own.config, max_cache_len=50))
 
 
 def packed(split):

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from pi_attention.cache.contract import KeyValueCache
 from pi_attention.distributed.exchange import Extend, Finish, Flight, Route, Start, packed, route, unpacked
 from pi_attention.distributed.plan import halo_plan
-from pi_attention.nn.attention import Operator
+from pi_attention.nn.sources import Operator
 from pi_attention.ops.api import Fusion, pi_attention
 from pi_attention.pattern import PiPattern
 
@@ -37,7 +38,7 @@ class Started(NamedTuple):
 
 
 class HaloContext:
-    """What one layer's attention needs to work on a shard of a sequence; a `Shard` of the layer.
+    """What one layer's attention needs to work on a shard of a sequence; a `KeySource`.
 
     Every rank of the group must call as often as the others, in the same order.
 
@@ -88,9 +89,8 @@ class HaloContext:
             ids = torch.bucketize(torch.arange(self.plan.bounds[-1]), torch.tensor(starts), right=True)
             self._ids = ids.to(torch.int32)[None, self._positions]
 
-    @property
-    def length(self) -> int:
-        """Position of the shard's first token."""
+    def position(self, cache: KeyValueCache | None = None) -> int:
+        """Position of the shard's first token, whatever a cache holds."""
         return self.halo.own[0]
 
     @property
@@ -182,18 +182,29 @@ class HaloContext:
         gate: Tensor | None,
         segment_ids: Tensor | None = None,
         *,
-        overlap: bool = True,
+        cache: KeyValueCache | None = None,
+        once: bool = False,
     ) -> Tensor:
         """The operator for the shard's queries [B, H, T, D] over all keys that they see; gate logits [B, H, T].
 
+        A `cache` gets what later queries see of the whole sequence, on every rank.
+
         In eager mode, queries whose keys are all at home are attended to while the others' keys are on their way,
-        unless `overlap` is off: then the operator is called once.
+        unless the operator is to be called `once`.
+
+        Raises:
+            ValueError: a cache is to be filled where gradients are wanted, which it would keep on one rank alone; or
+                there are segments that this object was not told of.
         """
+        self._check_segments(segment_ids)
+        if cache is not None:
+            if torch.is_grad_enabled():
+                raise ValueError("a sharded sequence fills a cache without gradients only: pass use_cache=False.")
+            cache.resume(*self.kept(key, value))
         tokens, at_home = query.shape[2], self._first_at_home
-        if torch.compiler.is_compiling() or not overlap or not 0 < at_home < tokens:
+        if torch.compiler.is_compiling() or once or not 0 < at_home < tokens:
             key, value, ids = self.extend(key, value, segment_ids)
             return _before_others(operator, query, key, value, gate, ids, self.after)
-        self._check_segments(segment_ids)
         started = self.start(key, value, at_home)
         own = slice(self.halo.length - tokens, None)
         parts = [at_home, tokens - at_home]

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pi_attention.distributed.context import HaloContext, shard
 from pi_attention.nn.attention import PiAttention
+from pi_attention.nn.sources import NewKeys
 from pi_attention.pattern import PiPattern
 
 
@@ -47,11 +48,11 @@ def attach(
     contexts: dict[PiPattern, HaloContext] = {}
     for layer in layers:
         context = contexts.get(layer.pattern)
-        present = layer.halo
+        present = layer.source
         if context is None and segment_ids is not None and isinstance(present, HaloContext):
             context = present if present.is_for(group, lengths) else None
         context = context or HaloContext(group, lengths, layer.pattern, documents)
-        contexts[layer.pattern] = layer.halo = context
+        contexts[layer.pattern] = layer.source = context
     if segment_ids is not None:
         for context in contexts.values():
             context.set_segments(segment_ids)
@@ -61,7 +62,7 @@ def detach(model: nn.Module) -> None:
     """Undo `attach`: every layer sees the sequence that it is given, and no more."""
     for module in model.modules():
         if isinstance(module, PiAttention):
-            module.halo = None
+            module.source = NewKeys()
 
 
 @torch.no_grad()

@@ -2,10 +2,9 @@
 
 import transformers
 
-from pi_attention.models.caching import PiCache
+from pi_attention.models.caching import PiCache, PiStaticCache
 from pi_attention.models.configuration_pi import PiConfig
 from pi_attention.models.modeling_pi import PiForCausalLM, PiModel, PiPreTrainedModel
-from pi_attention.models.static_cache import PiStaticCache
 
 transformers.AutoConfig.register("pi", PiConfig, exist_ok=True)
 transformers.AutoModel.register(PiConfig, PiModel, exist_ok=True)  # before the heads, which build on it

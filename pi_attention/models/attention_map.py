@@ -23,11 +23,11 @@ class PiSelfAttention(PiAttention):
         super().__init__(*args, **kwargs)
         self.map = AttentionMap()
 
-    def _attend(
+    def operator(
         self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, segment_ids: Tensor | None
     ) -> Tensor:
         if self.impl != "reference" or self.aux is not None:
-            return super()._attend(query, key, value, gate, segment_ids)
+            return super().operator(query, key, value, gate, segment_ids)
         unit = torch.eye(key.shape[2], dtype=value.dtype, device=value.device).expand(*key.shape[:2], -1, -1)
         attention_map, _, _ = reference_attention(
             query,

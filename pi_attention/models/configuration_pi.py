@@ -81,59 +81,25 @@ class PiConfig(PretrainedConfig):
         eos_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.intermediate_size = intermediate_size or -(-hidden_size * 8 // 3 // 32) * 32
-        self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         given = {"window": window, "period": period, "skips": skips, "sinks": sinks, "phase": phase}
-        pattern = PiPattern.from_dict(given | {"causal": causal, "ring": ring}).to_dict()  # checked, and as JSON has it
-        self.window, self.period, self.skips = pattern["window"], pattern["period"], pattern["skips"]
-        self.sinks, self.phase = pattern["sinks"], pattern["phase"]
-        self.causal, self.ring = pattern["causal"], pattern["ring"]
+        pattern = PiPattern.from_dict(given | {"causal": causal, "ring": ring})
+        for name, setting in pattern.to_dict().items():  # checked, and as JSON has it
+            setattr(self, name, setting)
         self.layer_patterns = layer_patterns
-        self.gate = gate
+        self.gate, self.gate_features, self.qk_norm = gate, gate_features, qk_norm
         self.fusion: Fusion = fusion
-        self.gate_features = gate_features
-        self.qk_norm = qk_norm
         scaling = kwargs.pop("rope_scaling", None)  # the name of older configurations
-        rope_parameters = rope_parameters or scaling
-        in_parameters = (rope_parameters or {}).get("rope_theta")
-        if None not in (rope_theta, in_parameters) and rope_theta != in_parameters:
-            raise ValueError(
-                f"rope_theta={rope_theta} and {in_parameters} in rope_parameters are one setting: give it once."
-            )
-        theta = rope_theta or in_parameters or 10000.0
-        self.rope_parameters: dict[str, Any] = (
-            {"rope_type": "default"} | (rope_parameters or {}) | {"rope_theta": theta}
-        )
-        self.max_position_embeddings = max_position_embeddings
-        self.loss_slice = loss_slice
-        self.rms_norm_eps = rms_norm_eps
-        self.initializer_range = initializer_range
+        self.rope_parameters = _rotary(rope_theta, rope_parameters or scaling)
+        self.max_position_embeddings, self.loss_slice = max_position_embeddings, loss_slice
+        self.rms_norm_eps, self.initializer_range = rms_norm_eps, initializer_range
         self.use_cache = use_cache and causal
-        if head_dim is None and hidden_size % num_attention_heads:
-            raise ValueError(
-                f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads}: change "
-                "one, or give head_dim."
-            )
-        if fusion not in FUSIONS:
-            raise ValueError(f"fusion must be one of {FUSIONS}, got {fusion!r}.")
-        if loss_slice is not None and loss_slice < 1:
-            raise ValueError(f"loss_slice={loss_slice} must be at least 1 token, or None.")
-        patterns = self.patterns()
-        # The words that transformers' own caches know: exact and bounded for every pattern without sinks.
-        reaches = [pattern.reach for pattern in patterns]
-        # With sinks a reader that knows these words alone would drop the sinks, so such a layer is called full.
-        slides = [
-            not pattern.sinks and reach is not None and reach < DENSE.window - 1
-            for pattern, reach in zip(patterns, reaches, strict=True)
-        ]
-        bounded = [reach for reach, slide in zip(reaches, slides, strict=True) if slide and reach is not None]
-        self.sliding_window = max(bounded) + 1 if bounded else None
-        self.layer_types = ["sliding_attention" if slide else "full_attention" for slide in slides]
+        self._check(head_dim)
+        self.sliding_window, self.layer_types = _words_of_the_library(self.patterns())
         for derived in ("sliding_window", "layer_types"):
             kwargs.pop(derived, None)
         self.base_model_tp_plan = self._tensor_parallel_plan()  # 5.17 extends it in super().__init__ when tied
@@ -144,6 +110,17 @@ class PiConfig(PretrainedConfig):
             eos_token_id=eos_token_id,
             **kwargs,
         )
+
+    def _check(self, head_dim: int | None) -> None:
+        if head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}: "
+                "change one, or give head_dim."
+            )
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion must be one of {FUSIONS}, got {self.fusion!r}.")
+        if self.loss_slice is not None and self.loss_slice < 1:
+            raise ValueError(f"loss_slice={self.loss_slice} must be at least 1 token, or None.")
 
     def _tensor_parallel_plan(self) -> dict[str, str] | None:
         """Heads are split over the ranks; None where a pattern is spelled head by head, which no rank would split."""
@@ -209,3 +186,24 @@ class PiConfig(PretrainedConfig):
         if kind == "dense":
             return replace(DENSE, causal=self.causal)
         raise ValueError(f'layer_patterns holds {kind!r}: use "pi", "local", "dense", or a dict of pattern fields.')
+
+
+def _rotary(theta: float | None, parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """`rope_parameters` with the base in them, which may be given beside them instead."""
+    parameters = parameters or {}
+    inside = parameters.get("rope_theta")
+    if None not in (theta, inside) and theta != inside:
+        raise ValueError(f"rope_theta={theta} and {inside} in rope_parameters are one setting: give it once.")
+    return {"rope_type": "default"} | parameters | {"rope_theta": theta or inside or 10000.0}
+
+
+def _words_of_the_library(patterns: list[PiPattern]) -> tuple[int | None, list[str]]:
+    """`sliding_window` and `layer_types`, from which transformers makes caches: exact for every pattern without sinks.
+
+    A reader that knows these words alone would drop sinks, so a layer with sinks is called full.
+    """
+    reaches = [None if pattern.sinks else pattern.reach for pattern in patterns]
+    bounded = [reach for reach in reaches if reach is not None and reach < DENSE.window - 1]
+    slides = [reach is not None and reach < DENSE.window - 1 for reach in reaches]
+    types = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    return max(bounded) + 1 if bounded else None, types

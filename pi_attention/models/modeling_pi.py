@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -17,16 +15,18 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from pi_attention.models.attention_map import AttentionMap, PiSelfAttention
-from pi_attention.models.caching import BoundedGeneration, LayerOfCache, PiCache
+from pi_attention.models.caching import BoundedCache, PiCache
 from pi_attention.models.configuration_pi import PiConfig
+from pi_attention.models.generation import BoundedGeneration
+from pi_attention.models.initialisation import initialise
+from pi_attention.models.library_cache import LibraryCache, known_cache
 from pi_attention.models.loss import sliced_loss
 from pi_attention.models.rotary import PiRotaryEmbedding
-from pi_attention.models.static_cache import PiStaticCache
 from pi_attention.nn.attention import GateOptions, PiAttention
-from pi_attention.nn.gate import GateLogits
 from pi_attention.nn.layers import SwiGLU
 from pi_attention.ops.api import Impl
 from pi_attention.pattern import PiPattern
+from pi_attention.segments import segments_of_batch
 
 IMPLEMENTATION_OF: dict[str, Impl] = {"eager": "reference", "sdpa": "auto"}
 """transformers' attention implementations, and which of ours serves them."""
@@ -57,11 +57,11 @@ class PiDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         segment_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: BoundedCache | LibraryCache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """[B, T, hidden] -> [B, T, hidden]."""
-        cache = None if past_key_values is None else LayerOfCache(past_key_values, self.layer_idx)
+        cache = None if past_key_values is None else past_key_values.storage(self.layer_idx)
         hidden_states = hidden_states + self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -69,16 +69,6 @@ class PiDecoderLayer(GradientCheckpointingLayer):
             cache=cache,
         )
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-@torch.no_grad()
-def initialise(others: Callable[[nn.Module], None], module: nn.Module) -> None:
-    """Initialise a module of a model: the gate's logits as they start, `others` the rest."""
-    if isinstance(module, GateLogits):
-        init.zeros_(module.weight)
-        init.constant_(module.bias, module.initial_bias)
-    else:
-        others(module)
 
 
 class PiPreTrainedModel(PreTrainedModel):
@@ -99,56 +89,6 @@ class PiPreTrainedModel(PreTrainedModel):
         initialise(super()._init_weights, module)
 
 
-def segments_of_batch(
-    attention_mask: Tensor | None, position_ids: Tensor | None, past: int, batch: int, tokens: int
-) -> Tensor | None:
-    """Segment ids [B, past + T] from what Hugging Face callers pass; None when each row is one segment.
-
-    A document starts where the position ids do not continue, so packed documents never see one another, with or
-    without a mask and a cache; the first new token belongs to the document that started position_ids[:, 0] tokens ago.
-    """
-    if attention_mask is None and position_ids is None:
-        return None
-    length = past + tokens
-    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[1] != length):
-        raise ValueError(
-            f"attention_mask must be [B, {length}] for {past} cached and {tokens} new tokens, got "
-            f"{tuple(attention_mask.shape)}: pass the padding mask of all tokens; the pattern makes the rest."
-        )
-    like = attention_mask if attention_mask is not None else position_ids
-    assert like is not None
-    ids = torch.zeros(batch, length, dtype=torch.int32, device=like.device)
-    if position_ids is not None:
-        first = (past - position_ids[:, :1]).clamp(min=0)
-        starts_here = torch.arange(length, device=like.device) == first
-        jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        starts_here = starts_here.expand(position_ids.shape[0], -1).clone()
-        starts_here[:, past + 1 :] |= jumps
-        ids = ids + starts_here.cumsum(dim=1, dtype=torch.int32)
-    if attention_mask is not None:
-        ids = torch.where(attention_mask != 0, ids, -1)
-    if not torch.compiler.is_compiling() and bool((ids == ids[:, :1]).all()) and bool((ids[:, :1] >= 0).all()):
-        return None
-    return ids
-
-
-def static_segments(
-    cache: PiStaticCache,
-    segment_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    shape: tuple[int, int],
-) -> Tensor | None:
-    """Tell a static cache the segments of the new tokens, [B, T] or None for one, and return them; `shape` is B, T."""
-    if cache.is_empty:
-        if segment_ids is None:
-            segment_ids = segments_of_batch(attention_mask, position_ids, 0, *shape)
-        return cache.begin(segment_ids)
-    if segment_ids is not None:
-        raise ValueError("a static cache takes segment_ids with the first tokens only: later ones pass position_ids.")
-    return cache.go_on(attention_mask, position_ids, shape[1])
-
-
 class PiModel(PiPreTrainedModel):
     """Embeddings, blocks and a final norm: token ids to hidden states."""
 
@@ -157,6 +97,7 @@ class PiModel(PiPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         patterns = config.patterns()
         self.layers = nn.ModuleList(PiDecoderLayer(config, pattern, i) for i, pattern in enumerate(patterns))
+        self._sinks = max(pattern.sinks for pattern in patterns)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = PiRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -172,13 +113,6 @@ class PiModel(PiPreTrainedModel):
         for module in self.modules():
             if isinstance(module, PiAttention):
                 module.impl = IMPLEMENTATION_OF[name]
-
-    def _check_cache(self, cache: Cache) -> None:
-        if self.config.sinks and not isinstance(cache, PiCache | PiStaticCache):
-            raise ValueError(
-                f"a {type(cache).__name__} forgets the attention sinks (sinks={self.config.sinks}): "
-                "leave past_key_values out, or pass PiCache(config.patterns())."
-            )
 
     @merge_with_config_defaults
     @capture_outputs
@@ -212,16 +146,16 @@ class PiModel(PiPreTrainedModel):
         batch, tokens = inputs_embeds.shape[:2]
         if use_cache and past_key_values is None:
             past_key_values = PiCache(self.config.patterns())
-        past = 0
+        cache = None
         if past_key_values is not None:
-            self._check_cache(past_key_values)
-            past = past_key_values.get_seq_length()
+            cache = known_cache(past_key_values, self._sinks)
+        past = 0 if cache is None else cache.get_seq_length()
         self._choose_implementation()
 
-        if isinstance(past_key_values, PiStaticCache):
-            segment_ids = static_segments(past_key_values, segment_ids, attention_mask, position_ids, (batch, tokens))
+        if cache is not None:
+            segment_ids = cache.segments(segment_ids, attention_mask, position_ids, (batch, tokens))
         elif segment_ids is None:
-            segment_ids = segments_of_batch(attention_mask, position_ids, past, batch, tokens)
+            segment_ids = segments_of_batch(attention_mask, position_ids, 0, batch, tokens)
         if position_ids is None:
             position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past)[None]
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
@@ -232,7 +166,7 @@ class PiModel(PiPreTrainedModel):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 segment_ids=segment_ids,
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 **kwargs,
             )
         return BaseModelOutputWithPast(

@@ -2,69 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from pi_attention.cache.contract import KeyValueCache
 from pi_attention.nn.gate import FusionGate, neutral_bias
 from pi_attention.nn.rope import apply_rotary, rotary_angles
+from pi_attention.nn.sources import KeySource, NewKeys
 from pi_attention.ops.api import Fusion, Impl, PiAux, pi_attention
 from pi_attention.ops.checks import FUSIONS
 from pi_attention.pattern import PiPattern, need_int, need_pattern
-
-
-class KeyValueCache(Protocol):
-    """What the layer asks for the keys of earlier tokens: a `LayerCache`."""
-
-    @property
-    def length(self) -> int:
-        """Position of the first new token."""
-        ...
-
-    def extend(
-        self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append; all keys and values that the new queries may see, and the segment ids of these keys."""
-        ...
-
-    def resume(self, key: Tensor, value: Tensor, length: int) -> None:
-        """As if `length` tokens had been seen, of which these keys and values are the ones to keep."""
-        ...
-
-
-Operator = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""Output [B, H, T, D] of query, key, value, gate logits and segment ids of the keys; the queries are the last ones."""
-
-
-class Shard(Protocol):
-    """What the layer asks when the rest of the sequence lies elsewhere: a `HaloContext`."""
-
-    @property
-    def length(self) -> int:
-        """Position of the shard's first token."""
-        ...
-
-    def attend(
-        self,
-        operator: Operator,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gate: Tensor | None,
-        segment_ids: Tensor | None,
-        *,
-        overlap: bool,
-    ) -> Tensor:
-        """The operator for the shard's queries over all keys that they see; called once unless it may overlap."""
-        ...
-
-    def kept(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
-        """What a decoding cache keeps after the whole sequence, on every rank, and the sequence's length."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -144,7 +95,7 @@ class PiAttention(nn.Module):
         self.rope_theta = rope_theta
         self.impl: Impl = "auto"
         self.aux: list[PiAux] | None = None  # filled while record_aux watches
-        self.halo: Shard | None = None  # of a sharded sequence; see pi_attention.distributed.attach
+        self.source: KeySource = NewKeys()  # of a sharded sequence: see pi_attention.distributed.attach
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
@@ -168,7 +119,8 @@ class PiAttention(nn.Module):
         Args:
             hidden_states: of the new tokens.
             position_embeddings: cos and sin [B or 1, T, D]; computed from the positions in the sequence when None.
-            segment_ids: [B, S] for all S tokens so far, the cached ones included; see `pi_attention`.
+            segment_ids: [B, S] for all S tokens so far, the cached ones included; see `pi_attention`. With a cache
+                those of the new tokens are enough: see `KeyValueCache.extend`.
             cache: holds the keys and values of earlier tokens, and is updated.
 
         Raises:
@@ -186,30 +138,23 @@ class PiAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             weights = self.q_norm.weight.dtype  # autocast projects in another one, and a norm of two dtypes is slow
             query, key = self.q_norm(query.to(weights)), self.k_norm(key.to(weights))
-        earlier = cache if self.halo is None else self.halo
-        past = 0 if earlier is None else earlier.length
         if position_embeddings is None and self.rope_theta is not None:
-            position = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device)[None]
+            position = (
+                self.source.position(cache) + torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+            )
             position_embeddings = rotary_angles(position, self.head_dim, self.rope_theta)
         if position_embeddings is not None:
             query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
         query, key = query.to(value.dtype), key.to(value.dtype)
         gate = None if self.gate is None else self.gate(hidden_states)
-        if self.halo is not None:
-            if cache is not None and torch.is_grad_enabled():
-                raise ValueError("a sharded sequence fills a cache without gradients only: pass use_cache=False.")
-            out = self.halo.attend(self._attend, query, key, value, gate, segment_ids, overlap=self.aux is None)
-            if cache is not None:
-                cache.resume(*self.halo.kept(key, value))
-        else:
-            if cache is not None:
-                key, value, segment_ids = cache.extend(key, value, segment_ids)
-            out = self._attend(query, key, value, gate, segment_ids)
+        once = self.aux is not None  # one record a call
+        out = self.source.attend(self.operator, query, key, value, gate, segment_ids, cache=cache, once=once)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _attend(
+    def operator(
         self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, segment_ids: Tensor | None
     ) -> Tensor:
+        """The attention itself, an `Operator`: [B, H, T, D] of query, key, value, gate logits and ids of the keys."""
         pattern, fusion, impl = self.pattern, self.fusion, self.impl
         if self.aux is None:
             return pi_attention(

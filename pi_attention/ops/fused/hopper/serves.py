@@ -1,4 +1,4 @@
-"""Which calls the Hopper kernels serve. Gluon is experimental: it is imported by a call that they serve, and not here."""
+"""Which calls the Hopper kernels serve. Gluon is experimental: only a call that they serve imports it."""
 
 from __future__ import annotations
 

@@ -50,16 +50,22 @@ class NearSinks:
         Args:
             operator: output of query, key and value, whose scale does not depend on the number of features.
             query: [B, H, T, D], after rotary embedding; key, value: [B, G, S, D].
-            shift: [B or 1, T]; is_sink: [B or 1, S], bool.
+            shift: [B or 1, T].
+            is_sink: [B or 1, n] bool, of the first n ≤ S keys; later ones are none.
         """
+        known = is_sink.shape[1]
+        if query.shape[2] == 1:  # then the keys themselves can be turned
+            by = torch.where(is_sink, shift, 0)
+            moved = moved_rotary(key[:, :, :known], by, self.frequencies)
+            return operator(query, torch.cat([moved, key[:, :, known:]], dim=2), value)
         turned = moved_rotary(query, -shift, self.frequencies)
-        sink = is_sink[:, None, :, None]
+        sink = F.pad(is_sink, (0, key.shape[2] - known))[:, None, :, None]
         keys = torch.cat([key.masked_fill(sink, 0.0), key.masked_fill(~sink, 0.0)], dim=-1)
         both = torch.cat([query, turned], dim=-1)
         return operator(both, keys, F.pad(value, (0, value.shape[-1])))[..., : value.shape[-1]]
 
 
 def sinks_among(position: Tensor, start: Tensor | int, pattern: PiPattern) -> Tensor:
-    """Which keys are sinks of their segment, bool: positions [B or 1, S], −1 for an empty slot; starts like them."""
+    """Which keys are sinks of their segment, bool: positions [B or 1, S]; starts like them, −1 for padding."""
     number = position - start
-    return (position >= 0) & (number >= 0) & (number < pattern.sinks)
+    return (number >= 0) & (number < pattern.sinks) & (torch.as_tensor(start, device=position.device) >= 0)

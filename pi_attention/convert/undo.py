@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PreTrainedModel
 
-GATE = "pi_gate"
-"""Name of the gate in an attention module of a converted model."""
+from pi_attention.convert.gates import GATE
 
 
 @contextmanager

@@ -1,0 +1,77 @@
+"""What a layer asks of a decoding cache, whichever it is; and which tokens every cache keeps as sinks."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pi_attention.segments import segment_starts
+
+
+class KeyValueCache(Protocol):
+    """The keys and values of one layer that its pattern can still see."""
+
+    @property
+    def length(self) -> int | Tensor:
+        """Position of the first new token."""
+        ...
+
+    def extend(
+        self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append T new tokens and return what their queries can see: sinks, kept tokens, new tokens.
+
+        Args:
+            key: [B, G, T, D], after rotary embedding.
+            value: like key.
+            segment_ids: [B, length + T] of all tokens so far, the cached ones included; or [B, T] of the new ones
+                alone, each the position where its segment starts, −1 for padding (`segment_starts`). None when each
+                row is one segment from position 0.
+
+        Returns:
+            key and value [B, G, S, D], and their segment ids [B, S], None when no segments were ever given.
+        """
+        ...
+
+    def resume(self, key: Tensor, value: Tensor, length: int) -> None:
+        """As if `length` tokens had been seen, of which these keys and values are the ones to keep."""
+        ...
+
+
+def starts_of_new(segment_ids: Tensor, tokens: int, first: bool) -> Tensor:
+    """Where the segments of the last T = `tokens` tokens start, [B, T], of the ids that `extend` takes.
+
+    Args:
+        segment_ids: of all tokens so far, or the starts of the last T.
+        tokens: T.
+        first: no token came before them.
+    """
+    if first or segment_ids.shape[1] > tokens:
+        segment_ids = segment_starts(segment_ids)[:, -tokens:]
+    return segment_ids.to(torch.int32)
+
+
+def sink_places(starts: Tensor, current: Tensor, sinks: int) -> Tensor:
+    """Which tokens are the sinks of a segment, once all of these are forgotten: their places [B, sinks].
+
+    The slots are filled from the right; −1 is an empty one.
+
+    Args:
+        starts: [B, n] of the sink slots now, and of the tokens behind them that are forgotten; −1 where there is none.
+        current: [B, 1], the start of the segment whose sinks are wanted; −1 for none.
+        sinks: number of slots.
+    """
+    found = ((starts == current) & (current >= 0)).cumsum(dim=1)
+    filled = found[:, -1:].clamp(max=sinks)
+    number = torch.arange(sinks, device=starts.device) - (sinks - filled)  # which sink a slot holds; negative: none
+    place = torch.searchsorted(found, number.clamp(min=0) + 1).clamp(max=starts.shape[1] - 1)
+    return torch.where(number < 0, -1, place)
+
+
+def take(source: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Entries of `source` along `dim` by an index that is broadcast over the other dimensions; any for −1."""
+    shape = list(source.shape)
+    shape[dim] = index.shape[dim]
+    return source.gather(dim, index.clamp(min=0).expand(shape))

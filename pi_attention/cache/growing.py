@@ -1,0 +1,266 @@
+"""A decoding cache of bounded memory that a step appends to: no copy of what it holds.
+
+Skips are counted from the query, so over all future queries a pattern sees exactly the last `reach` tokens, and the
+sinks. The last tokens lie in one buffer, which is appended to in place and rebuilt when it is full. The sinks stand
+right before the first kept token, so that all kept keys are one contiguous view; the operator needs nothing but their
+order, because a sink is visible whatever its lag.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pi_attention.cache.contract import sink_places, starts_of_new, take
+from pi_attention.pattern import PiPattern, need_pattern
+
+
+class LayerCache:
+    """Keys and values that later queries of one layer can see; a `KeyValueCache`.
+
+    Memory is bounded by about 1.25 · reach + sinks + 64 tokens whatever the length (unbounded when `skips=None`).
+
+    Args:
+        pattern: of the layer; it decides what is kept.
+
+    Raises:
+        TypeError, ValueError: no pattern, or a bidirectional one.
+
+    Example::
+
+        cache = LayerCache(pattern)
+        key, value, _ = cache.extend(new_key, new_value)  # [B, G, kept + T, D]
+        out = pi_attention(query, key, value, pattern)  # query [B, H, T, D]
+    """
+
+    length: int
+    """Tokens seen so far, kept or not."""
+
+    def __init__(self, pattern: PiPattern) -> None:
+        need_pattern(pattern)
+        if not pattern.causal:
+            raise ValueError("a decoding cache needs a causal pattern: with causal=False every token sees later ones.")
+        self.pattern = pattern
+        self.recording = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = 0
+        self._buffer: Tensor | None = None  # [2, B, G, capacity, D]: keys, values
+        self._starts: Tensor | None = None  # [B, sinks + kept] of the sink slots and kept tokens; None: all are 0
+        self._first = self._end = self.pattern.sinks  # kept tokens in the buffer; the sinks end at _first
+        self._may_forget = True
+        self._seen: tuple[int, Tensor | None] = (0, None)  # number and starts of the keys last returned
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Kept keys and values [2, B, G, kept, D], sinks aside; None before the first update."""
+        return None if self._buffer is None else self._buffer[:, :, :, self._first : self._end]
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Kept keys [B, G, kept, D], sinks aside."""
+        return None if self.kept is None else self.kept[0]
+
+    @property
+    def values(self) -> Tensor | None:
+        """Kept values, like `keys`."""
+        return None if self.kept is None else self.kept[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        held = (self._buffer, self._starts)
+        return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+
+    def record(self) -> None:
+        """From now on forget tokens only after a `crop`: for speculative decoding, which takes tokens back."""
+        self.recording = True
+
+    def extend(
+        self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append, as `KeyValueCache.extend` says; some of the sink slots returned may be empty, with the id −1.
+
+        Raises:
+            ValueError: key and value do not have one shape [B, G, T, D], or another B, G or D than those kept.
+        """
+        self._check(key, value)
+        new, reach, slots = torch.stack([key, value]), self.pattern.reach, self.pattern.sinks
+        self._allocate(new)
+        forgotten = 0 if reach is None else max(0, self._end - self._first - reach)
+        starts = self._starts_with(segment_ids, len(key), key.shape[2])
+        sinks, of_sinks = self._sinks_after_forgetting(forgotten, starts, key.shape[2])
+        visible = None if starts is None else starts[:, slots + forgotten :]
+        if visible is not None and of_sinks is not None:
+            visible = torch.cat([of_sinks, visible], dim=1)
+        if self._may_forget or not self.recording:
+            if forgotten or of_sinks is not None:
+                self._forget(forgotten, sinks)
+            starts = visible
+            self._may_forget, forgotten = False, 0
+        self._append(new)
+        self._starts, self.length = starts, self.length + key.shape[2]
+        assert self._buffer is not None
+        if forgotten and slots:
+            seen = torch.cat([sinks, self._buffer[:, :, :, self._first + forgotten : self._end]], dim=3)
+        else:
+            seen = self._buffer[:, :, :, self._first + forgotten - sinks.shape[3] : self._end]
+        self._seen = seen.shape[3], visible
+        return seen[0], seen[1], visible
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`extend` without segment ids: keys and values alone."""
+        key, value, _ = self.extend(key, value)
+        return key, value
+
+    def is_sink(self) -> Tensor:
+        """Which of the first n keys last returned are sinks of their segment, bool [B or 1, n]; later ones are none."""
+        assert self._buffer is not None
+        (keys, starts), sinks = self._seen, self.pattern.sinks
+        if starts is None:  # the first tokens of the only segment come first
+            return torch.ones(1, min(keys, sinks), dtype=torch.bool, device=self._buffer.device)
+        behind = starts[:, sinks:]
+        position = torch.arange(self.length - behind.shape[1], self.length, device=starts.device)
+        return torch.cat([starts[:, :sinks] >= 0, (behind >= 0) & (position - behind < sinks)], dim=1)
+
+    def resume(self, key: Tensor, value: Tensor, length: int) -> None:
+        """As if `length` tokens of one segment had been seen, elsewhere.
+
+        Args:
+            key: [B, G, kept, D] of the last tokens, as many as the pattern reaches, with the sinks before them.
+            value: like key.
+            length: tokens seen.
+        """
+        reach, sinks = self.pattern.reach, self.pattern.sinks
+        last = length if reach is None else min(length, reach)
+        slots = min(sinks, length - last)
+        empty = key.new_zeros(2, *key.shape[:2], sinks - slots, key.shape[3])
+        self.reset()
+        self._buffer = torch.cat([empty, torch.stack([key, value])], dim=3)
+        self._end, self.length = sinks + last, length
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens.
+
+        Raises:
+            ValueError: tokens that the pattern sees from there are gone; call `record` before the updates.
+        """
+        kept, reach = self._end - self._first, self.pattern.reach
+        left = self.length - tokens
+        needed = left if reach is None else min(left, reach)
+        if not 0 <= tokens <= self.length or kept - tokens < needed:
+            raise ValueError(
+                f"cannot forget the last {tokens} of {self.length} tokens: {kept} are kept, and {needed} must be left. "
+                "Call record() before the tokens that may be taken back."
+            )
+        self._end -= tokens
+        self.length = left
+        if self._starts is not None:
+            self._starts = self._starts[:, : self._starts.shape[1] - tokens]
+        self._may_forget = True
+
+    def reorder(self, index: Tensor) -> None:
+        """Take the rows of the batch by `index` [new batch], as beam search chooses them."""
+        if self._buffer is not None:
+            self._buffer = self._buffer.index_select(1, index.to(self._buffer.device))
+        if self._starts is not None:
+            self._starts = self._starts.index_select(0, index.to(self._starts.device))
+
+    def to(self, device: torch.device | str) -> None:
+        """Move what is held."""
+        self._buffer = None if self._buffer is None else self._buffer.to(device)
+        self._starts = None if self._starts is None else self._starts.to(device)
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        if key.dim() != 4 or key.shape != value.shape:
+            raise ValueError(
+                f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape [B, G, T, D], heads before "
+                "tokens."
+            )
+        if self._buffer is None:
+            return
+        _, batch, heads, _, dim = self._buffer.shape
+        if (key.shape[0], key.shape[1], key.shape[3]) != (batch, heads, dim):
+            raise ValueError(
+                f"key {tuple(key.shape)} must be [{batch}, {heads}, T, {dim}], as the tokens before it: call reset() "
+                "before another sequence."
+            )
+
+    def _allocate(self, new: Tensor) -> None:
+        """A buffer of empty sink slots, or the one that is there, which can be written to now."""
+        if self._buffer is None:
+            self._buffer = new.new_zeros(*new.shape[:3], self.pattern.sinks, new.shape[4])
+        elif (
+            not torch.compiler.is_compiling() and self._buffer.is_inference() and not torch.is_inference_mode_enabled()
+        ):
+            self._buffer = self._buffer.clone()  # of inference mode, which alone may write to it
+
+    def _starts_with(self, segment_ids: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+        """Where the segments of the sink slots, the kept and the new tokens start, [B, sinks + kept + T]."""
+        known = self._starts
+        if segment_ids is None:
+            if known is None:
+                return None
+            last = known[:, -1:]  # which goes on; after padding a segment starts here
+            new = torch.where(last < 0, self.length, last).expand(-1, tokens)
+            return torch.cat([known, new], dim=1)
+        if segment_ids.shape[1] not in (tokens, self.length + tokens):
+            raise ValueError(
+                f"segment_ids {tuple(segment_ids.shape)} must have {self.length + tokens} columns, one for each token "
+                f"so far, the {self.length} cached ones included; or {tokens}, the starts of the new ones."
+            )
+        new = starts_of_new(segment_ids, tokens, self.length == 0).expand(batch, -1)
+        if known is None:  # until now each row was one segment, whose sinks fill the slots from the right
+            sinks, kept = self.pattern.sinks, self._end - self._first
+            known = new.new_zeros(batch, sinks + kept)
+            known[:, : sinks - min(sinks, self.length - kept)] = -1
+        return torch.cat([known, new], dim=1)
+
+    def _sinks_after_forgetting(
+        self, forgotten: int, starts: Tensor | None, tokens: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The sinks that are no kept tokens once `forgotten` more are gone: [2, B, G, slots, D] and [B, slots].
+
+        They are found among the present sink slots and the forgotten tokens, which are neighbours in the buffer. With
+        `starts`, of these and of all behind them, there are `sinks` slots, filled from the right with the sinks of the
+        first new token's segment; without, as many as are filled.
+        """
+        assert self._buffer is not None
+        sinks = self.pattern.sinks
+        if not sinks:
+            return self._buffer[:, :, :, :0], None
+        known = self._buffer[:, :, :, self._first - sinks : self._first + forgotten]
+        if starts is None:  # one segment: the first tokens, which stand in their order
+            before = self.length - (self._end - self._first)
+            empty, slots = sinks - min(before, sinks), min(before + forgotten, sinks)
+            found = known[:, :, :, empty : empty + slots]
+            return found.clone() if forgotten else found, None
+        current = starts[:, starts.shape[1] - tokens, None]
+        place = sink_places(starts[:, : sinks + forgotten], current, sinks)
+        return take(known, place[None, :, None, :, None], 3), torch.where(place < 0, -1, current)
+
+    def _forget(self, tokens: int, sinks: Tensor) -> None:
+        """Drop the first kept tokens and put `sinks` before what is left."""
+        assert self._buffer is not None
+        self._first += tokens
+        if sinks.shape[3]:
+            if torch.is_grad_enabled() and self._buffer.requires_grad:
+                self._buffer = self._buffer.clone()  # the graph holds the old one
+            self._buffer[:, :, :, self._first - sinks.shape[3] : self._first] = sinks
+
+    def _append(self, new: Tensor) -> None:
+        assert self._buffer is not None
+        tokens, capacity = new.shape[3], self._buffer.shape[3]
+        kept = slice(self._first - self.pattern.sinks, self._end)
+        needed = kept.stop - kept.start + tokens
+        reserve = max(64, needed // 4)
+        graph = torch.is_grad_enabled() and (new.requires_grad or self._buffer.requires_grad)
+        if graph or self._end + tokens > capacity or capacity > 2 * (needed + reserve):
+            room = [] if graph else [new.new_empty(*new.shape[:3], reserve, new.shape[4])]
+            self._buffer = torch.cat([self._buffer[:, :, :, kept], new, *room], dim=3)
+            self._first, self._end = self.pattern.sinks, needed
+        else:
+            self._buffer[:, :, :, self._end : self._end + tokens] = new
+            self._end += tokens

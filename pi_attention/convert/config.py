@@ -1,0 +1,86 @@
+"""What the layers of a decoder of transformers attend to, as its configuration says it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from pi_attention.models.configuration_pi import DENSE
+from pi_attention.pattern import PiPattern
+
+SETTINGS = "pi_attention"
+"""Attribute of a model's config: a dict of `PiPattern` fields, and "layers", the indices of the layers that get it."""
+
+
+def settings_of(pattern: PiPattern, layers: list[int] | None = None) -> dict[str, Any]:
+    """What `config.pi_attention` holds: JSON."""
+    return pattern.to_dict() | {"layers": layers}
+
+
+def layer_pattern(
+    config: Any, layer: int, sliding_window: int | None = None, default: dict[str, Any] | None = None
+) -> PiPattern:
+    """What a layer of a model attends to: its own sliding window, the pattern of its config, or every earlier token.
+
+    Args:
+        config: of the model.
+        layer: index of the layer.
+        sliding_window: of the layer, if it has one of its own.
+        default: the settings of a config without any.
+
+    Raises:
+        NotImplementedError: the layer is of another kind than full attention.
+        ValueError: there are no settings.
+    """
+    if sliding_window is not None:
+        return PiPattern(sliding_window, 1, 0)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[layer] != "full_attention":
+        raise NotImplementedError(f'attn_implementation="pi" cannot respect the layer type {kinds[layer]!r}.')
+    settings = dict(getattr(config, SETTINGS, None) or default or {})
+    if not settings:
+        raise ValueError(
+            'attn_implementation="pi" needs a pattern: register(PiPattern(...)), or set config.pi_attention to a dict '
+            'such as {"window": 512, "period": 512, "skips": 16, "sinks": 4}.'
+        )
+    layers = settings.pop("layers", None)
+    if layers is not None and layer not in layers:
+        return DENSE
+    return PiPattern.from_dict(settings)
+
+
+class PiConvertedConfig(PretrainedConfig):
+    """A decoder of transformers, and what its layers attend to.
+
+    Args:
+        text_config: of the decoder, with the pattern in its `pi_attention`.
+        gate: learn a fusion gate in each converted layer.
+    """
+
+    model_type = "pi_converted"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    text_config: Any
+
+    def __init__(
+        self, text_config: PretrainedConfig | dict[str, Any] | None = None, gate: bool = True, **kwargs: Any
+    ) -> None:
+        if text_config is None:
+            text_config = {"model_type": "llama", SETTINGS: settings_of(PiPattern(512, 512, 16))}
+        if isinstance(text_config, dict):
+            text_config = CONFIG_MAPPING[text_config["model_type"]](**text_config)
+        self.text_config = text_config
+        self.gate = gate
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+            kwargs.setdefault(name, getattr(text_config, name, None))
+        super().__init__(**kwargs)
+
+    def patterns(self) -> list[PiPattern]:
+        """The pattern of every layer."""
+        config = self.text_config
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+            kinds = ["sliding_attention"] * config.num_hidden_layers  # as in Mistral
+        windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        return [layer_pattern(config, layer, window) for layer, window in enumerate(windows)]

@@ -1,0 +1,168 @@
+"""π-Attention as an attention implementation of transformers: `attn_implementation="pi"` for its decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from pi_attention.cache.near import NearSinks, sinks_among
+from pi_attention.convert.config import layer_pattern, settings_of
+from pi_attention.models.caching import BoundedCache
+from pi_attention.models.continuous import refuse_continuous_batching
+from pi_attention.ops.api import pi_attention
+from pi_attention.pattern import PiPattern
+from pi_attention.segments import segments_of_batch
+
+Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
+NAME = "pi"
+
+_default: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class ConvertedCall:
+    """What a converted model tells its layers in each forward pass."""
+
+    patterns: list[PiPattern]
+    """Of the layers."""
+    segment_ids: Tensor | None
+    """[B, T] of the new tokens, each the position where its segment starts; None for one segment a row."""
+    cache: BoundedCache | None
+    """Where the keys come from."""
+    near: list[NearSinks | None] | None = None
+    """Of the layers, beyond the pretrained context."""
+
+    def segments_of_keys(self, layer: int) -> Tensor | None:
+        """The segment ids [B, S] of the keys that a layer sees."""
+        return self.segment_ids if self.cache is None else self.cache.layers[layer].seen_ids
+
+    def attend(self, layer: int, operator: Operator, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The operator, each query with the sinks where its own position puts them."""
+        near = None if self.near is None else self.near[layer]
+        if near is None or not self.patterns[layer].sinks:
+            return operator(query, key, value)
+        seen, tokens, length = self.segments_of_keys(layer), query.shape[2], key.shape[2]
+        starts: Tensor | int = 0 if seen is None else seen
+        if self.cache is None:
+            is_sink = sinks_among(torch.arange(length, device=key.device)[None], starts, self.patterns[layer])
+        else:
+            storage: Any = self.cache.layers[layer].storage
+            length, is_sink = storage.length, storage.is_sink()
+        start = 0 if seen is None else seen[:, -tokens:]
+        position = torch.arange(length - tokens, length, device=key.device)[None]
+        return near.attend(operator, query, key, value, near.shift(position, start), is_sink)
+
+
+def register(pattern: PiPattern | None = None) -> None:
+    """Let `attn_implementation="pi"` name π-Attention in transformers, for decoders that use its attention interface.
+
+    Each layer attends to the pattern by fusion="mass" without a gate: one softmax over both bands, so pretrained
+    weights keep their meaning. A model's own sliding-window layers stay what they are. See `convert` for a learned gate
+    and a cache of bounded memory.
+
+    Args:
+        pattern: of models whose config has no `pi_attention`; None leaves that an error.
+
+    Example::
+
+        register(PiPattern(window=512, period=512, skips=16, sinks=4))
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="pi")
+    """
+    if pattern is not None and not pattern.causal:
+        raise ValueError("pattern must be causal for a decoder: causal=True.")
+    _default.clear()
+    if pattern is not None:
+        _default.update(settings_of(pattern))
+    register_names()
+
+
+def register_names() -> None:
+    """The part of `register` that needs no pattern."""
+    AttentionInterface.register(NAME, attention_forward)
+    refuse_continuous_batching(NAME)
+    AttentionMaskInterface.register(NAME, padding_of_keys)  # without it transformers drops padding silently
+
+
+def padding_of_keys(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that `attention_forward` takes: which keys are no padding, [B, 1, 1, kv_length]; None when all are.
+
+    The name and order of the arguments are those of transformers' mask functions.
+    """
+    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
+        raise NotImplementedError(
+            'attn_implementation="pi" has the queries at the end of the keys, which a static cache has not: '
+            "leave cache_implementation out."
+        )
+    if attention_mask is None:
+        return None
+    present = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if not torch.compiler.is_compiling() and bool(present.all()):
+        return None
+    return present[:, None, None]
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    pi_gate: Tensor | None = None,
+    pi_call: ConvertedCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: out [B, T, H, D] of query [B, H, T, D], key and value [B, G, S, D].
+
+    Args:
+        attention_mask: from `padding_of_keys`.
+        position_ids: [B or 1, T]; where they restart, a new packed document starts.
+        pi_gate: logits [B, H, T] of a fusion gate, added to λ − μ.
+        pi_call: from a model that `convert` made.
+        module, scaling, dropout, sliding_window, kwargs: as transformers passes them.
+    """
+    refused = [name for name in ("softcap", "s_aux", "head_mask") if kwargs.get(name) is not None]
+    if refused or (dropout and module.training):
+        what = refused[0] if refused else f"attention dropout ({dropout})"
+        raise NotImplementedError(f'attn_implementation="pi" cannot compute {what}: use another implementation.')
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError('attn_implementation="pi" serves causal decoders, and this layer is bidirectional.')
+    if attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.shape[1:3] != (1, 1)):
+        raise NotImplementedError(
+            f'attn_implementation="pi" takes the padding mask [B, S] only, got one of {tuple(attention_mask.shape)}: '
+            "the pattern makes the rest."
+        )
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise NotImplementedError(f'attn_implementation="pi" needs layer_idx on {type(module).__name__}.')
+    if pi_call is not None:
+        pattern, ids = pi_call.patterns[layer], pi_call.segments_of_keys(layer)
+    else:
+        pattern = layer_pattern(module.config, layer, sliding_window, _default)
+        padding = None if attention_mask is None else attention_mask[:, 0, 0]
+        past = key.shape[2] - query.shape[2]
+        ids = segments_of_batch(padding, position_ids, past, query.shape[0], query.shape[2])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def operator(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return pi_attention(query, key, value, pattern, gate=pi_gate, fusion="mass", segment_ids=ids, scale=scale)
+
+    out = operator(query, key, value) if pi_call is None else pi_call.attend(layer, operator, query, key, value)
+    return out.transpose(1, 2).contiguous(), None

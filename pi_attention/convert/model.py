@@ -1,0 +1,239 @@
+"""Pretrained decoders of transformers whose layers attend by π-Attention."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from pi_attention.cache.near import NearSinks
+from pi_attention.convert.config import SETTINGS, PiConvertedConfig, settings_of
+from pi_attention.convert.gates import GATE, add_gates, initialise_gates_of, takes_gate
+from pi_attention.convert.interface import NAME, ConvertedCall, register_names
+from pi_attention.convert.rotary import layer_frequencies, rotary_modules
+from pi_attention.convert.undo import undone_on_failure
+from pi_attention.models.caching import BoundedCache, PiCache, PiStaticCache
+from pi_attention.models.generation import BoundedGeneration
+from pi_attention.models.rotary import keep_in_fp32
+from pi_attention.pattern import PiPattern, need_pattern
+from pi_attention.segments import segment_starts, segments_of_batch
+
+LOADER = "AutoModelForCausalLM.from_pretrained"
+
+
+class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin):
+    """A causal language model of transformers, `model`, whose layers attend by π-Attention with fusion="mass"."""
+
+    config_class = PiConvertedConfig
+    config: PiConvertedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = False
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+
+    def __init__(self, config: PiConvertedConfig, model: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        register_names()
+        if model is None:
+            model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=NAME)
+        else:
+            for module in model.modules():
+                module._is_hf_initialized = True  # its weights are pretrained, however they came in
+        self.model = model
+        config.text_config._attn_implementation = NAME  # super().__init__ chose one for both configs
+        self._no_split_modules = model._no_split_modules
+        initialise_gates_of(model)
+        self._patterns = config.patterns()
+        if config.gate:
+            add_gates(model, self._patterns)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.set_output_embeddings(new_embeddings)
+
+    def new_cache(self) -> PiCache:
+        """An empty decoding cache; beyond the pretrained model's context its sinks move along with the text.
+
+        So a text of any length can be streamed through it, in calls of any number of tokens.
+        """
+        cache = super().new_cache()
+        frequencies = layer_frequencies(self.model, len(cache.layers))
+        if self._context is not None and frequencies is not None:
+            cache.keep_sinks_near(self._context, frequencies)
+        return cache
+
+    @property
+    def _context(self) -> int | None:
+        """Tokens that the pretrained model knows."""
+        return getattr(self.config.text_config, "max_position_embeddings", None)
+
+    def _moving_sinks(self, cache: BoundedCache | None, tokens: int) -> list[NearSinks | None] | None:
+        """How the sinks of each layer move for so many new tokens; None within the pretrained context."""
+        if self._context is None or not any(pattern.sinks for pattern in self._patterns):
+            return None
+        if cache is not None and not cache.moves_sinks:
+            return None
+        if (0 if cache is None else cache.get_seq_length()) + tokens <= self._context:
+            return None
+        near = [] if cache is None else [layer.near for layer in cache.layers]
+        if not any(near):  # no cache, or one that new_cache did not make
+            near = [layer.near for layer in self.new_cache().layers]
+            for layer, of_layer in zip([] if cache is None else cache.layers, near, strict=False):
+                layer.near = of_layer
+        return near
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move, but keep the frequencies of rotary embeddings in fp32."""
+        rotary = rotary_modules(self)
+        before = [dict(module.named_buffers(recurse=False)) for module in rotary]
+        super()._apply(fn, recurse)
+        for module, buffers in zip(rotary, before, strict=True):
+            keep_in_fp32(module, buffers)
+        return self
+
+    def _prepare_static_cache(
+        self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
+    ) -> PiStaticCache:
+        context = max_cache_len if self._context is None else self._context
+        if max_cache_len > context and any(pattern.sinks for pattern in self._patterns):
+            raise NotImplementedError(
+                f'cache_implementation="static" with sinks serves the pretrained context of {context} tokens only, and '
+                f"{max_cache_len} were asked for: leave it out, so that the sinks can move along."
+            )
+        return super()._prepare_static_cache(cache_implementation, batch_size, max_cache_len, *args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        segment_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the forward of the converted model; the cache that it creates is a `PiCache`.
+
+        Args:
+            segment_ids: [B, cached + T] int32 (see `pi_attention`), instead of deriving them from mask and positions.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache, kwargs: as
+                those of the converted model.
+        """
+        like = input_ids if input_ids is not None else inputs_embeds
+        if like is None:
+            raise ValueError("pass either input_ids or inputs_embeds.")
+        use_cache = self.config.text_config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        if not isinstance(past_key_values, BoundedCache | None):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}: leave it out, or pass "
+                "model.new_cache(), which keeps what the patterns see."
+            )
+        batch, tokens = like.shape[:2]
+        near = self._moving_sinks(past_key_values, tokens)
+        if past_key_values is not None:
+            segment_ids = past_key_values.segments(segment_ids, attention_mask, position_ids, (batch, tokens))
+            past_key_values.tell(segment_ids)
+            attention_mask = past_key_values.library_mask(attention_mask, like)
+        else:
+            if segment_ids is None:
+                segment_ids = segments_of_batch(attention_mask, position_ids, 0, batch, tokens)
+            segment_ids = None if segment_ids is None else segment_starts(segment_ids)
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            pi_call=ConvertedCall(self._patterns, segment_ids, past_key_values, near),
+            **kwargs,
+        )
+
+
+def convert(
+    model: PreTrainedModel, pattern: PiPattern, *, gate: bool = True, layers: list[int] | None = None
+) -> PiConvertedForCausalLM:
+    """Give a pretrained causal language model π-Attention; its weights are shared, not copied.
+
+    With the same weights the first forward is sparse softmax attention over the pattern: fusion="mass", whose learned
+    gate starts at a = 0. Layers that have a sliding window of their own keep it. Model and config are changed in
+    place, unless an error is raised: use what is returned.
+
+    Args:
+        model: a decoder of transformers that uses its attention interface (Llama, Qwen, Mistral, Gemma, SmolLM …).
+        pattern: causal; of the converted layers.
+        gate: add a learned fusion gate to each converted layer, saved with the model.
+        layers: indices of the layers to convert; None converts all that attend to everything.
+
+    Returns:
+        A model for training, `generate`, `save_pretrained`; `AutoModelForCausalLM.from_pretrained` restores it once
+        `pi_attention.convert` is imported.
+
+    Raises:
+        TypeError: the model is no model of transformers, or the pattern no pattern.
+        ValueError: the model is no causal language model, or converted already, the pattern is bidirectional, or a
+            layer does not exist.
+        NotImplementedError: the model does not use transformers' attention interface.
+
+    Example::
+
+        model = convert(AutoModelForCausalLM.from_pretrained(name), PiPattern(512, 512, 16, sinks=4))
+    """
+    _check(model, pattern, gate, layers)
+    register_names()
+    config = model.config
+    with undone_on_failure(model):
+        setattr(config, SETTINGS, settings_of(pattern, layers))
+        model.set_attn_implementation(NAME)
+        converted = PiConvertedForCausalLM(PiConvertedConfig(config, gate=gate), model)
+        converted.generation_config = model.generation_config
+        return converted.train(model.training)
+
+
+def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool, layers: list[int] | None) -> None:
+    """Refuse what `convert` cannot do before anything is changed, and warn of skips beyond the context."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a PreTrainedModel, got {type(model).__name__}: load it by {LOADER}.")
+    if isinstance(model, PiConvertedForCausalLM) or any(hasattr(module, GATE) for module in model.modules()):
+        raise ValueError("model is of an earlier conversion: load the pretrained model again, then convert.")
+    if not model.can_generate():
+        raise ValueError(f"model is a {type(model).__name__}, no causal language model: load it by {LOADER}.")
+    need_pattern(pattern)
+    if not pattern.causal:
+        raise ValueError("pattern must be causal for a decoder: causal=True.")
+    config = model.config
+    count = getattr(config, "num_hidden_layers", 0)
+    wrong = [layer for layer in layers or [] if not 0 <= layer < count]
+    if wrong:
+        raise ValueError(f"layers={layers} holds {wrong[0]}, but the model has layers 0 to {count - 1}.")
+    pattern.check_heads(config.num_attention_heads)
+    if not getattr(type(model), "_supports_attention_backend", False):
+        raise NotImplementedError(f"{type(model).__name__} does not use transformers' attention interface.")
+    if gate and pattern.skips != 0 and not any(map(takes_gate, model.modules())):
+        raise NotImplementedError(f"{type(model).__name__} has no attention with q_proj: convert with gate=False.")
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and pattern.reach is not None and pattern.reach > context:
+        warnings.warn(
+            f"{pattern} reaches {pattern.reach} tokens back, further than the context of {context} that the model was "
+            "trained for: beyond it, skips show it lags that it does not know.",
+            stacklevel=3,
+        )

@@ -1,0 +1,37 @@
+"""The frequencies of a pretrained model's rotary embedding, by which keys can be moved."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+MOVING = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose frequencies depend on the length."""
+
+
+def rotary_modules(model: nn.Module) -> list[nn.Module]:
+    """The rotary embeddings in a model of transformers, whose classes are named alike."""
+    return [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+
+
+def layer_frequencies(model: PreTrainedModel, layers: int) -> list[Tensor | None] | None:
+    """Inverse frequencies of each layer's rotary embedding, None for a layer without.
+
+    None instead of the list where keys cannot be moved: the frequencies depend on the length, or the features are
+    paired in another way than in Llama.
+    """
+    halves = getattr(sys.modules[type(model).__module__], "rotate_half", None)
+    if halves is None or halves(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+        return None
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * layers
+    rotated = getattr(model.config, "no_rope_layers", None) or [1] * layers  # in SmolLM3, 0 is a layer without
+    for module in rotary_modules(model):
+        if getattr(module, "rope_type", "") not in MOVING:
+            names = [name if hasattr(module, name) else "inv_freq" for name in (f"{kind}_inv_freq" for kind in kinds)]
+            if hasattr(module, names[0]):
+                found = zip(names, rotated, strict=True)
+                return [getattr(module, name).float() if turned else None for name, turned in found]
+    return None

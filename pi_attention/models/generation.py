@@ -1,0 +1,61 @@
+"""`generate` of transformers with caches of bounded memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from pi_attention.models.caching import PiCache, PiStaticCache
+from pi_attention.models.continuous import REFUSAL
+
+
+class BoundedGeneration:
+    """Before GenerationMixin: `generate` makes our caches where transformers would make a dynamic or a static one."""
+
+    config: Any
+
+    def new_cache(self) -> PiCache:
+        """An empty decoding cache of bounded memory for this model."""
+        return PiCache(self.config.patterns())
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: paged caches hold blocks of consecutive keys, and ours keeps what the pattern sees."""
+        raise NotImplementedError(REFUSAL)
+
+    def _prepare_static_cache(
+        self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
+    ) -> PiStaticCache:
+        if "offloaded" in cache_implementation:
+            raise NotImplementedError(
+                f"cache_implementation={cache_implementation!r}: a cache is bounded, keep it on the device ('static')."
+            )
+        # as large as any before, because another size would compile again
+        self._previous_max_cache_length = max(max_cache_len, getattr(self, "_previous_max_cache_length", -1))
+        return PiStaticCache(self.config.patterns(), self._previous_max_cache_length)
+
+    @staticmethod
+    def create_masks_for_generate(
+        inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | None:
+        """The padding mask of the new tokens [B, T]: a static cache knows that of the others."""
+        if attention_mask is None:
+            return None
+        new = attention_mask[:, -inputs_embeds.shape[1] :]
+        return new.clone(memory_format=torch.contiguous_format)  # the stride of a view would change, and recompile
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.cache_implementation == "offloaded":
+            raise NotImplementedError(
+                "cache_implementation='offloaded': a cache is bounded, keep it on the device (leave the option out)."
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+            model_kwargs["past_key_values"] = self.new_cache()
+            if getattr(generation_config, "is_assistant", False):
+                model_kwargs["past_key_values"].activate_past_recording()
