@@ -13,6 +13,7 @@ import torch
 from experiments import pictures, runner
 from experiments.intervals import interval
 from experiments.registry import EXPERIMENTS
+from experiments.rows import append, load
 from experiments.span_finders import pattern_of
 from experiments.variants import (
     BASELINE,
@@ -145,6 +146,20 @@ def test_a_run_tunes_the_rate_skips_finished_rows_and_survives_an_error(tmp_path
         runner.run(toy(measure), "smoke", tmp_path, folder=tmp_path, only="nothing")
 
 
+def test_rows_are_lines_and_one_that_was_cut_off_is_measured_again(tmp_path):
+    append("toy", {"settings": 1}, tmp_path)
+    append("toy", {"settings": 2}, tmp_path)
+    path = tmp_path / "toy.jsonl"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert load("toy", tmp_path) == [{"settings": 1}]
+    append("toy", {"settings": 3}, tmp_path)
+    (tmp_path / "toy.json").write_text('{"experiment": "toy", "rows": [{"settings": 0}]}')  # the older form
+    assert [row["settings"] for row in load("toy", tmp_path)] == [0, 1, 3]
+    path.write_bytes(b"torn\n" + path.read_bytes())
+    with pytest.raises(ValueError, match=r"toy\.jsonl, line 1 is no JSON"):
+        load("toy", tmp_path)
+
+
 def test_a_rate_that_diverges_is_not_the_best():
     rows = [{"settings": {"rate": r, "seed": 0}, "result": {"validation": v}} for r, v in ((1, math.nan), (2, 7.0))]
     assert runner.best_rate(toy(None), {}, rows) == 2
@@ -214,4 +229,4 @@ def test_every_variant_runs_in_processes(name, made_up, tmp_path, request):
     rows = runner.run(experiment, "smoke", made_up, folder=tmp_path, workers=2, seeds=1)
     assert len(rows) == len(experiment.cells("smoke"))
     assert BASELINE in {row["settings"]["variant"] for row in rows} or name == "period_sweep"
-    assert Path(tmp_path / f"{name}.json").exists()
+    assert Path(tmp_path / f"{name}.jsonl").exists()
