@@ -10,7 +10,6 @@ import tyro
 
 from pi_attention.cli.convert import Convert
 from pi_attention.cli.evaluate import Eval
-from pi_attention.cli.experiment import Experiment
 from pi_attention.cli.generate import Generate
 from pi_attention.cli.inspect import Inspect
 from pi_attention.cli.limits import check_limits
@@ -35,7 +34,6 @@ COMMANDS: dict[str, Any] = {
     "inspect": Inspect,
     "plan": Plan,
     "convert": Convert,
-    "experiment": Experiment,
 }
 WRONG, UNEXPECTED, INTERRUPTED = 2, 1, 130
 """Exit codes: what the user gave is wrong, the library is, Ctrl-C."""
