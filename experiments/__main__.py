@@ -45,7 +45,7 @@ class Run:
     scale: Scale = "small"
     """"smoke" shows that the code works, in seconds on a CPU. "laptop" takes an hour there. "small" needs a GPU."""
     data: Path = Path("data")
-    """Folder of the data sets. docs/results.md says what belongs there."""
+    """Folder of the data sets. docs/experiments.md says what belongs there."""
     dataset: str | None = None
     """A data set of the hub for the language models, with its own splits, such as Salesforce/wikitext."""
     results: Path = RESULTS

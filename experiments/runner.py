@@ -30,7 +30,7 @@ Scale = Literal["smoke", "laptop", "small"]
 
 @dataclass(frozen=True)
 class Experiment:
-    """One table of docs/results.md.
+    """One table of docs/data-language.md or docs/data-tasks.md.
 
     `cells` gives the settings of a scale: "smoke" shows in seconds on a CPU that the code works, "laptop" takes about
     an hour there, "small" minutes to hours on a GPU; where a scale does not suit, there are no cells. `measure` takes a

@@ -14,6 +14,7 @@ from pi_attention.models import PiConfig
 from pi_attention.pattern import PiPattern, coordinated_heads
 from report import gains
 from report.gains import Lines
+from report.pattern import labelled_pattern
 
 DOCS = RESULTS.parents[1] / "docs"
 FIGURES = DOCS / "figures"
@@ -58,6 +59,7 @@ def draw() -> None:
     write_explorer(DOCS / "explorer.html", PiPattern(64, 64, 8), heads=8, layers=6, context=8192)
     plots.save(plots.growth_picture(fields(32768)), FIGURES / "growth.svg")
     plots.save(plots.hops_picture(fields(8192)), FIGURES / "hops.svg")
+    plots.save(labelled_pattern(), FIGURES / "window_and_skips.svg")
     shown = coordinated_heads(window=6, skips=6, heads=4, sinks=2)  # small enough to count its tiles
     plots.save(plots.pattern_picture(shown, 38), FIGURES / "pattern.svg")
     plots.save(plots.density_picture(ONE_LAYER, 2048), FIGURES / "density.svg")

@@ -1,4 +1,4 @@
-"""Pictures of docs/results.md, from the rows of the experiments; `python -m report` draws them."""
+"""Pictures of docs/results.md and its data pages, from the rows of the experiments; `python -m report` draws them."""
 
 from __future__ import annotations
 

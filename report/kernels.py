@@ -26,7 +26,8 @@ def cpu() -> str:
 
 def _gpu(result: Measured) -> str:
     rows = []
-    for row in result["rows"]:
+    first = list(dict.fromkeys(row["pattern"] for row in result["rows"]))
+    for row in sorted(result["rows"], key=lambda row: (first.index(row["pattern"]), -row["D"], row["S"])):
         cells = [row["pattern"], str(row["D"]), f"{row['S']:,}"]
         for kind in KINDS:
             measured = f"{kind} in graph us" if f"{kind} in graph us" in row["pi"] else f"{kind} us"

@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from report import experiments, kernels, pretrained, ranks, theory
+from report import experiments, kernels, pretrained, ranks, summary, theory
 
 ROOT = Path(__file__).parents[1]
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary.summary,
     "cpu": kernels.cpu,
     "gpu": kernels.gpu,
     "peers": kernels.peers,
