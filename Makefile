@@ -38,7 +38,7 @@ lint: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m report
 	$(BIN)/python -m mkdocs build --quiet
 
 clean:

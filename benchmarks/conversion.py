@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.intervals import interval
 from benchmarks.timing import write
-from experiments.intervals import interval
 from pi_attention import PiPattern
 from pi_attention.convert import convert
 from pi_attention.data.packing import PackedBlocks

@@ -37,7 +37,7 @@ ONE_LAYER = {
     "coordinated heads": coordinated_heads(16, 64, heads=4),
     "the same, a quarter of the phases": PiPattern(16, 16, 64, phase=(0, 4, 8, 12)),
 }
-"""The examples for one layer: 80 keys a query, four heads, as in the language models of docs/results.md."""
+"""The examples for one layer: 80 keys a query, four heads, as in the language models of docs/data-language.md."""
 
 
 def fields(context: int, layers: int = 8) -> dict[str, ReceptiveField]:

@@ -47,5 +47,16 @@ def write(name: str, result: dict[str, Any]) -> Path:
     """Write a result file with the machine's description; the path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine()} | result, indent=1) + "\n")
+    path.write_text(in_lines({"machine": machine()} | result))
     return path
+
+
+def in_lines(result: dict[str, Any]) -> str:
+    """A result as JSON in which each row stands on a line of its own."""
+
+    def value(found: Any) -> str:
+        if isinstance(found, list) and found and isinstance(found[0], dict):
+            return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in found) + "\n ]"
+        return json.dumps(found)
+
+    return "{\n" + ",\n".join(f" {json.dumps(name)}: {value(found)}" for name, found in result.items()) + "\n}\n"

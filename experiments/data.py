@@ -1,4 +1,4 @@
-"""The data sets of the experiments, from a folder `data/`; docs/results.md says where each comes from.
+"""The data sets of the experiments, from a folder `data/`; docs/experiments.md says where each comes from.
 
 Nothing here is downloaded or committed. What is costly to prepare is kept beside the data, in `data/prepared`.
 """

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from experiments.rows import RESULTS, Row, append, load
 
 Settings = dict[str, Any]
 Result = dict[str, Any]
@@ -30,7 +30,7 @@ Scale = Literal["smoke", "laptop", "small"]
 
 @dataclass(frozen=True)
 class Experiment:
-    """One table of docs/results.md.
+    """One table of docs/data-language.md or docs/data-tasks.md.
 
     `cells` gives the settings of a scale: "smoke" shows in seconds on a CPU that the code works, "laptop" takes about
     an hour there, "small" minutes to hours on a GPU; where a scale does not suit, there are no cells. `measure` takes a
@@ -47,12 +47,6 @@ class Experiment:
     rates: tuple[float, ...]
     seeds: int = 3
     prepare: Callable[[Settings, Path], None] | None = None
-
-
-def load(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """The finished rows of an experiment."""
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def on_dataset(experiment: Experiment, dataset: str) -> Experiment:
@@ -73,11 +67,11 @@ def without(settings: Settings, *names: str) -> Settings:
     return {name: value for name, value in settings.items() if name not in names}
 
 
-def best_rate(experiment: Experiment, cell: Settings, rows: Iterable[dict[str, Any]]) -> float:
+def best_rate(experiment: Experiment, cell: Settings, rows: Iterable[Row]) -> float:
     """The learning rate whose run with the first seed validates best."""
     sign = 1 if experiment.better == "lower" else -1
 
-    def loss(row: dict[str, Any]) -> float:
+    def loss(row: Row) -> float:
         value = sign * row["result"]["validation"]
         return math.inf if math.isnan(value) else value
 
@@ -94,8 +88,8 @@ def run(
     workers: int = 1,
     seeds: int | None = None,
     only: str = "",
-) -> list[dict[str, Any]]:
-    """Measure every row that has no result yet, and write the file of results anew after each.
+) -> list[Row]:
+    """Measure every row that has no result yet, and add each to the file of results when it is measured.
 
     Args:
         experiment: what to run.
@@ -125,7 +119,7 @@ def run(
     return done
 
 
-def _timed(measure: Callable[[Settings, Path], Result], settings: Settings, data: Path) -> dict[str, Any]:
+def _timed(measure: Callable[[Settings, Path], Result], settings: Settings, data: Path) -> Row:
     begun = time.perf_counter()
     result = measure(settings, data)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -137,7 +131,7 @@ def _measure_all(
     experiment: Experiment,
     rows: list[Settings],
     data: Path,
-    done: list[dict[str, Any]],
+    done: list[Row],
     folder: Path,
     workers: int,
 ) -> None:
@@ -145,10 +139,7 @@ def _measure_all(
     missing = [settings for settings in rows if settings not in finished]
     for row in _completed(experiment.measure, missing, data, workers):
         done.append(row)
-        path = folder / f"{experiment.name}.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"experiment": experiment.name, "rows": done}, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        append(experiment.name, row, folder)
         shown = {name: value for name, value in row["result"].items() if isinstance(value, int | float)}
         print(experiment.name, row["settings"], shown, f"{row['seconds']} s", flush=True)
 
@@ -174,14 +165,14 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 def _completed(
     measure: Callable[[Settings, Path], Result], rows: list[Settings], data: Path, workers: int
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Measured rows, as they are finished."""
     if workers == 1:
         for settings in rows:
             yield _timed(measure, settings, data)
         return
     with _pool(workers) as pool:
-        pending: set[Future[dict[str, Any]]] = {pool.submit(_timed, measure, settings, data) for settings in rows}
+        pending: set[Future[Row]] = {pool.submit(_timed, measure, settings, data) for settings in rows}
         while pending:
             ready, pending = wait(pending, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in ready)

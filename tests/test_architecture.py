@@ -176,3 +176,13 @@ def test_a_bare_import_loads_torch_only():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_results_are_measured_without_the_report_that_shows_them():
+    root = PACKAGE.parent
+    others = {"pi_attention": {"benchmarks", "experiments", "report"}, "benchmarks": {"experiments", "report"}}
+    others["experiments"] = {"benchmarks", "report"}
+    for folder, forbidden in others.items():
+        for path in (root / folder).rglob("*.py"):
+            found = {imported.partition(".")[0] for imported in imports(path)}
+            assert not found & forbidden, f"{path.relative_to(root)} imports {found & forbidden}"

@@ -209,7 +209,7 @@ def test_no_wrong_call_of_very_many_ends_in_a_traceback_or_in_success(seed, plac
         ),
         (["train", "--learning_rat=1"], "did you mean --learning-rate?"),
         (["train", "--steps", "x"], "--steps: invalid literal for int() with base 10: 'x'. pi-attention train --help"),
-        (["plan", "--model", "9b"], "invalid choice '9b' for argument '--model'. Expected one of ('1b', '8b', '70b')"),
+        (["bill", "--model", "9b"], "invalid choice '9b' for argument '--model'. Expected one of ('1b', '8b', '70b')"),
         (["eval", "--limit"], "Missing value for argument '--limit'"),
         (["train", "--period"], "period is empty"),
         ([], "a command is missing: use one of train, eval"),
@@ -325,6 +325,13 @@ def test_a_folder_that_the_locale_cannot_express_is_refused(tmp_path):
     text.write_text("text " * 100)
     done = shell("train", "--data", text, "--out", tmp_path / "π", *TINY, **PLAIN_LOCALE)
     assert done.returncode == 2 and b"set PYTHONUTF8=1" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)])
+def test_help_fits_the_terminal(arguments, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = called([*arguments, "--help"], monkeypatch)
+    assert code == 0 and out and max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("arguments", [["plan", "--context", "4096"], ["inspect", "--context", "512"], ["--help"]])

@@ -30,15 +30,15 @@ def test_examples_run(page):
 def test_links_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            made = target == "explorer.html"  # by benchmarks.report, for the site
+            made = target == "explorer.html"  # by python -m report, for the site
             assert made or target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_tables_are_those_of_the_result_files():
-    from benchmarks.report import filled, pages
+    from report.pages import filled, pages
 
     for page, text in pages().items():
-        assert filled(text) == text, f"{page.name}: run python -m benchmarks.report"
+        assert filled(text) == text, f"{page.name}: run python -m report"
 
 
 def test_the_committed_theory_is_what_the_code_computes():

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import pictures, runner
-from experiments.intervals import interval
+from benchmarks.intervals import interval
+from experiments import runner
+from experiments.__main__ import main
 from experiments.registry import EXPERIMENTS
+from experiments.rows import append, load
 from experiments.span_finders import pattern_of
 from experiments.variants import (
     BASELINE,
@@ -30,6 +32,7 @@ from experiments.variants import (
 from pi_attention import PiPattern
 from pi_attention.models import PiForCausalLM
 from pi_attention.models.configuration_pi import DENSE
+from report import gains
 
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "window": 16, "period": 16, "skips": 8, "context": 256}
 
@@ -145,6 +148,20 @@ def test_a_run_tunes_the_rate_skips_finished_rows_and_survives_an_error(tmp_path
         runner.run(toy(measure), "smoke", tmp_path, folder=tmp_path, only="nothing")
 
 
+def test_rows_are_lines_and_one_that_was_cut_off_is_measured_again(tmp_path):
+    append("toy", {"settings": 1}, tmp_path)
+    append("toy", {"settings": 2}, tmp_path)
+    path = tmp_path / "toy.jsonl"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert load("toy", tmp_path) == [{"settings": 1}]
+    append("toy", {"settings": 3}, tmp_path)
+    (tmp_path / "toy.json").write_text('{"experiment": "toy", "rows": [{"settings": 0}]}')  # the older form
+    assert [row["settings"] for row in load("toy", tmp_path)] == [0, 1, 3]
+    path.write_bytes(b"torn\n" + path.read_bytes())
+    with pytest.raises(ValueError, match=r"toy\.jsonl, line 1 is no JSON"):
+        load("toy", tmp_path)
+
+
 def test_a_rate_that_diverges_is_not_the_best():
     rows = [{"settings": {"rate": r, "seed": 0}, "result": {"validation": v}} for r, v in ((1, math.nan), (2, 7.0))]
     assert runner.best_rate(toy(None), {}, rows) == 2
@@ -174,15 +191,15 @@ def test_interval_is_student_s():
 
 
 def test_pictures_show_what_was_measured(tmp_path):
-    lra = pictures.rows_of("lra", {"task": "image"})
+    lra = gains.rows_of("lra", {"task": "image"})
     accuracy = [lra[variant][0]["result"]["test"] for variant in ("pi", BASELINE)]
-    assert accuracy[0] > accuracy[1] and pictures.gains()["images as pixels"]["pi"][0] > 0  # higher is better
+    assert accuracy[0] > accuracy[1] and gains.gains()["images as pixels"]["pi"][0] > 0  # higher is better
     lines = {BASELINE: [(1.0, 4.0)], "pi": [(1.0, 3.0)]}
-    assert pictures.relative(lines) == {BASELINE: [(1.0, 1.0)], "pi": [(1.0, 0.75)]}
-    error = pictures.rows_of("series", {"task": "glucose"})
+    assert gains.relative(lines) == {BASELINE: [(1.0, 1.0)], "pi": [(1.0, 0.75)]}
+    error = gains.rows_of("series", {"task": "glucose"})
     assert error["pi"][0]["result"]["test"] > error[BASELINE][0]["result"]["test"]
-    assert pictures.gains()["glucose"]["pi"][0] < 0  # lower is better
-    pictures.draw(tmp_path)
+    assert gains.gains()["glucose"]["pi"][0] < 0  # lower is better
+    gains.draw(tmp_path)
     shown = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
     assert len(shown) == 4 and "images as pixels" in shown["gains.svg"] and "planned" in shown["recall_by_lag.svg"]
 
@@ -214,4 +231,20 @@ def test_every_variant_runs_in_processes(name, made_up, tmp_path, request):
     rows = runner.run(experiment, "smoke", made_up, folder=tmp_path, workers=2, seeds=1)
     assert len(rows) == len(experiment.cells("smoke"))
     assert BASELINE in {row["settings"]["variant"] for row in rows} or name == "period_sweep"
-    assert Path(tmp_path / f"{name}.json").exists()
+    assert Path(tmp_path / f"{name}.jsonl").exists()
+
+
+def test_the_command_lists_runs_and_names_what_is_wrong(made_up, tmp_path, capsys):
+    main(["run", "listops", "--scale", "smoke", "--data", str(made_up), "--results", str(tmp_path), "--seeds", "1"])
+    main(["list", "--scale", "smoke", "--results", str(tmp_path)])
+    assert f"{len(load('listops', tmp_path))} " in capsys.readouterr().out and load("listops", tmp_path)
+    for wrong, said in (
+        (["other"], "'other' is no experiment"),
+        (["recall", "--workers", "0"], "workers must be at least 1"),
+        (["recall", "--seeds", "0"], "seeds must be at least 1"),
+        (["--dataset", "a/b"], "dataset needs the name"),
+        (["recall", "--dataset", "a/b"], "trains on no corpus"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["run", *wrong])
+        assert said in capsys.readouterr().err

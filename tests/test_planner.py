@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pi_attention import PiPattern
+from pi_attention.bill import MODELS, bill
 from pi_attention.cli.main import main
 from pi_attention.cli.train import Train
 from pi_attention.devices import DEVICES
@@ -120,8 +121,8 @@ def test_budget_and_hops():
         fewest_keys(0, 2)
 
 
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr("sys.argv", ["pi-attention", "plan", *arguments])
+def run(monkeypatch, capsys, *arguments, command="plan"):
+    monkeypatch.setattr("sys.argv", ["pi-attention", command, *arguments])
     with pytest.raises(SystemExit) as done:
         main()
     return done.value.code, capsys.readouterr()
@@ -147,6 +148,17 @@ def test_command_prints_a_plan_that_loads_as_a_config(monkeypatch, capsys, tmp_p
     assert code == 2 and "layers must be at least 1, got 0" in printed.err
     code, printed = run(monkeypatch, capsys, "--device", "abacus")
     assert code == 2 and "use one of ['h200']" in printed.err
+
+
+def test_command_prints_the_bill_of_a_pattern(monkeypatch, capsys):
+    asked = ["--context", "8192", "--gpus", "4", "--model", "1b", "--window", "128", "--period", "128", "--skips", "8"]
+    code, printed = run(monkeypatch, capsys, *asked, "--json", command="bill")
+    found, made = json.loads(printed.out), bill(MODELS["1b"], PiPattern(128, 128, 8), 8192, 4)
+    assert code == 0 and found["halo"]["bytes"] == made.bytes and found["halo"]["received"] == made.received
+    code, printed = run(monkeypatch, capsys, *asked, command="bill")
+    assert code == 0 and "fewest GPUs of 80 GiB" in printed.out
+    code, printed = run(monkeypatch, capsys, "--context", "4", "--gpus", "5", command="bill")
+    assert code == 2 and "gpus must be from 1 to context=4, got 5" in printed.err
 
 
 def test_command_prints_a_coordinated_plan(monkeypatch, capsys, tmp_path):

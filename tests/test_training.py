@@ -183,6 +183,9 @@ def test_generation_streams_and_reports_the_cache(finished):
     printed = run("generate", str(finished[0]), "--prompt", "7 times", "--max-new-tokens", "30").stdout
     assert printed.startswith("7 times")
     assert "cache" in printed and "never more than 24 tokens" in printed
+    out = finished[0]
+    own = run("generate", str(out), "--max-new-tokens", "1").stdout
+    assert own.startswith((out / "sample.txt").read_text()[:60])  # the bytes that its sample began with
 
 
 def test_inspection(finished, tmp_path):

@@ -13,7 +13,7 @@ from pi_attention.files import need_folder
 
 @dataclass
 class Convert:
-    """Give a pretrained Hugging Face decoder π-Attention, report what that costs in perplexity, fine-tune, save."""
+    """Give a pretrained decoder π-Attention, measure, fine-tune and save it."""
 
     model: str = ""
     """Folder or hub name of the pretrained model."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Eval:
-    """Perplexity, bits per byte and loss by position, on the run's validation text or on any other."""
+    """Measure perplexity, bits per byte and loss by position on a text."""
 
     run: Annotated[Path, tyro.conf.Positional] = Path("runs/pi")
     """Folder of a run, or a saved model."""

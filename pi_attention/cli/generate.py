@@ -12,25 +12,25 @@ from rich.console import Console
 
 @dataclass
 class Generate:
-    """Continue a prompt, streamed, with a cache of bounded memory."""
+    """Continue a text, printed as it is generated."""
 
     run: Annotated[Path, tyro.conf.Positional] = Path("runs/pi")
     """Folder of a run, or a saved model."""
-    prompt: str = "KING HENRY.\n"
-    """Text to continue."""
+    prompt: str | None = None
+    """Text to continue; by default the first tokens of the run's own sample, or a line break where it has none."""
     max_new_tokens: int = 400
     """Tokens to generate at most."""
     temperature: float = 0.8
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature. 0 takes the likeliest token."""
     top_k: int = 50
-    """Sample among the so many likeliest tokens; 0 among all."""
+    """Sample among this many of the likeliest tokens. 0 samples among all."""
     seed: int = 0
     """Seed of the sampling."""
 
     def execute(self, console: Console) -> int:
         """Run the command; the exit code."""
         from pi_attention.accounting import cache_tokens
-        from pi_attention.cli.runs import load_run
+        from pi_attention.cli.runs import load_run, opening
         from pi_attention.cli.terminal import as_typed
         from pi_attention.tasks.generation import generate_text
 
@@ -38,7 +38,7 @@ class Generate:
         result = generate_text(
             model,
             tokenizer,
-            as_typed("prompt", self.prompt),
+            opening(self.run, tokenizer) if self.prompt is None else as_typed("prompt", self.prompt),
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,

@@ -19,7 +19,7 @@ from pi_attention.training.config import pattern_of
 
 @dataclass
 class Inspect:
-    """Describe a pattern in words, figures and a picture: that of a run, or one given by flags."""
+    """Describe the pattern of a run, or of flags: words, figures, a picture."""
 
     run: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder of a run or a saved model; its patterns are described instead of the flags below."""

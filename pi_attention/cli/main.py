@@ -8,9 +8,9 @@ from typing import Any
 
 import tyro
 
+from pi_attention.cli.bill import Bill
 from pi_attention.cli.convert import Convert
 from pi_attention.cli.evaluate import Eval
-from pi_attention.cli.experiment import Experiment
 from pi_attention.cli.generate import Generate
 from pi_attention.cli.inspect import Inspect
 from pi_attention.cli.limits import check_limits
@@ -34,8 +34,8 @@ COMMANDS: dict[str, Any] = {
     "generate": Generate,
     "inspect": Inspect,
     "plan": Plan,
+    "bill": Bill,
     "convert": Convert,
-    "experiment": Experiment,
 }
 WRONG, UNEXPECTED, INTERRUPTED = 2, 1, 130
 """Exit codes: what the user gave is wrong, the library is, Ctrl-C."""
@@ -63,8 +63,8 @@ def parse(arguments: list[str]) -> Any:
             COMMANDS,
             args=arguments,
             prog="pi-attention",
-            description="π-Attention: train, evaluate, generate with and look into long-context transformers. "
-            "Each command also takes --config FILE.yaml; flags win over the file.",
+            description="Train, evaluate and look into transformers with π-Attention.\n\n"
+            "Each command also takes --config FILE.yaml. Flags win over the file.",
             config=short_names,
         )
     name, *rest = arguments

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -19,10 +19,8 @@ from pi_attention.accounting import (
     dense_flops,
     roofline_seconds,
 )
-from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks
 from pi_attention.devices import DEVICES
 from pi_attention.files import need_folder, write_text
-from pi_attention.pattern import PiPattern
 from pi_attention.planner import Plan as Found
 from pi_attention.planner import longest_stretch, plan
 from pi_attention.receptive_field import receptive_field
@@ -31,10 +29,7 @@ from pi_attention.training.config import ModelSettings
 
 @dataclass
 class Plan:
-    """Choose a pattern, and say what it costs.
-
-    It has the fewest keys a query that cover a context in a number of layers, or heads that share the distance.
-    """
+    """Choose the cheapest pattern that covers a context, and say what it costs."""
 
     context: int = 131072
     """Tokens that the last layer must see."""
@@ -47,31 +42,23 @@ class Plan:
     head_dim: int = 128
     """Features of a head."""
     budget: int | None = None
-    """Most keys of a query; the pattern then covers the context in the fewest layers. 256 when --hops is not given."""
+    """Most keys of a query. The pattern covers the context in the fewest layers. 256 unless --hops is given."""
     hops: int | None = None
-    """Layers through which every token is to be seen; the pattern then has the fewest keys."""
+    """Layers through which every token is seen. The pattern has the fewest keys for that."""
     head_schedule: bool = False
-    """Let heads have different periods, each a multiple of the one before: far fewer keys, over more layers."""
+    """Give heads different periods, each a multiple of the one before: far fewer keys, over more layers."""
     coordinated: bool = False
-    """Heads share the distance: one period and a phase each, for the longest stretch of lags seen in one layer."""
+    """Give heads one period and a phase each, for the longest stretch of lags seen in one layer."""
     least_window: int = 16
     """Fewest neighbours that every head of a coordinated plan keeps."""
     sinks: int = 0
-    """First tokens that every query sees, beside the budget."""
+    """First tokens that every query sees. They are not part of the budget."""
     device: str | None = None
-    """Expected time on a device with a committed benchmark: h200."""
-    gpus: int | None = None
-    """Also print the bill of training on one sequence of this context over so many GPUs: memory and bytes of a rank."""
-    model: Literal["1b", "8b", "70b"] = "8b"
-    """Shape of the model that the bill is made for."""
-    loss_slice: int | None = None
-    """Tokens whose logits exist together in that training (`train --loss-slice`); all of a rank's by default."""
-    memory: int = 80
-    """GiB of a GPU, for the fewest GPUs that the bill names."""
+    """Also estimate the time on this device, which was measured: h200."""
     json: bool = False
     """Print JSON alone."""
     out: Path | None = None
-    """Write a model of these sizes with the pattern to this YAML file, for `pi-attention train --config FILE`."""
+    """Write the pattern and these sizes to this YAML file, for `pi-attention train --config FILE`."""
 
     def execute(self, console: Console) -> int:
         """Run the command; the exit code."""
@@ -82,19 +69,11 @@ class Plan:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}.")
-        if self.gpus is not None and not 1 <= self.gpus <= self.context:
-            raise ValueError(f"gpus must be from 1 to context={self.context}, got {self.gpus}.")
-        if self.memory < 1:
-            raise ValueError(f"memory must be at least 1 GiB, got {self.memory}.")
-        if self.loss_slice is not None and self.loss_slice < 1:
-            raise ValueError(f"loss_slice must be at least 1, got {self.loss_slice}.")
         if self.out is not None:
             need_folder("out", self.out.parent)
         found = self.found()
         figures = self.figures(found)
         words = {name: value for name, value in figures["pattern"].items() if hasattr(ModelSettings, name)}
-        if self.gpus is not None:
-            figures["bill"] = self.bill(found.pattern, self.gpus)
         if self.out is not None:
             sizes = {"layers": self.layers, "heads": self.heads, "kv_heads": self.kv_heads or self.heads}
             model = sizes | {"hidden_size": self.heads * self.head_dim} | words
@@ -107,8 +86,6 @@ class Plan:
         for name, value in self._rows(found, figures):
             table.add_row(name, value)
         console.print(table)
-        if self.gpus is not None:
-            console.print(self._bill_table(figures["bill"]))
         arguments = ", ".join(f"{name}={value}" for name, value in words.items())
         console.print(f"PiConfig({arguments})", highlight=False, soft_wrap=True)
         return 0
@@ -158,40 +135,6 @@ class Plan:
         if self.device is not None:
             figures["seconds a layer"] = self._seconds(flops, kv_heads)
         return figures
-
-    def bill(self, pattern: PiPattern, gpus: int) -> dict[str, dict[str, Any]]:
-        """What a rank holds and receives for a training step, by the way that keys reach it."""
-        sizes, memory = MODELS[self.model], self.memory << 30
-        found: dict[str, dict[str, Any]] = {}
-        for way in WAYS:
-            made = bill(sizes, pattern, self.context, gpus, way, self.loss_slice)
-            fewest = fewest_ranks(sizes, pattern, self.context, memory, way, self.loss_slice)
-            found[way] = asdict(made) | {"bytes": made.bytes, f"fewest GPUs of {self.memory} GiB": fewest}
-        return found
-
-    def _shape(self) -> str:
-        sizes = MODELS[self.model]
-        return (
-            f"the {self.model} model ({sizes.num_hidden_layers} layers, {sizes.num_attention_heads} heads, "
-            f"{sizes.num_key_value_heads} key heads)"
-        )
-
-    def _bill_table(self, bills: dict[str, dict[str, Any]]) -> Table:
-        table = Table(title=f"A training step of {self._shape()} over {self.gpus} GPUs, a rank")
-        for name in ("", *bills):
-            table.add_column(name, justify="left" if not name else "right")
-        for name in next(iter(bills.values())):
-            if name.startswith("fewest"):
-                cells = [
-                    "more than 4,096, or than tokens" if b[name] is None else f"{b[name]:,}" for b in bills.values()
-                ]
-            elif name == "flops":
-                cells = [f"{b[name] / 1e12:,.0f} TFLOP" for b in bills.values()]
-            else:
-                cells = [f"{b[name] / 2**30:,.2f} GiB" for b in bills.values()]
-            label = {"bytes": "memory at the peak", "received": "received, a layer", "keys": "keys of others, a layer"}
-            table.add_row(label.get(name, name), *cells)
-        return table
 
     def _seconds(self, flops: int, kv_heads: int) -> dict[str, float]:
         """Expected time of the operator in one layer: the floor times what the benchmark measured over it."""

@@ -53,3 +53,12 @@ def need_ours(run: Path, kinds: tuple[str, ...]) -> None:
     if kind not in kinds:
         remedy = " Convert it first: pi-attention convert." if kind not in ("pi", "pi_converted") else ""
         raise ValueError(f"run={str(run)!r} holds a model of the kind {kind!r}, not {' or '.join(kinds)}.{remedy}")
+
+
+def opening(run: Path, tokenizer: Any, tokens: int = 64) -> str:
+    """What a text of the run's own kind begins with: the prompt of its sample, or a line break where there is none."""
+    sample = run / "sample.txt"
+    if not sample.exists():
+        return "\n"
+    ids = tokenizer(sample.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids[:tokens], skip_special_tokens=True).rstrip("\ufffd") or "\n"

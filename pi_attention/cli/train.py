@@ -11,7 +11,7 @@ from pi_attention.training.config import TrainConfig
 
 @dataclass
 class Train(TrainConfig):
-    """Train a π-Transformer on text: the bundled corpus, your files or a data set. Writes a run folder."""
+    """Train a π-Transformer on text, and write a run folder."""
 
     def execute(self, console: Console) -> int:
         """Run the command; the exit code."""

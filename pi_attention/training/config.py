@@ -19,8 +19,7 @@ class DataSettings:
     """Where the text comes from."""
 
     data: str = "shakespeare"
-    """The bundled public-domain corpus "shakespeare", a .txt, .jsonl, .csv or .parquet file, a folder of .txt files, or
-    a data set on the hub ("Salesforce/wikitext:wikitext-103-raw-v1")."""
+    """"shakespeare" (bundled), a .txt, .jsonl, .csv or .parquet file, a folder of .txt, or OWNER/NAME on the hub."""
     text_field: str = "text"
     """The field of .jsonl, .csv and .parquet files and data sets that holds the text."""
     tokenizer: str = "bytes"
@@ -28,7 +27,7 @@ class DataSettings:
     validation_fraction: float = 0.05
     """Share of the text held out for validation: whole documents if there are at least ten."""
     context: int = 2048
-    """Tokens of a block; documents are packed into blocks and do not see one another."""
+    """Tokens of a block. Documents are packed into blocks and do not see one another."""
 
 
 @dataclass
@@ -48,16 +47,15 @@ class ModelSettings:
     period: tuple[int, ...] = (64,)
     """Distance between skip keys: one for all heads, or one per head."""
     skips: int | None = 16
-    """Skip keys of a query; 0 is ring-local attention, None every multiple back to the start."""
+    """Skip keys of a query. 0 leaves the window alone; None takes every multiple back to the start."""
     sinks: int = 0
     """First tokens of a document that every query sees."""
     phase: tuple[int, ...] = (0,)
-    """Tokens by which skip keys stand off multiples of the period: one for all heads, or one per head. Heads with the
-    phases 0 1 2 3 of period 4 see every lag together."""
+    """Tokens that skips stand off multiples of the period, one for all heads or one per head: 0 1 2 3 of period 4."""
     layer_patterns: tuple[Literal["pi", "local", "dense"], ...] = ("pi",)
     """What each layer attends to, repeated over the layers."""
     gate: bool = True
-    """Learn a fusion gate per token and head; without it, one softmax over both bands."""
+    """Learn a fusion gate per token and head. Without it, one softmax covers both bands."""
     fusion: Literal["gate", "mass"] = "gate"
     """How the gate fuses the bands: the paper's sigmoid, or one that starts from a joint softmax."""
     gate_features: int | None = None
@@ -109,8 +107,7 @@ class RunSettings:
     resume: bool = False
     """Go on from the folder's last checkpoint; every other setting is then taken from the folder."""
     checkpoint: int | None = None
-    """With resume: go on from the checkpoint of this step instead, where the last one is damaged; later ones are put
-    aside."""
+    """With resume: go on from the checkpoint of this step, where later ones are damaged. Those are put aside."""
     seed: int = 0
     """Seed of weights, order of the blocks and sample."""
     log_every: int = 10
@@ -124,18 +121,17 @@ class RunSettings:
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
     parallel: str = ""
-    """Under torchrun: ranks that work on different sequences (dp), share heads (tp), share a sequence (cp), such as
-    "dp=2,tp=1,cp=4"; by default all work on different sequences. A run resumes at any layout, or on one process."""
+    """Under torchrun, "dp=2,tp=1,cp=4": ranks with other sequences (dp), that share heads (tp), that share one (cp). By
+    default all have other sequences. A run resumes at any layout."""
     patience: int = 600
     """Under torchrun: seconds that a rank waits for the others before the run ends with an error."""
     zero: Literal[1, 2, 3] = 3
-    """Under torchrun: 3 shards parameters, gradients and optimizer over the ranks; 2 keeps parameters between forward
-    and backward, 1 whole gradients too while they are accumulated."""
+    """Under torchrun: 1 shards the optimizer's state, 2 gradients too, 3 parameters too."""
 
 
 @dataclass
 class TrainConfig:
-    """Train a π-Transformer language model."""
+    """Train a language model on text, and write a run folder."""
 
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)

@@ -1,97 +1,15 @@
-"""Tables of docs/results.md from the result files; `python -m benchmarks.report` writes them into the page."""
+"""Tables of the experiments."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from statistics import fmean
-from typing import Any
 
-from experiments.intervals import interval
 from experiments.registry import EXPERIMENTS
-from experiments.runner import Experiment, Result, Settings, best_rate, load, without
-from experiments.variants import BASELINE
-
-Cell = tuple[Settings, list[dict[str, Any]]]
-Column = Callable[[list[Result]], str]
-
-
-def shown(values: list[float], digits: int) -> str:
-    """Mean ± half-width of the 95 % interval, over seeds."""
-    mean, half = interval(values)
-    return f"{mean:.{digits}f}" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
-
-
-def measured_cells(experiment: Experiment) -> list[Cell]:
-    """Settings without rate and seed, and the rows of all seeds at the best rate, in the order of the experiment."""
-    rows = load(experiment.name)
-    cells: list[Settings] = []
-    for row in rows:
-        cell = without(row["settings"], "rate", "seed")
-        if cell not in cells and row["settings"]["seed"] == 0:
-            cells.append(cell)
-    order = experiment.cells("small")
-    cells.sort(key=lambda cell: order.index(cell) if cell in order else len(order))
-    found = []
-    for cell in cells:
-        rate = best_rate(experiment, cell, rows)
-        of_cell = [
-            row for row in rows if without(row["settings"], "rate", "seed") == cell and row["settings"]["rate"] == rate
-        ]
-        found.append((cell, sorted(of_cell, key=lambda row: row["settings"]["seed"])))
-    return found
-
-
-def measured_on(rows: list[dict[str, Any]]) -> str:
-    """Device, version and days of rows."""
-    days: dict[str, set[str]] = {}
-    for row in rows:
-        days.setdefault(f"{row['device']}, torch {row['torch']}", set()).add(row["date"])
-    return "; ".join(f"{device}, {', '.join(sorted(dates))}" for device, dates in sorted(days.items()))
-
-
-def compared(
-    name: str, columns: dict[str, Column] | None = None, digits: int = 3, by: tuple[str, ...] = ("variant",)
-) -> str:
-    """A table for each group of cells that differ in `by` alone: the metric, and its difference from the baseline."""
-    from benchmarks.report import table
-
-    experiment, columns = EXPERIMENTS[name], columns or {}
-    cells = measured_cells(experiment)
-    if not cells:
-        return "Not measured yet."
-    groups: list[tuple[Settings, list[Cell]]] = []
-    for cell, rows in cells:
-        common = without(cell, *by, "lags")
-        group = next((members for settings, members in groups if settings == common), None)
-        if group is None:
-            group = []
-            groups.append((common, group))
-        group.append((cell, rows))
-    parts = []
-    for common, members in groups:
-        baseline = next((rows for cell, rows in members if cell.get("variant") == BASELINE), [])
-        base = {row["settings"]["seed"]: row["result"]["test"] for row in baseline}
-        lines = []
-        for cell, rows in members:
-            results = [row["result"] for row in rows]
-            gaps = [r["result"]["test"] - base[r["settings"]["seed"]] for r in rows if r["settings"]["seed"] in base]
-            line = [*(str(cell.get(name, "–")) for name in by), shown([r["test"] for r in results], digits)]
-            if base:
-                line.append("–" if cell["variant"] == BASELINE or not gaps else shown(gaps, digits))
-            line.append(str(len(rows)))
-            line += [column(results) for column in columns.values()]
-            lines.append([*line, f"{rows[0]['settings']['rate']:g}"])
-        said = ", ".join(f"{key} {value}" for key, value in common.items())
-        gap = [f"minus {BASELINE}"] if base else []
-        head = [*by, experiment.metric, *gap, "seeds", *columns, "learning rate"]
-        parts.append(f"{said}. {measured_on([row for _, rows in members for row in rows])}.\n\n" + table(head, lines))
-    return "\n\n".join(parts)
-
-
-def mean_of(key: str, digits: int) -> Column:
-    """A column of the mean of one value of the results."""
-    return lambda results: shown([r[key] for r in results], digits) if all(key in r for r in results) else "–"
+from experiments.rows import load
+from experiments.runner import Result
+from report.cells import compared, mean_of, measured_cells, shown
+from report.markdown import NOTHING, table
 
 
 def _gate(results: list[Result]) -> str:
@@ -119,8 +37,6 @@ def language_modelling(name: str) -> str:
 
 def gates() -> str:
     """What the gates of the language models learned."""
-    from benchmarks.report import table
-
     lines = []
     for cell, rows in measured_cells(EXPERIMENTS["language_modelling"]):
         found = [row["result"]["gate"] for row in rows if "gate" in row["result"]]
@@ -149,7 +65,7 @@ def gates() -> str:
         "first and last eighth",
         "by class of the token",
     ]
-    return table(head, lines) if lines else "Not measured yet."
+    return table(head, lines) if lines else NOTHING
 
 
 def retrieval_qa() -> str:
@@ -179,8 +95,6 @@ def _ways(results: list[Result]) -> str:
 
 def cost() -> str:
     """Seconds, tokens a second and memory of real training steps of the large model."""
-    from benchmarks.report import table
-
     lines, row = [], None
     for cell, rows in measured_cells(EXPERIMENTS["cost"]):
         row, result = rows[0], rows[0]["result"]
@@ -198,7 +112,7 @@ def cost() -> str:
             ]
         )
     if row is None:
-        return "Not measured yet."
+        return NOTHING
     head = ["context", "attention", "parameters", "TFLOP counted", "seconds a step", "tokens/s", "peak GiB", "measured"]
     return f"torch {row['torch']}.\n\n" + table(head, lines)
 

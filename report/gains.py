@@ -1,4 +1,4 @@
-"""Pictures of docs/results.md from the result files; `python -m benchmarks.report` draws them."""
+"""Pictures of docs/results.md and its data pages, from the rows of the experiments; `python -m report` draws them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.intervals import interval
+from benchmarks.intervals import interval
 from experiments.registry import EXPERIMENTS
-from experiments.report import measured_cells
 from experiments.runner import Result, Settings
 from experiments.variants import BASELINE, COORDINATED_HEADS, DILATED_HEADS
 from pi_attention import plots
+from report.cells import measured_cells
 
 Lines = dict[str, list[tuple[float, float]]]
 """Points by label."""

@@ -1,4 +1,4 @@
-"""The pictures of docs/, from the theory and from the result files; `python -m benchmarks.report` draws them."""
+"""The pictures of docs/, from the theory and from the result files; `python -m report` draws them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 from benchmarks.theory import ONE_LAYER, fields
 from benchmarks.timing import RESULTS
-from experiments import pictures
-from experiments.pictures import Lines
 from pi_attention import plots
 from pi_attention.bill import MODELS, WAYS, bill
 from pi_attention.explorer import write_explorer
 from pi_attention.models import PiConfig
 from pi_attention.pattern import PiPattern, coordinated_heads
+from report import gains
+from report.gains import Lines
+from report.pattern import labelled_pattern
 
 DOCS = RESULTS.parents[1] / "docs"
 FIGURES = DOCS / "figures"
@@ -54,10 +55,11 @@ def times_of_kernels(result: dict[str, Any]) -> Lines:
 
 def draw() -> None:
     """Write every picture, and the explorer page."""
-    pictures.draw(FIGURES)
+    gains.draw(FIGURES)
     write_explorer(DOCS / "explorer.html", PiPattern(64, 64, 8), heads=8, layers=6, context=8192)
     plots.save(plots.growth_picture(fields(32768)), FIGURES / "growth.svg")
     plots.save(plots.hops_picture(fields(8192)), FIGURES / "hops.svg")
+    plots.save(labelled_pattern(), FIGURES / "window_and_skips.svg")
     shown = coordinated_heads(window=6, skips=6, heads=4, sinks=2)  # small enough to count its tiles
     plots.save(plots.pattern_picture(shown, 38), FIGURES / "pattern.svg")
     plots.save(plots.density_picture(ONE_LAYER, 2048), FIGURES / "density.svg")

@@ -1,0 +1,86 @@
+"""`pi-attention bill`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks
+from pi_attention.training.config import pattern_of
+
+LABELS = {"bytes": "memory at the peak", "received": "received, a layer", "keys": "keys of others, a layer"}
+
+
+@dataclass
+class Bill:
+    """What each GPU holds and receives when many GPUs share one sequence."""
+
+    context: int = 131072
+    """Tokens of the sequence."""
+    gpus: int = 8
+    """GPUs that share the sequence."""
+    model: Literal["1b", "8b", "70b"] = "8b"
+    """Shape of the model."""
+    window: int = 256
+    """Keys of the ring-local band, the token itself counted."""
+    period: tuple[int, ...] = (256,)
+    """Distance between skip keys: one for all heads, or one per head."""
+    skips: int | None = 16
+    """Skip keys of a query; None is every multiple back to the start."""
+    sinks: int = 0
+    """First tokens that every query sees."""
+    phase: tuple[int, ...] = (0,)
+    """Tokens by which skip keys stand off multiples of the period: one for all heads, or one per head."""
+    loss_slice: int | None = None
+    """Tokens whose logits exist together (`train --loss-slice`); by default all tokens of a GPU."""
+    memory: int = 80
+    """GiB of a GPU."""
+    json: bool = False
+    """Print JSON alone."""
+
+    def execute(self, console: Console) -> int:
+        """Run the command; the exit code."""
+        if not 1 <= self.gpus <= self.context:
+            raise ValueError(f"gpus must be from 1 to context={self.context}, got {self.gpus}.")
+        pattern = pattern_of(self)
+        pattern.check_heads(MODELS[self.model].num_attention_heads)
+        figures = self.figures()
+        if self.json:
+            console.print_json(json.dumps(figures))
+        else:
+            console.print(self._table(figures))
+        return 0
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """What a rank holds and receives for a training step, by the way that keys reach it."""
+        sizes, pattern, memory = MODELS[self.model], pattern_of(self), self.memory << 30
+        found: dict[str, dict[str, Any]] = {}
+        for way in WAYS:
+            made = bill(sizes, pattern, self.context, self.gpus, way, self.loss_slice)
+            fewest = fewest_ranks(sizes, pattern, self.context, memory, way, self.loss_slice)
+            found[way] = asdict(made) | {"bytes": made.bytes, f"fewest GPUs of {self.memory} GiB": fewest}
+        return found
+
+    def _table(self, bills: dict[str, dict[str, Any]]) -> Table:
+        sizes = MODELS[self.model]
+        shape = (
+            f"the {self.model} model ({sizes.num_hidden_layers} layers, {sizes.num_attention_heads} heads, "
+            f"{sizes.num_key_value_heads} key heads)"
+        )
+        table = Table(title=f"A training step of {shape}, {self.context:,} tokens over {self.gpus} GPUs, a rank")
+        for name in ("", *bills):
+            table.add_column(name, justify="left" if not name else "right")
+        for name in next(iter(bills.values())):
+            values = [found[name] for found in bills.values()]
+            if name.startswith("fewest"):
+                cells = ["more than 4,096, or than tokens" if value is None else f"{value:,}" for value in values]
+            elif name == "flops":
+                cells = [f"{value / 1e12:,.0f} TFLOP" for value in values]
+            else:
+                cells = [f"{value / 2**30:,.2f} GiB" for value in values]
+            table.add_row(LABELS.get(name, name), *cells)
+        return table

@@ -1,0 +1,47 @@
+"""The one table of the README: time and quality by context, beside dense attention and a window of as many keys."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from experiments.rows import Row
+from experiments.variants import BASELINE, COORDINATED_HEADS
+from report.cells import shown
+from report.gains import rows_of
+from report.markdown import read, table
+
+PLANNED = "pi, planned"
+CURRICULA = {8192: [1024, 2048, 4096], 32768: [1024, 2048, 4096, 8192, 16384]}
+"""Contexts in which passkeys were asked for, and the shorter ones that training began with."""
+
+
+def _against(rows: list[Row], others: list[Row]) -> str:
+    """By how many percent the perplexity differs, over paired seeds."""
+    base = {row["settings"]["seed"]: row["result"]["test"] for row in others}
+    gaps = [100 * (row["result"]["test"] / base[row["settings"]["seed"]] - 1) for row in rows]
+    sign, side = (1, "higher") if fmean(gaps) > 0 else (-1, "lower")
+    return f"perplexity {shown([sign * gap for gap in gaps], 1)} % {side}"
+
+
+def _found(rows: list[Row]) -> str:
+    return f"{fmean(row['result']['test'] for row in rows):.0%}".replace("%", " %")
+
+
+def summary() -> str:
+    """Time of a training step as a multiple of π-attention's, and the quality that was measured at that context."""
+    steps = {(row["S"], row["variant"]): row["step ms"] for row in read("step-nvidia-h200")["rows"]}
+    rows = []
+    for length in sorted({length for length, _ in steps}):
+        times = [f"{steps[length, variant] / steps[length, 'pi']:.2f}×" for variant in ("dense", "ring-local")]
+        quality = ["not measured", "not measured"]
+        if length == 2048:
+            found = rows_of("language_modelling_long", {"corpus": "linux"})
+            quality = [_against(found[COORDINATED_HEADS], found[other]) for other in ("dense", BASELINE)]
+        elif length in CURRICULA:
+            found = rows_of("recall", {"context": length, "shorter first": CURRICULA[length]})
+            ours = _found(found[PLANNED])
+            quality = [f"passkeys found: {ours}, {word} {_found(found[other])}"
+                       for word, other in (("dense", "dense"), ("window", BASELINE))]  # fmt: skip
+        rows.append([f"{length:,}", *times, *quality])
+    head = ["context", "time: dense ÷ π", "window ÷ π", "quality beside dense", "beside a window of as many keys"]
+    return table(head, rows)
