@@ -134,11 +134,11 @@ def bill(
     flops += sum(flops for part, flops in model_flops(patterns, context, sizes).items() if part != "head")
     heads = 2 * (sizes.num_attention_heads + sizes.num_key_value_heads) * sizes.head_dim
     split = (heads + 3 * sizes.intermediate_size) // tp
-    layer, ends = layer_parameters(sizes) // tp, 2 * sizes.vocab_size * sizes.hidden_size
-    own = sizes.num_hidden_layers * layer + ends  # that FSDP shards over dp · ranks
+    layer, embeddings = layer_parameters(sizes) // tp, 2 * sizes.vocab_size * sizes.hidden_size
+    own = sizes.num_hidden_layers * layer + embeddings  # that FSDP shards over dp · ranks
     return Bill(
         state=STATE_BYTES * own // (dp * ranks) + 4 * own * (zero == 1),
-        gathered=2 * (2 * layer + ends if zero == 3 else own),
+        gathered=2 * (2 * layer + embeddings if zero == 3 else own),
         activations=2 * tokens * sizes.hidden_size * sizes.num_hidden_layers,
         layer=2 * 2 * tokens * (split + 4 * sizes.hidden_size),
         logits=LOGIT_BYTES * min(tokens, loss_slice or tokens) * sizes.vocab_size,
