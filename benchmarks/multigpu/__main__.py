@@ -59,7 +59,7 @@ def planned(given: argparse.Namespace, rows: Rows) -> list[Search]:
         "contexts": lambda: searches.contexts(machine, counts, model, given.ways, least, most),
         "layouts": lambda: searches.layouts(counts, context, model),
         "throughput": lambda: searches.throughput(counts, model, [context, 4 * context], given.ways),
-        "largest": lambda: [searches.largest(machine, max(counts), context, model if dry else "8b")],
+        "largest": lambda: [searches.largest(machine, max(counts), context, *(("toy", 8) if dry else ("8b", 512)))],
         "patterns": lambda: searches.patterns(counts, context, model),
         "runs": lambda: [searches.one(Case("run", 4, (run,), limit=240))],
         "killed": lambda: [searches.one(Case("killed", 4, (kill | {"signal": "SIGKILL"},)))],

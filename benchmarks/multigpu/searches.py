@@ -86,9 +86,7 @@ def contexts(
     return [longest(machine.memory, ranks, way, model, least, most) for ranks, way in pairs]
 
 
-def border(
-    start: int, up: Step, down: Step, case: Callable[[int], Case], least: int = 1, most: int = 1 << 30
-) -> Search:
+def border(start: int, up: Step, down: Step, case: Callable[[int], Case], *, least: int = 1, most: int) -> Search:
     """Cases of growing or shrinking size, until the largest that fits is known.
 
     Args:
@@ -117,7 +115,7 @@ def longest(memory: int, ranks: int, way: str, model: str, least: int, most: int
     context = least
     while context < most and predicted(case(2 * context).batch[0]) < SHARE * memory:
         context *= 2
-    return border(context, lambda size: 2 * size, lambda size: size // 2, case, least, most)
+    return border(context, lambda size: 2 * size, lambda size: size // 2, case, least=least, most=most)
 
 
 def throughput(counts: Iterable[int], model: str, lengths: Iterable[int], ways: Iterable[str]) -> list[Search]:
@@ -133,13 +131,13 @@ def throughput(counts: Iterable[int], model: str, lengths: Iterable[int], ways: 
     return together(cases, counts)
 
 
-def largest(machine: Machine, ranks: int, context: int, model: str = "8b", by: int = 4) -> Search:
-    """The most layers of a model's shape that fit, from the bill's guess on, by so many layers."""
+def largest(machine: Machine, ranks: int, context: int, model: str, most: int, by: int = 4) -> Search:
+    """The most layers of a model's shape that fit, at most `most`, from the bill's guess on, by so many layers."""
 
     def case(layers: int) -> Case:
         return step_of(f"cp={ranks}", context, model=model, layers=layers)
 
     layers = by
-    while predicted(case(layers + by).batch[0]) < SHARE * machine.memory:
+    while layers + by <= most and predicted(case(layers + by).batch[0]) < SHARE * machine.memory:
         layers += by
-    return border(layers, lambda size: size + by, lambda size: size - by, case)
+    return border(layers, lambda size: size + by, lambda size: size - by, case, most=most)
