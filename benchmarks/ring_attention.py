@@ -102,7 +102,8 @@ class RingAttention(torch.autograd.Function):
                 sums[j][1].add_(dv)
             for waited in work:
                 waited.wait()
-            gathered, work = passed_on(gathered, ctx.group)  # the last step brings each home
+            if ranks > 1:
+                gathered, work = passed_on(gathered, ctx.group)  # the last step brings each home
             for waited in work:
                 waited.wait()
             blocks = arriving

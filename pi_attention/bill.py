@@ -75,7 +75,16 @@ class Bill:
 
 
 def bill(
-    sizes: Sizes, pattern: PiPattern, context: int, ranks: int, way: Way = "halo", loss_slice: int | None = None
+    sizes: Sizes,
+    pattern: PiPattern,
+    context: int,
+    ranks: int,
+    way: Way = "halo",
+    loss_slice: int | None = None,
+    *,
+    dp: int = 1,
+    tp: int = 1,
+    zero: int = 3,
 ) -> Bill:
     """The bill of the rank that needs most.
 
@@ -86,10 +95,18 @@ def bill(
         ranks: that share it.
         way: how keys reach the ranks.
         loss_slice: tokens whose logits exist together; all of a rank's when None.
+        dp: groups of ranks with a sequence each, over which parameters, gradients and optimizer are sharded, too.
+        tp: ranks that share the heads and features of each layer; embeddings and hidden states are whole on each.
+        zero: 3; or 2, where the bf16 weights stay whole; or 1, where the sums of the gradients do, too, in fp32.
 
     Raises:
-        ValueError: ranks, way or loss_slice are wrong.
+        ValueError: ranks, way, loss_slice, dp, tp or zero are wrong.
     """
+    for name, size in (("dp", dp), ("tp", tp)):
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1 rank.")
+    if zero not in (1, 2, 3):
+        raise ValueError(f"zero={zero} must be 3, 2 or 1.")
     if loss_slice is not None and loss_slice < 1:
         raise ValueError(f"loss_slice={loss_slice} must be at least 1 token, or None.")
     if not 1 <= ranks <= context:
@@ -97,7 +114,7 @@ def bill(
     if way not in WAYS:
         raise ValueError(f"way={way!r} is unknown: use one of {list(WAYS)}.")
     tokens = -(-context // ranks)
-    row = 2 * sizes.num_key_value_heads * sizes.head_dim * 2  # key and value in bf16
+    row = 2 * sizes.num_key_value_heads * sizes.head_dim * 2 // tp  # key and value in bf16
     others = context - tokens
     if way == "halo":
         ends = [min(context, tokens * rank) for rank in range(ranks + 1)]
@@ -115,16 +132,19 @@ def bill(
     patterns = [attended] * sizes.num_hidden_layers
     flops = sum(model_flops(patterns, context, sizes, backward=True).values())
     flops += sum(flops for part, flops in model_flops(patterns, context, sizes).items() if part != "head")
-    features = 2 * (sizes.num_attention_heads + sizes.num_key_value_heads) * sizes.head_dim + 4 * sizes.hidden_size
+    heads = 2 * (sizes.num_attention_heads + sizes.num_key_value_heads) * sizes.head_dim
+    split = (heads + 3 * sizes.intermediate_size) // tp
+    layer, embeddings = layer_parameters(sizes) // tp, 2 * sizes.vocab_size * sizes.hidden_size
+    own = sizes.num_hidden_layers * layer + embeddings  # that FSDP shards over dp · ranks
     return Bill(
-        state=STATE_BYTES * parameters(sizes) // ranks,
-        gathered=2 * (2 * layer_parameters(sizes) + 2 * sizes.vocab_size * sizes.hidden_size),
+        state=STATE_BYTES * own // (dp * ranks) + 4 * own * (zero == 1),
+        gathered=2 * (2 * layer + embeddings if zero == 3 else own),
         activations=2 * tokens * sizes.hidden_size * sizes.num_hidden_layers,
-        layer=2 * 2 * tokens * (features + 3 * sizes.intermediate_size),
+        layer=2 * 2 * tokens * (split + 4 * sizes.hidden_size),
         logits=LOGIT_BYTES * min(tokens, loss_slice or tokens) * sizes.vocab_size,
         keys=keys,
         received=received,
-        flops=flops // ranks,
+        flops=flops // (ranks * tp),
     )
 
 

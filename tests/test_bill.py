@@ -41,6 +41,20 @@ def test_memory_is_near_what_two_gpus_measured():
         assert 0.75 < predicted / row["peak GiB"] < 1.05, (row["S"], predicted)
 
 
+def test_what_layouts_divide():
+    sizes, context = MODELS["1b"], 32768
+    alone, dp, cp, tp = (bill(sizes, PATTERN, context, ranks, dp=dp, tp=tp)
+                         for ranks, dp, tp in ((1, 1, 1), (1, 4, 1), (4, 1, 1), (1, 1, 4)))  # fmt: skip
+    assert dp.state == cp.state == alone.state // 4 and dp.activations == alone.activations == 4 * cp.activations
+    assert dp.flops == alone.flops == 4 * cp.flops == 4 * tp.flops  # each group of dp has a sequence of its own
+    ends = 2 * sizes.vocab_size * sizes.hidden_size  # whole on each rank of tp
+    assert tp.state == pytest.approx(16 * ((parameters(sizes) - ends) / 4 + ends))
+    assert tp.activations == alone.activations and tp.logits == alone.logits and tp.layer < alone.layer
+    assert bill(sizes, PATTERN, context, 2, tp=2).received * 2 == bill(sizes, PATTERN, context, 2).received
+    stages = [bill(sizes, PATTERN, context, 1, dp=4, zero=zero).bytes for zero in (3, 2, 1)]
+    assert stages == sorted(stages) and stages[2] - stages[1] == 4 * parameters(sizes)
+
+
 def test_what_half_the_gpus_means():
     """Against dense Ring Attention memory needs as many GPUs; what is saved is time."""
     sizes, context = MODELS["8b"], 1 << 20
@@ -66,5 +80,8 @@ def test_one_rank_receives_nothing_and_wrong_arguments_are_named():
         bill(MODELS["1b"], PATTERN, 4096, 0)
     with pytest.raises(ValueError, match="way='other'"):
         bill(MODELS["1b"], PATTERN, 4096, 2, "other")
+    for name, wrong in (("dp", 0), ("tp", -1), ("zero", 4)):
+        with pytest.raises(ValueError, match=f"{name}={wrong}"):
+            bill(MODELS["1b"], PATTERN, 4096, 2, **{name: wrong})
     with pytest.raises(ValueError, match="loss_slice=0"):
         bill(MODELS["1b"], PATTERN, 4096, 2, loss_slice=0)
