@@ -38,6 +38,8 @@ ORDER = [
     "ops.dense",
     "ops.checks",
     "ops.api",
+    "accelerator",
+    "environment",
     "cache",
     "nn.rope",
     "nn.gate",

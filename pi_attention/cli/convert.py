@@ -56,6 +56,7 @@ class Convert:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
         from pi_attention.data.corpus import load_documents
         from pi_attention.data.packing import PackedBlocks, hold_out
@@ -68,9 +69,8 @@ class Convert:
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         parts = hold_out(load_documents(self.data), 0.1, self.seed)
         training, validation = (PackedBlocks(part, tokenizer, self.context) for part in parts)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         # fp32, so that the small steps of a fine-tune are not rounded away
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).to(device)
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).to(best_device())
 
         def report(what: str) -> None:
             if self.eval_blocks:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import tyro
 
+import pi_attention
 from pi_attention.cli.convert import Convert
+from pi_attention.cli.env import Env
 from pi_attention.cli.evaluate import Eval
 from pi_attention.cli.experiment import Experiment
 from pi_attention.cli.generate import Generate
@@ -35,8 +38,10 @@ COMMANDS: dict[str, Any] = {
     "inspect": Inspect,
     "plan": Plan,
     "convert": Convert,
-    "experiment": Experiment,
+    "env": Env,
 }
+if (Path(pi_attention.__file__).parents[1] / "experiments" / "registry.py").is_file():  # a clone, no wheel
+    COMMANDS["experiment"] = Experiment
 WRONG, UNEXPECTED, INTERRUPTED = 2, 1, 130
 """Exit codes: what the user gave is wrong, the library is, Ctrl-C."""
 

@@ -24,13 +24,12 @@ def model_folder(run: Path) -> Path:
 def load_run(run: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a run's folder, or of a folder that `save_pretrained` wrote; see `model_folder`."""
     folder = model_folder(run)
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import pi_attention.convert  # noqa: F401  registers our models
+    from pi_attention.accelerator import best_device
 
     need_ours(run, ("pi", "pi_converted"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -40,7 +39,7 @@ def load_run(run: Path) -> tuple[Any, Any]:
         raise ValueError(
             f"run={str(run)!r} lacks weights of its model, such as {sorted(found['missing_keys'])[0]}: save it again."
         )
-    return model.to(device).eval(), tokenizer
+    return model.to(best_device()).eval(), tokenizer
 
 
 def need_ours(run: Path, kinds: tuple[str, ...]) -> None:
