@@ -22,6 +22,26 @@ def test_changelog_and_citation_are_of_this_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == pi_attention.__version__
 
 
+def workflows():
+    return sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("file", workflows(), ids=lambda file: file.stem)
+def test_workflows_pin_what_they_run_and_ask_for_little(file):
+    text = file.read_text()
+    used = re.findall(r"uses: (\S+)(.*)", text)
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", name) and "# v" in rest for name, rest in used)
+    assert yaml.safe_load(text)["permissions"] == {"contents": "read"} and "secrets." not in text
+    targets = set(re.findall(r"run: make ([\w-]+)", text))
+    assert targets <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_workflows_try_the_versions_that_the_package_claims():
+    claimed = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())["jobs"]
+    assert jobs["tests"]["strategy"]["matrix"]["python"] == jobs["wheel"]["strategy"]["matrix"]["python"] == claimed
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Wheel and source distribution of a copy of the repository, each built twice."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from pi_attention.cli.runs import SAFELY
 from pi_attention.files import need_folder
 
 
@@ -66,11 +67,11 @@ class Convert:
         from pi_attention.training.finetune import LEARNING_RATES, finetune
 
         pattern = pattern_of(self)
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
         parts = hold_out(load_documents(self.data), 0.1, self.seed)
         training, validation = (PackedBlocks(part, tokenizer, self.context) for part in parts)
         # fp32, so that the small steps of a fine-tune are not rounded away
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).to(best_device())
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, **SAFELY).to(best_device())
 
         def report(what: str) -> None:
             if self.eval_blocks:

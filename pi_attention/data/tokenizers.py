@@ -42,7 +42,7 @@ def load_tokenizer(name: str) -> Any:
     if name == "bytes":
         return byte_tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f'tokenizer={name!r} cannot be loaded: give "bytes", a local folder, or a name on the hub. {error}'
