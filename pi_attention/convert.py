@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pi_attention.models.caching import BoundedGeneration, PiCache
+from pi_attention.models.card import WithCard
 from pi_attention.models.interface import (
     NAME,
     SETTINGS,
@@ -72,7 +73,7 @@ class PiConvertedConfig(PretrainedConfig):
         return [layer_pattern(config, layer, window) for layer, window in enumerate(windows)]
 
 
-class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin):
+class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, GenerationMixin):
     """A causal language model of transformers, `model`, whose layers attend by π-Attention with fusion="mass"."""
 
     config_class = PiConvertedConfig

@@ -54,6 +54,7 @@ ORDER = [
     "distributed",
     "bill",
     "models.configuration_pi",
+    "models.card",
     "models.static_cache",
     "models.continuous",
     "models.undo",

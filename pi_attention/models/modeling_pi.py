@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from pi_attention.models.attention_map import AttentionMap, PiSelfAttention
 from pi_attention.models.caching import BoundedGeneration, LayerOfCache, PiCache
+from pi_attention.models.card import WithCard
 from pi_attention.models.configuration_pi import PiConfig
 from pi_attention.models.loss import sliced_loss
 from pi_attention.models.rotary import PiRotaryEmbedding
@@ -81,7 +82,7 @@ def initialise(others: Callable[[nn.Module], None], module: nn.Module) -> None:
         others(module)
 
 
-class PiPreTrainedModel(PreTrainedModel):
+class PiPreTrainedModel(WithCard, PreTrainedModel):
     """Weight initialisation and what transformers needs to know of the architecture."""
 
     config_class = PiConfig
