@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test test-oldest test-all test-gpu experiments-smoke lint docs clean
+.PHONY: demo test test-oldest test-all test-gpu experiments-smoke lint docs build test-wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/pi-attention train --out $(RUN) $(if $(wildcard $(RUN)/train.yaml),--resume)
@@ -40,6 +40,12 @@ docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/python -m report
 	$(BIN)/python -m mkdocs build --quiet
+
+build: $(VENV)/installed  # dist/: wheel and source distribution, built twice, the same to the byte, fit for a package index
+	PYTHON=$(BIN)/python .ci/build
+
+test-wheel: build  # the wheel in fresh environments: PyTorch alone, and each extra, on each Python that is here (minutes)
+	.ci/test-wheel dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from pi_attention.accelerator import best_device
 from pi_attention.distributed import attach, shard
 from pi_attention.models import PiConfig, PiForCausalLM
 
@@ -25,14 +26,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    kind = best_device().type
+    dist.init_process_group(dist.get_default_backend_for_device(kind))  # NCCL on NVIDIA GPUs, Gloo on the CPU
     ranks = dist.get_world_size()
     if ranks % options.cp:
         raise SystemExit(f"cp={options.cp} must divide the {ranks} ranks that torchrun started.")
     mesh = init_device_mesh(kind, (ranks // options.cp, options.cp), mesh_dim_names=("dp", "cp"))
-    if kind == "cuda":
-        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    if kind != "cpu":
+        torch.accelerator.set_device_index(dist.get_rank() % torch.accelerator.device_count())
 
     torch.manual_seed(0)
     model = PiForCausalLM(PiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,

@@ -15,7 +15,7 @@ from pi_attention.pattern import (
 )
 from pi_attention.segments import segments_from_cu_seqlens, segments_from_mask
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Band",

@@ -26,6 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")  # keeps the ending, which names a picture's format
+    partial.unlink(missing_ok=True)  # it may be a link to elsewhere
     try:
         yield partial
         sync(partial)

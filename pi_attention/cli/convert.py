@@ -8,6 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from pi_attention.cli.runs import SAFELY
 from pi_attention.files import need_folder
 
 
@@ -56,25 +57,30 @@ class Convert:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
         from pi_attention.data.corpus import load_documents
         from pi_attention.data.packing import PackedBlocks, hold_out
+        from pi_attention.models.card import write_card
         from pi_attention.pattern import PiPattern
         from pi_attention.tasks.language_modelling import evaluate
+        from pi_attention.training.card import save_picture
         from pi_attention.training.config import pattern_of
         from pi_attention.training.finetune import LEARNING_RATES, finetune
 
         pattern = pattern_of(self)
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
         parts = hold_out(load_documents(self.data), 0.1, self.seed)
         training, validation = (PackedBlocks(part, tokenizer, self.context) for part in parts)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         # fp32, so that the small steps of a fine-tune are not rounded away
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).to(device)
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, **SAFELY).to(best_device())
+
+        facts = {"data": f"{self.data}, 10% held out", "context": f"{self.context:,} tokens"}
 
         def report(what: str) -> None:
             if self.eval_blocks:
                 result = evaluate(converted, validation, limit=self.eval_blocks)
+                facts[f"perplexity, {what}"] = f"{result.perplexity:.2f} a token ({result.tokens:,} tokens)"
                 console.print(f"{what}: perplexity {result.perplexity:.2f} a token ({result.tokens:,} tokens)")
 
         converted = convert(model, PiPattern(self.context, 1, 0), gate=False)  # every key of a block
@@ -94,5 +100,8 @@ class Convert:
             report(f"after {self.finetune_steps} steps of {self.part}")
         converted.save_pretrained(self.out)
         tokenizer.save_pretrained(self.out)
+        picture = save_picture(self.out, [pattern], self.context)
+        base_model = "" if Path(self.model).exists() else self.model
+        write_card(self.out, converted.config, facts, base_model=base_model, picture=picture)
         console.print(f"Saved in {self.out}. Next: pi-attention generate {self.out}")
         return 0

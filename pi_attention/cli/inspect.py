@@ -97,7 +97,7 @@ class Inspect:
         from pi_attention.tasks.influence import influence
 
         assert self.run is not None
-        model = PiForCausalLM.from_pretrained(model_folder(self.run))
+        model = PiForCausalLM.from_pretrained(model_folder(self.run), use_safetensors=True)
         ids = torch.randint(0, model.config.vocab_size, (1, self.tokens), generator=torch.Generator().manual_seed(0))
         found = influence(model, ids)
         table = Table(

@@ -10,6 +10,7 @@ import tyro
 
 from pi_attention.cli.bill import Bill
 from pi_attention.cli.convert import Convert
+from pi_attention.cli.env import Env
 from pi_attention.cli.evaluate import Eval
 from pi_attention.cli.generate import Generate
 from pi_attention.cli.inspect import Inspect
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Any] = {
     "plan": Plan,
     "bill": Bill,
     "convert": Convert,
+    "env": Env,
 }
 WRONG, UNEXPECTED, INTERRUPTED = 2, 1, 130
 """Exit codes: what the user gave is wrong, the library is, Ctrl-C."""

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+SAFELY: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+"""How weights of a stranger are loaded: no pickle is read, and no code of theirs runs."""
+
 
 def model_folder(run: Path) -> Path:
     """The folder with the model of a run, or `run` itself where `save_pretrained` wrote it.
@@ -24,23 +27,38 @@ def model_folder(run: Path) -> Path:
 def load_run(run: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a run's folder, or of a folder that `save_pretrained` wrote; see `model_folder`."""
     folder = model_folder(run)
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import pi_attention.convert  # noqa: F401  registers our models
+    from pi_attention.accelerator import best_device
 
     need_ours(run, ("pi", "pi_converted"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    need_own_weights(run)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **SAFELY)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors and tokenizers raise many kinds
         raise ValueError(f"run={str(run)!r} holds a model that cannot be loaded: {error}") from error
     if found["missing_keys"]:
         raise ValueError(
             f"run={str(run)!r} lacks weights of its model, such as {sorted(found['missing_keys'])[0]}: save it again."
         )
-    return model.to(device).eval(), tokenizer
+    return model.to(best_device()).eval(), tokenizer
+
+
+def need_own_weights(run: Path) -> None:
+    """Raise ValueError where the index of a model's weights names files outside of its folder."""
+    folder = model_folder(run)
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"run={str(run)!r} has a {index.name} that cannot be read: {error}") from error
+        strange = sorted(str(name) for name in names if Path(str(name)).name != name)
+        if strange:
+            raise ValueError(
+                f"run={str(run)!r} has a {index.name} that names {strange[0]!r}: weights lie in its folder."
+            )
 
 
 def need_ours(run: Path, kinds: tuple[str, ...]) -> None:

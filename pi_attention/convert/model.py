@@ -17,6 +17,7 @@ from pi_attention.convert.interface import NAME, ConvertedCall, register_names
 from pi_attention.convert.rotary import layer_frequencies, rotary_modules
 from pi_attention.convert.undo import undone_on_failure
 from pi_attention.models.caching import BoundedCache, PiCache, PiStaticCache
+from pi_attention.models.card import WithCard
 from pi_attention.models.generation import BoundedGeneration
 from pi_attention.models.rotary import keep_in_fp32
 from pi_attention.pattern import PiPattern, need_pattern
@@ -25,7 +26,7 @@ from pi_attention.segments import segment_starts, segments_of_batch
 LOADER = "AutoModelForCausalLM.from_pretrained"
 
 
-class PiConvertedForCausalLM(BoundedGeneration, PreTrainedModel, GenerationMixin):
+class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, GenerationMixin):
     """A causal language model of transformers, `model`, whose layers attend by π-Attention with fusion="mass"."""
 
     config_class = PiConvertedConfig

@@ -6,13 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-
-def _byte_characters() -> dict[str, int]:
-    """The character by which byte-level tokenizers write each byte: itself if printable, else one from 256 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -20,7 +14,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
     Text never becomes the token 256, not even "<|endoftext|>": text and its bytes correspond one to one.
     """
-    tokenizer = Tokenizer(models.BPE(vocab=_byte_characters(), merges=[]))
+    vocabulary = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
@@ -42,7 +37,7 @@ def load_tokenizer(name: str) -> Any:
     if name == "bytes":
         return byte_tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f'tokenizer={name!r} cannot be loaded: give "bytes", a local folder, or a name on the hub. {error}'

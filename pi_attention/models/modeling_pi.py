@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from pi_attention.models.attention_map import AttentionMap, PiSelfAttention
 from pi_attention.models.caching import BoundedCache, PiCache
+from pi_attention.models.card import WithCard
 from pi_attention.models.configuration_pi import PiConfig
 from pi_attention.models.generation import BoundedGeneration
 from pi_attention.models.initialisation import initialise
@@ -71,7 +72,7 @@ class PiDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class PiPreTrainedModel(PreTrainedModel):
+class PiPreTrainedModel(WithCard, PreTrainedModel):
     """Weight initialisation and what transformers needs to know of the architecture."""
 
     config_class = PiConfig

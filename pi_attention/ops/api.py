@@ -12,7 +12,7 @@ from torch import Tensor
 from pi_attention.ops.blocked.attention import blocked_attention
 from pi_attention.ops.checks import check_arguments, refuse_context_parallel
 from pi_attention.ops.dense import covers_everything, dense_attention
-from pi_attention.ops.fused.attention import fused_attention, why_not_triton
+from pi_attention.ops.fused.attention import fused_attention, note_failure, why_not_auto, why_not_triton
 from pi_attention.ops.fusion import gate_values
 from pi_attention.ops.transforms import transforming
 from pi_attention.pattern import PiPattern
@@ -158,12 +158,23 @@ def _implementation(impl: Impl, query: Tensor) -> Callable[..., tuple[Tensor, Te
         from pi_attention.ops.reference import reference_attention
 
         return reference_attention
-    if impl == "blocked" or (impl == "auto" and not query.is_cuda):
+    if impl == "blocked":
         return blocked_attention
-    reason = why_not_triton(query)
+    reason = why_not_triton(query) if impl == "triton" else why_not_auto(query)
     if reason is None:
-        return fused_attention
+        return fused_attention if impl == "triton" or torch.compiler.is_compiling() else _fused_or_blocked
     if impl == "triton":
         raise NotImplementedError(f'impl="triton" cannot serve this call: {reason}. Use impl="auto" or "blocked".')
-    log.debug("blocked instead of triton: %s", reason)
+    if not torch.compiler.is_compiling():
+        log.debug("blocked instead of triton: %s", reason)
     return blocked_attention
+
+
+def _fused_or_blocked(query: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels, or plain PyTorch where they do not compile: that is warned of once, and not tried again."""
+    try:
+        return fused_attention(query, *others, **options)
+    except Exception as error:
+        if not note_failure(query, error):
+            raise
+    return blocked_attention(query, *others, **options)

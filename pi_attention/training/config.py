@@ -120,6 +120,10 @@ class RunSettings:
     """Steps between two checkpoints; Ctrl-C saves one as well."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Where figures go beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, or none."""
+    push_to_hub: str = ""
+    """Repository of the Hugging Face hub, user/name, that takes the finished model; made private if it is new."""
     parallel: str = ""
     """Under torchrun, "dp=2,tp=1,cp=4": ranks with other sequences (dp), that share heads (tp), that share one (cp). By
     default all have other sequences. A run resumes at any layout."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import Trainer, TrainingArguments
 
+from pi_attention.accelerator import best_device, has_bf16
 from pi_attention.data.packing import PackedBlocks
 
 Part = Literal["gates", "lora", "all"]
@@ -66,7 +66,7 @@ def finetune(
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         max_grad_norm=1.0,
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        bf16=has_bf16(best_device()),
         save_strategy="no",
         logging_steps=max(1, steps // 20),
         report_to=[],

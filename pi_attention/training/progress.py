@@ -1,4 +1,4 @@
-"""What a run reports while it trains: a progress bar with loss, tokens/s and time left, metrics, TensorBoard events."""
+"""What a run reports while it trains: a progress bar with loss, tokens/s and time left, metrics, trackers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from pi_attention.training.metrics import append_metrics
+from pi_attention.training.trackers import Trackers
 
 RECENT = 20
 """Steps whose median time is the speed: without the first, which may compile, and as fast as the machine is now."""
-EVENTS = "runs"
-"""Folder of a run for TensorBoard."""
 
 
 class ProgressBar:
@@ -76,16 +74,16 @@ class ProgressBar:
 
 
 class Reports:
-    """Where a run's figures go: the bar, metrics.jsonl, and event files; of one rank, the others keep silent.
+    """Where a run's figures go: the bar, metrics.jsonl, and trackers; of one rank, the others keep silent.
 
     Args:
         run: the run's folder; None writes nothing.
         bar: of the run.
+        trackers: of the run; None with no folder.
     """
 
-    def __init__(self, run: Path | None, bar: ProgressBar) -> None:
-        self.run, self.bar = run, bar
-        self.events = None if run is None else SummaryWriter(str(run / EVENTS))
+    def __init__(self, run: Path | None, bar: ProgressBar, trackers: Trackers | None) -> None:
+        self.run, self.bar, self.trackers = run, bar, trackers
 
     def __enter__(self) -> Reports:
         self.bar.bar.start()
@@ -93,15 +91,13 @@ class Reports:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.bar.bar.stop()
-        if self.events is not None:
-            self.events.close()
+        if self.trackers is not None:
+            self.trackers.__exit__(kind, error, at)
 
     def add(self, step: int, **values: float) -> None:
         """Report figures of a step; names that begin with eval_ are of the validation."""
-        if self.run is None or self.events is None:
+        if self.run is None or self.trackers is None:
             return
         append_metrics(self.run, step, values)
-        for name, value in values.items():
-            tag = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
-            self.events.add_scalar(tag, value, step)
+        self.trackers.log(step, values)
         self.bar.show(values)

@@ -15,6 +15,7 @@ LAST_SETTING = "zero"
 BATCH = ("optimizer.batch_size", "optimizer.gradient_accumulation")
 """How the blocks of a step are divided, which the layout changes."""
 OF_THE_MOMENT = ("run.out", "run.resume", "run.parallel", "run.zero", "run.patience", "run.checkpoint")
+OF_THE_MOMENT += ("run.report_to", "run.push_to_hub")
 """Settings that are not of the run, but of the machine and the moment."""
 
 
@@ -57,6 +58,9 @@ def settings_to_resume(given: TrainConfig) -> TrainConfig:
     blocks = blocks_a_step(config)
     config.run.out, config.run.resume, config.run.checkpoint = out, False, None
     config.run.parallel, config.run.zero, config.run.patience = given.run.parallel, given.run.zero, given.run.patience
+    for name in ("report_to", "push_to_hub"):
+        if asked["run"][name] != default["run"][name]:
+            setattr(config.run, name, getattr(given.run, name))
     divide_blocks(config, blocks, given.optimizer)
     return config
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from pi_attention.data.packing import PackedBlocks
-from pi_attention.training.config import TrainConfig
+from pi_attention.training.config import TrainConfig, to_plain
 from pi_attention.training.interrupts import Interrupts
 from pi_attention.training.metrics import drop_metrics_after
 from pi_attention.training.optimizer import adamw, clip_gradients, schedule_from
@@ -20,6 +20,7 @@ from pi_attention.training.progress import ProgressBar, Reports
 from pi_attention.training.resume import blocks_a_step
 from pi_attention.training.state import load, save
 from pi_attention.training.step import Parallel
+from pi_attention.training.trackers import Trackers
 
 
 @lru_cache(maxsize=2)
@@ -69,7 +70,8 @@ class Run:
             drop_metrics_after(run.out, begin)
         bar = ProgressBar(o.steps, begin, self.blocks * self.config.data.context, self.console)
         losses: list[float] = []  # since the last report
-        with Reports(run.out if first else None, bar) as reports, self._interrupts() as interrupts:
+        trackers = Trackers(run.report_to, run.out, to_plain(self.config)) if first else None
+        with Reports(run.out if first else None, bar, trackers) as reports, self._interrupts() as interrupts:
             for step in range(begin + 1, o.steps + 1):
                 bar.step_begins()
                 rate = float(schedule.get_last_lr()[0])

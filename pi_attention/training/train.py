@@ -23,14 +23,17 @@ from pi_attention.data.packing import PackedBlocks, hold_out
 from pi_attention.data.tokenizers import load_tokenizer
 from pi_attention.files import need_folder
 from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.training.card import write_run_card
 from pi_attention.training.checkpoints import checkpoint_to_resume, publish, put_aside_after, step_of
 from pi_attention.training.config import TrainConfig, save_yaml
+from pi_attention.training.hub import check_hub, push
 from pi_attention.training.metrics import METRICS
 from pi_attention.training.ranks import best_device, joined, layout_of, rank_and_ranks
 from pi_attention.training.report import SUMMARY, write_report
 from pi_attention.training.resume import SETTINGS, refuse_to_overwrite, settings_to_resume
 from pi_attention.training.run import Run
 from pi_attention.training.step import Parallel
+from pi_attention.training.trackers import check_trackers
 
 MODEL = "model"
 PARTIAL_MODEL = ".partial-model"
@@ -81,6 +84,9 @@ def train(asked: TrainConfig, console: Console) -> bool:
     if whole is not None:
         publish_model(out, whole, tokenizer)
         write_report(config, whole.to(device), tokenizer, validation, console)
+        write_run_card(out, whole.config)
+        if config.run.push_to_hub:
+            console.print(f"The model is at {push(out / MODEL, config.run.push_to_hub)}")
     return True
 
 
@@ -101,6 +107,9 @@ def settings_and_checkpoint(asked: TrainConfig) -> tuple[TrainConfig, Path | Non
     config.check()
     if config.optimizer.compile and rank_and_ranks() is not None:
         raise ValueError("compile=True is not supported with parallel: leave one of them out.")
+    check_trackers(config.run.report_to)
+    if config.run.push_to_hub:
+        check_hub(config.run.push_to_hub)
     need_folder("out", out)
     return config, checkpoint
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import lru_cache
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -36,6 +38,49 @@ def why_not_triton(query: Tensor) -> str | None:
     if query.shape[3] > 256:
         return f"head dim {query.shape[3]} is larger than 256"
     return None
+
+
+UNTRIED = {
+    "cpu": "the tensors are on the CPU",
+    "mps": "the tensors are on an Apple GPU (MPS), and Triton has no compiler for it",
+    "xpu": "the tensors are on an Intel GPU (XPU), and the kernels are registered for CUDA alone",
+}
+FAILED: dict[Any, str] = {}
+"""Why kernels failed to compile under "auto", by what they were compiled for; it does not try them again."""
+
+
+def why_not_auto(query: Tensor) -> str | None:
+    """Why "auto" does not take the kernels: they cannot serve the call, or are untried on its device; else None."""
+    if not query.is_cuda:
+        return UNTRIED.get(query.device.type, f"the tensors are on {query.device}, where the kernels are untried")
+    if torch.version.hip is not None:
+        return 'the kernels are untested on AMD GPUs (ROCm): impl="triton" tries them'
+    return why_not_triton(query) or (FAILED.get(_compiled_for(query)) if FAILED else None)
+
+
+def _compiled_for(query: Tensor) -> Any:
+    return query.device, query.dtype, query.shape[3]
+
+
+def note_failure(query: Tensor, error: Exception) -> bool:
+    """Whether an error is of compiling kernels, and not of running them; if so warn, and keep "auto" off them."""
+    made_by_triton = any(kind.__module__.startswith("triton.") for kind in type(error).__mro__)
+    words = ("C compiler", "PassManager", "ptxas", "libcuda")  # plain RuntimeErrors and AssertionErrors of Triton
+    if not (
+        made_by_triton
+        or isinstance(error, CalledProcessError | ImportError)
+        or (type(error) in (RuntimeError, AssertionError) and any(word in str(error) for word in words))
+    ):
+        return False
+    first = (str(error).strip().splitlines() or [""])[0]
+    reason = f"the kernels failed to compile ({type(error).__name__}: {first[:200]})"
+    FAILED[_compiled_for(query)] = reason
+    warnings.warn(
+        f"π-Attention runs as plain PyTorch on {query.device}, with {query.dtype} and head dim {query.shape[3]}: "
+        f'{reason}. impl="triton" shows the whole error.',
+        stacklevel=4,
+    )
+    return True
 
 
 MAX_QUERIES = 16

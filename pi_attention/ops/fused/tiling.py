@@ -248,7 +248,10 @@ def key_classes(problem: Problem, skip: bool) -> int:
 
 @lru_cache(maxsize=16)
 def _has_descriptors(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    """NVIDIA's alone: an AMD GPU of ROCm is called "cuda" as well, and may count its capability to 9 and more."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def described(problem: Problem) -> bool:

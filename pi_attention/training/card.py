@@ -1,0 +1,48 @@
+"""The card of a run's model, from what the run's folder holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pi_attention import plots
+from pi_attention.models.card import write_card
+from pi_attention.pattern import PiPattern
+from pi_attention.training.config import TrainConfig, load_yaml
+
+PICTURE = "pattern.png"
+
+
+def write_run_card(run: Path, config: Any) -> None:
+    """Write card and picture into `run/model`, once the run's settings and summary are written.
+
+    Args:
+        run: folder with train.yaml, summary.json and model/.
+        config: of the model.
+    """
+    settings = load_yaml(TrainConfig, run / "train.yaml")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    data, optimizer = settings.data, settings.optimizer
+    facts = {
+        "data": f"{data.data}, {data.validation_fraction:.0%} held out",
+        "tokenizer": data.tokenizer,
+        "context": f"{data.context:,} tokens",
+        "steps": f"{summary.get('step', optimizer.steps):,}",
+        "peak learning rate": f"{optimizer.learning_rate:g}",
+        "seed": str(settings.run.seed),
+    }
+    for name, words in (("loss", "training loss"), ("eval_loss", "validation loss")):
+        if name in summary:
+            facts[words] = f"{float(summary[name]):.3f} nats a token"
+    picture = save_picture(run / "model", config.patterns(), data.context)
+    write_card(run / "model", config, facts, picture=picture)
+
+
+def save_picture(folder: Path, patterns: list[PiPattern], context: int) -> str:
+    """The picture of the first pattern that is not dense, in the folder; its name, or nothing where all are dense."""
+    sparse = [pattern for pattern in patterns if pattern.skips != 0 or pattern.window < context]
+    if not sparse:
+        return ""
+    plots.save(plots.pattern_picture(sparse[0], plots.telling_length(sparse[0], context)), folder / PICTURE)
+    return PICTURE
