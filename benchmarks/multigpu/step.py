@@ -18,8 +18,9 @@ from benchmarks.multigpu.rows import Row
 from benchmarks.multigpu.ways import RING, hollow_ring, spread, tokens_of
 from pi_attention.accounting import Sizes
 from pi_attention.bill import MODELS, bill, parameters
-from pi_attention.distributed import Layout, Parallel
+from pi_attention.distributed import Layout
 from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.training.step import Parallel
 from pi_attention.training.train import enable_checkpointing
 
 TOY = Sizes(64, 192, 2, 4, 4, 16, 256, 64, 32)

@@ -1,4 +1,4 @@
-"""Three ways for the queries of a shard to reach the keys of other ranks, each a `Shard` of an attention layer."""
+"""Three ways for the queries of a shard to reach the keys of other ranks, each a `KeySource` of an attention layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks import ring_attention
 from benchmarks.ring_attention import Block, RingAttention, chunks_of
 from pi_attention.distributed import HaloContext, attach
 from pi_attention.nn import PiAttention
-from pi_attention.nn.attention import Operator
+from pi_attention.nn.sources import Operator
 from pi_attention.pattern import PiPattern
 
 HALO, GATHER, RING = "halo", "all-gather", "dense ring"
@@ -51,7 +51,11 @@ class GatherContext:
     """Every key to every rank, then those up to its own."""
 
     def __init__(self, group: ProcessGroup, tokens: int) -> None:
-        self.group, self.length, self.end = group, dist.get_rank(group) * tokens, (dist.get_rank(group) + 1) * tokens
+        self.group, self.start, self.end = group, dist.get_rank(group) * tokens, (dist.get_rank(group) + 1) * tokens
+
+    def position(self, cache: None = None) -> int:
+        """Position of the shard's first token."""
+        return self.start
 
     def attend(
         self, operator: Operator, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, *_: Any, **__: Any
@@ -64,10 +68,12 @@ class GatherContext:
 class RingContext:
     """Dense causal attention; a rank holds two chunks. The operator is not asked."""
 
-    length = 0
-
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
+
+    def position(self, cache: None = None) -> int:
+        """Positions come from elsewhere: a rank's chunks are not neighbours."""
+        return 0
 
     def attend(self, operator: Operator, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """Attention of the rank's queries [B, H, T, D] to every earlier key of the sequence."""
@@ -88,7 +94,7 @@ def spread(model: nn.Module, way: str, group: ProcessGroup, tokens: int) -> None
         return
     for module in model.modules():
         if isinstance(module, PiAttention):
-            module.halo = context_of(way, group, tokens, module.pattern)
+            module.source = context_of(way, group, tokens, module.pattern)
 
 
 @contextmanager
