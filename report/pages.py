@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "support": pretrained.support,
     "memory": ranks.memory,
     "multigpu": ranks.multigpu,
+    "pieces": ranks.pieces,
     "coverage": theory.coverage,
     "one_layer": theory.one_layer,
     "all_skips": theory.all_skips,

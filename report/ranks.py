@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import multigpu_tables
 from report.markdown import Measured, per_file, read, table, version
 
 
@@ -54,3 +55,8 @@ def _training(result: Measured) -> str:
 def multigpu() -> str:
     """The halo exchange beside an all-gather and dense Ring Attention on several GPUs, and a training step."""
     return per_file("multigpu-*", lambda result: _operator(result) + "\n\n" + _training(result))
+
+
+def pieces() -> str:
+    """What `python -m benchmarks.multigpu` has measured so far, piece by piece."""
+    return multigpu_tables.tables(table)

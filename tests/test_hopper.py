@@ -100,7 +100,7 @@ CASES = {
     "many sinks": ({}, PiPattern(100, 64, 8, sinks=150)),
     "grouped": ({"heads": 8, "groups": 2}, PiPattern(256, 64, 8)),
     "batch": ({"batch": 3}, PiPattern(192, 64, 8)),
-    "fewer queries": ({"queries": 1000}, PiPattern(256, 64, 8)),
+    "fewer queries": ({"queries": 1800}, PiPattern(256, 64, 8)),
     "strided": ({"strided": True}, PiPattern(256, 64, 8)),
     "fp16": ({"dtype": torch.float16}, PiPattern(256, 64, 8)),
     "packed": ({"packed": True}, PiPattern(256, 64, 8)),
