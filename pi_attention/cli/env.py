@@ -9,7 +9,7 @@ from rich.console import Console
 
 @dataclass
 class Env:
-    """Versions, device, and the implementation that is taken here, and why: quote it in an issue."""
+    """Versions, device, the implementation taken here and why, for an issue."""
 
     def execute(self, console: Console) -> int:
         """Print them; 0."""
