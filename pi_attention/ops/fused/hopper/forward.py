@@ -12,13 +12,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from pi_attention.ops.fused.hopper.rows import rows_producer
 from pi_attention.ops.fused.hopper.steps import (
-    LN2,
     RUN_TIME,
     barriers,
     copy_out,
+    end_of_softmax,
     gate_logits,
     gate_weight,
+    is_edge,
     lowest_keys,
+    online_softmax,
     range_of_rows,
     seen_keys,
 )
@@ -75,17 +77,11 @@ def _consumer(
                 score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
                 score = warpgroup_mma_wait(0, deps=[score])
                 mbarrier.arrive(k_empty.index(s), count=1)
-                edge = of_sinks | (key0 < gl.maximum(position0 + BM - window, one_from)) | (key0 + BN - 1 > position0)
-                if edge:
+                if is_edge(key0, position0, one_from, of_sinks, window, BM, BN):
                     key = key0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
                     seen = seen_keys(key, position, low, of_sinks, sinks, window)
                     score = gl.where(seen, score, float("-inf"))
-                m_new = gl.maximum(m, gl.max(score, 1) * scale_log2)
-                shift = gl.where(m_new == float("-inf"), 0.0, m_new)
-                p = gl.exp2(score * scale_log2 - shift[:, None])
-                past = gl.exp2(m - shift)
-                l = l * past + gl.sum(p, 1)
-                m = m_new
+                p, past, m, l = online_softmax(score, m, l, scale_log2)
                 acc = acc * gl.convert_layout(past, of_output)[:, None]
                 p = gl.convert_layout(p.to(k_s.dtype), weights)
                 mbarrier.wait(v_full.index(s), phase)
@@ -96,19 +92,16 @@ def _consumer(
                 mbarrier.wait(v_full.index(s), phase)
             mbarrier.arrive(v_empty.index(s), count=1)
             slot += 1
-        empty = l == 0.0
-        l = gl.where(empty, 1.0, l)
-        lse = gl.where(empty, float("-inf"), (m + gl.log2(l)) * LN2)
+        l, lse = end_of_softmax(m, l)
         gl.store(Lse + row, lse, mask=present)
-        mine_s = o_s.reshape([2 * BM, D]).slice(WHICH * BM, BM)
+        g = gl.full_like(l, 1.0)
         if FUSE:
             g = gate_weight(lse, lse_skip, logit, MASS)
-            mbarrier.wait(o_full.index(0), count & 1)
-            out = acc * gl.convert_layout(g / l, of_output)[:, None]
+        mbarrier.wait(o_full.index(0), count & 1)
+        mine_s = o_s.reshape([2 * BM, D]).slice(WHICH * BM, BM)
+        out = acc * gl.convert_layout(g / l, of_output)[:, None]
+        if FUSE:
             out += gl.convert_layout(1.0 - g, of_output)[:, None] * mine_s.load(outputs).to(gl.float32)
-        else:
-            mbarrier.wait(o_full.index(0), count & 1)
-            out = acc * gl.convert_layout(1.0 / l, of_output)[:, None]
         mine_s.store(out.to(k_s.dtype))
         fence_async_shared()
         copy_out(out_desc, [batch, head, token0, 0], o_s.slice(WHICH * BM, BM, dim=2))

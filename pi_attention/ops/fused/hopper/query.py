@@ -18,6 +18,7 @@ from pi_attention.ops.fused.hopper.steps import (
     copy_out,
     gate_logits,
     gate_weight,
+    is_edge,
     lowest_keys,
     range_of_rows,
     seen_keys,
@@ -100,9 +101,7 @@ def _consumer(
         d_out = grad_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM)
         grad = d_out.load(wide).to(gl.float32)
         delta = gl.convert_layout(gl.sum(grad * out.to(gl.float32), 1), rows)
-        delta_skip = delta
-        if BOTH:
-            delta_skip = gl.convert_layout(gl.sum(grad * skip_out.to(gl.float32), 1), rows)
+        delta_skip = gl.convert_layout(gl.sum(grad * skip_out.to(gl.float32), 1), rows)
         weight, shift = _row_terms(
             delta, delta_skip, lse, lse_skip, logit, GradLse, GradSkipLse, Terms, GradGate, index, present, all_rows,
             BOTH, MASS, GATED, LSE, SKIP_LSE,
@@ -124,8 +123,7 @@ def _consumer(
                 d_weight = warpgroup_mma(d_out, v.permute((1, 0)), zero, use_acc=False, is_async=True)
                 score = warpgroup_mma_wait(1, deps=[score])
                 p = gl.exp2(score * scale_log2 - base[:, None])
-                edge = of_sinks | (key0 < gl.maximum(position0 + BM - window, one_from)) | (key0 + BN - 1 > position0)
-                if edge:
+                if is_edge(key0, position0, one_from, of_sinks, window, BM, BN):
                     key = key0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
                     p = gl.where(seen_keys(key, position, low, of_sinks, sinks, window), p, 0.0)
                 d_weight = warpgroup_mma_wait(0, deps=[d_weight])

@@ -83,3 +83,27 @@ def gate_logits(Gate, sg_b, sg_h, sg_t, batch, head, token, present, GATED: gl.c
         gates = Gate + batch.to(gl.int64) * sg_b + head.to(gl.int64) * sg_h + token.to(gl.int64) * sg_t
         logit += gl.load(gates, mask=present, other=0.0).to(gl.float32)
     return logit
+
+
+@gluon.jit
+def online_softmax(score, m, l, scale_log2):
+    """Running maximum m (scaled) and sum l, in base 2, with one more tile of scores: its weights, the past's factor."""
+    m_new = gl.maximum(m, gl.max(score, 1) * scale_log2)
+    shift = gl.where(m_new == float("-inf"), 0.0, m_new)
+    weight = gl.exp2(score * scale_log2 - shift[:, None])
+    past = gl.exp2(m - shift)
+    return weight, past, m_new, l * past + gl.sum(weight, 1)
+
+
+@gluon.jit
+def end_of_softmax(m, l):
+    """Sum of the weights, 1 where nothing was visible, and natural log-sum-exp, −inf there."""
+    empty = l == 0.0
+    l = gl.where(empty, 1.0, l)
+    return l, gl.where(empty, float("-inf"), (m + gl.log2(l)) * LN2)
+
+
+@gluon.jit
+def is_edge(key0, position0, one_from, of_sinks, window, BM: gl.constexpr, BN: gl.constexpr):
+    """Whether some query of a tile of rows does not see some key of a tile: then keys are compared one by one."""
+    return of_sinks | (key0 < gl.maximum(position0 + BM - window, one_from)) | (key0 + BN - 1 > position0)
