@@ -42,21 +42,6 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", newline="")
 
 
-def need_folder(name: str, path: Path) -> None:
-    """Raise ValueError unless files can be written into the folder, which need not exist; `name` is the argument's."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name}={str(path)!r} has letters that the locale cannot express: set PYTHONUTF8=1, or choose another one."
-        ) from error
-    there = next((folder for folder in (path, *path.parents) if folder.exists() or folder.is_symlink()), Path())
-    if not there.is_dir():
-        raise ValueError(f"{name}={str(path)!r} cannot be a folder, {str(there)!r} is a file: choose another one.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}={str(path)!r} cannot be written, {str(there)!r} is read-only: choose another one.")
-
-
 def checksum(path: Path) -> int:
     """CRC-32 of a file's bytes."""
     found = 0

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "pi_attention"
 
 ORDER = [
     "files",
+    "paths",
     "pattern",
     "accounting",
     "receptive_field",
@@ -111,7 +112,7 @@ WITHIN = {
 }
 """Files of a room, each importing only from those above it; the rest of the room stands behind them, free in itself."""
 
-STANDARD_LIBRARY_ONLY = ["files", "pattern", "accounting", "receptive_field", "planner", "devices"]
+STANDARD_LIBRARY_ONLY = ["files", "paths", "pattern", "accounting", "receptive_field", "planner", "devices"]
 
 
 def modules() -> dict[str, Path]:

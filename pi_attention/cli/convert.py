@@ -9,7 +9,7 @@ from typing import Literal
 from rich.console import Console
 
 from pi_attention.cli.runs import SAFELY
-from pi_attention.files import need_folder
+from pi_attention.paths import need_folder
 
 
 @dataclass

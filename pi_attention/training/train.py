@@ -21,8 +21,8 @@ from transformers import set_seed
 from pi_attention.data.corpus import load_documents
 from pi_attention.data.packing import PackedBlocks, hold_out
 from pi_attention.data.tokenizers import load_tokenizer
-from pi_attention.files import need_folder
 from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.paths import need_folder
 from pi_attention.training.card import write_run_card
 from pi_attention.training.checkpoints import checkpoint_to_resume, publish, put_aside_after, step_of
 from pi_attention.training.config import TrainConfig, save_yaml
