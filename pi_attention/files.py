@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have all files and folders of a folder on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
 
 
 @contextmanager
@@ -34,6 +41,32 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextmanager
+def replacing_folder(folder: Path, last: str) -> Iterator[Path]:
+    """The folder in which to write files that appear in `folder` when all are complete.
+
+    A new folder appears as a whole. Into one that holds other files they are moved one by one, `last` at the end: where
+    that file is, all are. A block that raises leaves nothing; a process that is killed, a hidden folder that the next
+    call replaces.
+    """
+    final = folder.resolve()
+    there = final.is_dir() and any(entry.name != ".partial" for entry in final.iterdir())
+    partial = final / ".partial" if there else final.with_name(f".partial-{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_folder(partial)
+        if there:
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
+                path.replace(final / path.name)
+        else:
+            partial.replace(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync(final.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pi_attention.cache.near import NearSinks
-from pi_attention.convert.config import SETTINGS, PiConvertedConfig, settings_of
+from pi_attention.convert.config import SETTINGS, PiConvertedConfig, need_layers, settings_of
 from pi_attention.convert.gates import GATE, add_gates, initialise_gates_of, takes_gate
 from pi_attention.convert.interface import NAME, ConvertedCall, register_names
 from pi_attention.convert.rotary import layer_frequencies, rotary_modules
@@ -199,9 +199,10 @@ def convert(
 
         model = convert(AutoModelForCausalLM.from_pretrained(name), PiPattern(512, 512, 16, sinks=4))
     """
-    _check(model, pattern, gate, layers)
-    register_names()
+    _check(model, pattern, gate)
     config = model.config
+    layers = None if layers is None else need_layers(layers, getattr(config, "num_hidden_layers", 0))
+    register_names()
     with undone_on_failure(model):
         setattr(config, SETTINGS, settings_of(pattern, layers))
         model.set_attn_implementation(NAME)
@@ -210,7 +211,7 @@ def convert(
         return converted.train(model.training)
 
 
-def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool, layers: list[int] | None) -> None:
+def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool) -> None:
     """Refuse what `convert` cannot do before anything is changed, and warn of skips beyond the context."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a PreTrainedModel, got {type(model).__name__}: load it by {LOADER}.")
@@ -222,10 +223,8 @@ def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool, layers: list[
     if not pattern.causal:
         raise ValueError("pattern must be causal for a decoder: causal=True.")
     config = model.config
-    count = getattr(config, "num_hidden_layers", 0)
-    wrong = [layer for layer in layers or [] if not 0 <= layer < count]
-    if wrong:
-        raise ValueError(f"layers={layers} holds {wrong[0]}, but the model has layers 0 to {count - 1}.")
+    if not isinstance(gate, bool):
+        raise TypeError(f"gate must be True or False, got {gate!r}.")
     pattern.check_heads(config.num_attention_heads)
     if not getattr(type(model), "_supports_attention_backend", False):
         raise NotImplementedError(f"{type(model).__name__} does not use transformers' attention interface.")

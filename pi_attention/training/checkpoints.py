@@ -45,18 +45,12 @@ def contents(folder: Path, pattern: str = "*") -> Contents:
 def seal(folder: Path, noted: Contents) -> None:
     """Write the list of a checkpoint's files, have all of them on the disk, before their folder gets its name."""
     files.write_text(folder / MANIFEST, json.dumps(noted, indent=1))
-    sync(folder)
-
-
-def sync(folder: Path) -> None:
-    """Have all files and folders of a folder on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        files.sync(path)
+    files.sync_folder(folder)
 
 
 def publish(partial: Path, final: Path) -> None:
     """Give a folder its name, in place of an earlier one, once all of it is on the disk."""
-    sync(partial)
+    files.sync_folder(partial)
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
 
