@@ -73,6 +73,7 @@ WITHIN = {
     "nn": ["gate", "layers", "sources", "attention"],
     "distributed": ["plan", "exchange", "context", "sharding", "tensor_parallel", "layout"],
     "models": [
+        "inputs",
         "configuration_pi",
         "card",
         "initialisation",

@@ -260,3 +260,63 @@ def fail_later(where):
         return usual(*args, **kwargs)
 
     return replacement
+
+
+def test_a_changed_scaling_keeps_the_base_and_two_bases_are_refused(tmp_path):
+    PiForCausalLM(PiConfig(**BASE, rope_theta=1e5)).save_pretrained(tmp_path)
+    linear = {"rope_type": "linear", "factor": 2.0}
+    for kind in (PiConfig, AutoConfig, PiForCausalLM):
+
+        def parameters(kind=kind, **changes):
+            found = kind.from_pretrained(tmp_path, **changes)
+            return getattr(found, "config", found).rope_parameters
+
+        assert parameters() == {"rope_type": "default", "rope_theta": 1e5}
+        assert parameters(rope_parameters=linear) == linear | {"rope_theta": 1e5}
+        assert parameters(rope_scaling=linear) == linear | {"rope_theta": 1e5}
+        assert parameters(rope_parameters=linear, rope_theta=7.0) == linear | {"rope_theta": 7.0}
+        assert parameters(rope_parameters=linear | {"rope_theta": 7.0}, rope_theta=7.0)["rope_theta"] == 7.0
+        for name in ("rope_parameters", "rope_scaling"):
+            with pytest.raises(ValueError, match=r"rope_theta=8\.0 and 7\.0 in rope_parameters are one setting"):
+                parameters(rope_theta=8.0, **{name: linear | {"rope_theta": 7.0}})
+    model = PiForCausalLM.from_pretrained(tmp_path, rope_parameters=linear)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq[1], torch.tensor(1e5 ** (-2 / 8) / 2))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: PiForCausalLM(PiConfig(**BASE)), lambda: convert(pretrained().float(), PATTERN)]
+)
+def test_inputs_of_a_model_are_dense_tensors_of_the_usual_kinds(make):
+    model, ids = make(), torch.ones(1, 3, dtype=torch.long)
+    parts = [torch.arange(3), torch.arange(5)]
+    for layout in (torch.jagged, torch.strided):
+        with pytest.raises(TypeError, match=r"input_ids is a nested tensor: pass a dense one \[B, T\]"):
+            model(torch.nested.nested_tensor(parts, layout=layout))
+    with pytest.raises(TypeError, match=r"attention_mask is a torch\.sparse_coo tensor"):
+        model(ids, attention_mask=torch.ones(1, 3).to_sparse())
+    for wrong, error, words in (
+        ({"input_ids": [[1, 2]]}, TypeError, r"input_ids must be a Tensor \[B, T\], got list"),
+        ({"input_ids": ids[0]}, ValueError, r"input_ids must be \[B, T\] with at least one token, got shape \(3,\)"),
+        ({"input_ids": ids[:, :0]}, ValueError, "at least one token"),
+        ({"input_ids": ids.float()}, TypeError, r"input_ids has dtype torch\.float32: cast it to int64"),
+        ({"input_ids": ids, "position_ids": ids[0]}, ValueError, r"position_ids must be \[B or 1, T\]"),
+        ({"input_ids": ids, "position_ids": ids / 2}, TypeError, "position_ids has dtype"),
+        ({"input_ids": ids, "attention_mask": [[1, 1, 1]]}, TypeError, "attention_mask must be a Tensor"),
+    ):
+        with pytest.raises(error, match=words):
+            model(**wrong)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: PiForCausalLM(PiConfig(**BASE)), lambda: convert(pretrained().float(), PATTERN)]
+)
+def test_padding_counts_beside_segment_ids(make):
+    model, ids = make().eval(), torch.randint(3, 50, (2, 12))
+    mask, segments = torch.ones_like(ids), torch.zeros(2, 12, dtype=torch.int32)
+    mask[1, :5] = 0
+    segments[:, 8:] = 1
+    both = model(ids, attention_mask=mask, segment_ids=segments).logits
+    want = model(ids, segment_ids=segments.masked_fill(mask == 0, -1)).logits
+    torch.testing.assert_close(both, want, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"attention_mask \(2, 12\) and segment_ids \(2, 11\) must have one shape"):
+        model(ids, attention_mask=mask, segment_ids=segments[:, 1:])

@@ -19,6 +19,7 @@ from pi_attention.convert.undo import undone_on_failure
 from pi_attention.models.caching import BoundedCache, PiCache, PiStaticCache
 from pi_attention.models.card import WithCard
 from pi_attention.models.generation import BoundedGeneration
+from pi_attention.models.inputs import check_inputs, without_padding
 from pi_attention.models.rotary import keep_in_fp32
 from pi_attention.pattern import PiPattern, need_pattern
 from pi_attention.segments import segment_starts, segments_of_batch
@@ -139,6 +140,8 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         like = input_ids if input_ids is not None else inputs_embeds
         if like is None:
             raise ValueError("pass either input_ids or inputs_embeds.")
+        check_inputs(input_ids, inputs_embeds, attention_mask, position_ids)
+        segment_ids = without_padding(segment_ids, attention_mask)
         use_cache = self.config.text_config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()

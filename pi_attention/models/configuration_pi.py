@@ -135,6 +135,23 @@ class PiConfig(PretrainedConfig):
             plan["layers.*.self_attn.gate.fc_out"] = "colwise"
         return plan
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of `PretrainedConfig`; a changed scaling of the rotary embedding keeps the base, unless it is changed too.
+
+        Raises:
+            ValueError: the changes name two bases.
+        """
+        changes = {name: kwargs.pop(name, None) for name in ("rope_theta", "rope_parameters", "rope_scaling")}
+        given = changes["rope_parameters"] or changes["rope_scaling"]
+        base = _base(changes["rope_theta"], given)
+        if base is not None or given is not None:
+            saved = config_dict.get("rope_parameters") or {}
+            base = base or saved.get("rope_theta") or config_dict.get("rope_theta")
+            parameters = (saved if given is None else given) | ({} if base is None else {"rope_theta": base})
+            config_dict = {k: v for k, v in config_dict.items() if k not in changes} | {"rope_parameters": parameters}
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def rope_theta(self) -> float:
         """Base of the rotary embedding, the one in `rope_parameters`."""
@@ -190,11 +207,15 @@ class PiConfig(PretrainedConfig):
 
 def _rotary(theta: float | None, parameters: dict[str, Any] | None) -> dict[str, Any]:
     """`rope_parameters` with the base in them, which may be given beside them instead."""
-    parameters = parameters or {}
-    inside = parameters.get("rope_theta")
+    return {"rope_type": "default"} | (parameters or {}) | {"rope_theta": _base(theta, parameters) or 10000.0}
+
+
+def _base(theta: float | None, parameters: dict[str, Any] | None) -> float | None:
+    """The base of the rotary embedding that is named, alone or among its parameters; ValueError for two."""
+    inside = (parameters or {}).get("rope_theta")
     if None not in (theta, inside) and theta != inside:
         raise ValueError(f"rope_theta={theta} and {inside} in rope_parameters are one setting: give it once.")
-    return {"rope_type": "default"} | parameters | {"rope_theta": theta or inside or 10000.0}
+    return theta or inside
 
 
 def _words_of_the_library(patterns: list[PiPattern]) -> tuple[int | None, list[str]]:

@@ -20,6 +20,7 @@ from pi_attention.models.card import WithCard
 from pi_attention.models.configuration_pi import PiConfig
 from pi_attention.models.generation import BoundedGeneration
 from pi_attention.models.initialisation import initialise
+from pi_attention.models.inputs import check_inputs, without_padding
 from pi_attention.models.library_cache import LibraryCache, known_cache
 from pi_attention.models.loss import sliced_loss
 from pi_attention.models.rotary import PiRotaryEmbedding
@@ -142,6 +143,8 @@ class PiModel(PiPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds, not both or none.")
+        check_inputs(input_ids, inputs_embeds, attention_mask, position_ids)
+        segment_ids = without_padding(segment_ids, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, tokens = inputs_embeds.shape[:2]
