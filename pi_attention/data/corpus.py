@@ -26,7 +26,8 @@ def load_documents(data: str, *, split: str = "train", text_field: str = "text")
         split: of a data set on the hub.
         text_field: the column that holds the text.
 
-    Every row arrives as the text that it is. Empty ones are left out, and a warning says how many.
+    Every row arrives as the text that it is. Empty ones are left out, and a warning says how many; another, how many
+    begin with a byte order mark. The mark of a file goes.
 
     Raises:
         FileNotFoundError, ValueError: there is no such corpus, it has no such field or no text, or a row is no text;
@@ -50,6 +51,13 @@ def load_documents(data: str, *, split: str = "train", text_field: str = "text")
     if len(documents) < len(found):
         warnings.warn(
             f"data={data!r}: {len(found) - len(documents):,} of {len(found):,} documents are empty, and left out.",
+            stacklevel=2,
+        )
+    marked = sum(document.startswith("\ufeff") for document in documents)
+    if marked:
+        warnings.warn(
+            f"data={data!r}: {marked:,} of {len(documents):,} documents begin with a byte order mark (U+FEFF), which "
+            "is kept as the text that it is: delete it where it was copied from the start of a file.",
             stacklevel=2,
         )
     return documents

@@ -30,7 +30,7 @@ from pi_attention.training.hub import check_hub, push
 from pi_attention.training.metrics import METRICS
 from pi_attention.training.ranks import best_device, joined, layout_of, rank_and_ranks
 from pi_attention.training.report import SUMMARY, write_report
-from pi_attention.training.resume import SETTINGS, refuse_to_overwrite, settings_to_resume
+from pi_attention.training.resume import SETTINGS, need_same_model, refuse_to_overwrite, settings_to_resume
 from pi_attention.training.run import Run
 from pi_attention.training.step import Parallel
 from pi_attention.training.trackers import check_trackers
@@ -61,6 +61,8 @@ def train(asked: TrainConfig, console: Console) -> bool:
         console = console if mesh is None or dist.get_rank() == 0 else Console(quiet=True)
         set_seed(config.run.seed)
         tokenizer = load_tokenizer(config.data.tokenizer)
+        if checkpoint is not None:
+            need_same_model(model_config(config, tokenizer), checkpoint, out / SETTINGS)
         training, validation = load_blocks(config, tokenizer)
         model = PiForCausalLM(model_config(config, tokenizer)).to(device).train()
         if config.optimizer.gradient_checkpointing:
