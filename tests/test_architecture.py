@@ -73,11 +73,12 @@ WITHIN = {
     "nn": ["gate", "layers", "sources", "attention"],
     "distributed": ["plan", "exchange", "context", "sharding", "tensor_parallel", "layout"],
     "models": [
-        "inputs",
+        "settings",
         "configuration_pi",
         "card",
         "initialisation",
         "caching",
+        "inputs",
         "library_cache",
         "continuous",
         "generation",

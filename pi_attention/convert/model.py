@@ -19,7 +19,7 @@ from pi_attention.convert.undo import undone_on_failure
 from pi_attention.models.caching import BoundedCache, PiCache, PiStaticCache
 from pi_attention.models.card import WithCard
 from pi_attention.models.generation import BoundedGeneration
-from pi_attention.models.inputs import check_inputs, without_padding
+from pi_attention.models.inputs import check_cache, check_inputs, without_padding
 from pi_attention.models.rotary import keep_in_fp32
 from pi_attention.pattern import PiPattern, need_pattern
 from pi_attention.segments import segment_starts, segments_of_batch
@@ -150,6 +150,8 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
                 f"past_key_values is a {type(past_key_values).__name__}: leave it out, or pass "
                 "model.new_cache(), which keeps what the patterns see."
             )
+        if past_key_values is not None:
+            check_cache(past_key_values, self._patterns)
         batch, tokens = like.shape[:2]
         near = self._moving_sinks(past_key_values, tokens)
         if past_key_values is not None:

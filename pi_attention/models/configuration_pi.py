@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from pi_attention.accounting import Sizes
+from pi_attention.models.settings import check_settings, warn_of_unknown
 from pi_attention.nn.gate import GATE_WIDTH
 from pi_attention.ops.api import Fusion
 from pi_attention.ops.checks import FUSIONS
@@ -81,6 +82,9 @@ class PiConfig(PretrainedConfig):
         eos_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
+        rope_parameters = rope_parameters or kwargs.pop("rope_scaling", None)  # the name of older configurations
+        check_settings(locals())
+        warn_of_unknown(list(kwargs), PiConfig.__init__)
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.intermediate_size = intermediate_size or -(-hidden_size * 8 // 3 // 32) * 32
         self.num_attention_heads = num_attention_heads
@@ -93,8 +97,7 @@ class PiConfig(PretrainedConfig):
         self.layer_patterns = layer_patterns
         self.gate, self.gate_features, self.qk_norm = gate, gate_features, qk_norm
         self.fusion: Fusion = fusion
-        scaling = kwargs.pop("rope_scaling", None)  # the name of older configurations
-        self.rope_parameters = _rotary(rope_theta, rope_parameters or scaling)
+        self.rope_parameters = _rotary(rope_theta, rope_parameters)
         self.max_position_embeddings, self.loss_slice = max_position_embeddings, loss_slice
         self.rms_norm_eps, self.initializer_range = rms_norm_eps, initializer_range
         self.use_cache = use_cache and causal
@@ -119,8 +122,6 @@ class PiConfig(PretrainedConfig):
             )
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {FUSIONS}, got {self.fusion!r}.")
-        if self.loss_slice is not None and self.loss_slice < 1:
-            raise ValueError(f"loss_slice={self.loss_slice} must be at least 1 token, or None.")
 
     def _tensor_parallel_plan(self) -> dict[str, str] | None:
         """Heads are split over the ranks; None where a pattern is spelled head by head, which no rank would split."""
