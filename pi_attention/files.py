@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTIAL = ".partial-"
+"""Before the name of what is not complete."""
+
 
 def sync(path: Path) -> None:
     """Have a file, or the names in a folder, on the disk."""
@@ -32,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A process that is killed leaves the earlier file, or none, and perhaps a hidden one that the next write replaces.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")  # keeps the ending, which names a picture's format
+    partial = path.with_name(f"{PARTIAL}{path.name}")  # keeps the ending, which names a picture's format
     partial.unlink(missing_ok=True)  # it may be a link to elsewhere
     try:
         yield partial
@@ -52,8 +55,9 @@ def replacing_folder(folder: Path, last: str) -> Iterator[Path]:
     call replaces.
     """
     final = folder.resolve()
-    there = final.is_dir() and any(entry.name != ".partial" for entry in final.iterdir())
-    partial = final / ".partial" if there else final.with_name(f".partial-{final.name}")
+    name = f"{PARTIAL}{final.name}"
+    there = final.is_dir() and any(entry.name != name for entry in final.iterdir())
+    partial = final / name if there else final.with_name(name)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

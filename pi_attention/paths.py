@@ -8,7 +8,9 @@ import stat
 import tempfile
 from pathlib import Path
 
-LONGEST_NAME = 255 - len(".partial-")
+from pi_attention.files import PARTIAL
+
+LONGEST_NAME = 255 - len(PARTIAL)
 """Bytes of a file's name that leave room for the one under which it is written first."""
 KINDS = {
     stat.S_IFDIR: "a folder",

@@ -420,4 +420,5 @@ def test_an_interrupted_conversion_leaves_nothing(other_files, llama, tmp_path, 
     assert command.execute(Console(quiet=True)) == 0
     assert AutoModelForCausalLM.from_pretrained(new).config.patterns()[0].window == 8
     assert not other_files or (new / "notes.txt").read_text() == "mine"
+    assert (new / "README.md").read_text().count("# new\n") == 1
     assert not list(tmp_path.rglob(".partial*")) and not (new / "trainer").exists()

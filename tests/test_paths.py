@@ -51,12 +51,10 @@ def odd(tmp_path, monkeypatch):
         (["plan", "--out", "/dev/null"], "out='/dev/null' is no file, but a device: choose another one"),
         (["plan", "--out", "folder.txt"], "out='folder.txt' is no file, but a folder: choose another one"),
         (["convert", "--model", "m", "--out", LONG], "out='xxx"),
-        (["experiment", "run", "cost", "--results", LONG], "results='xxx"),
         (["train", "--out", ""], "--out: the path is empty; '.' is the current folder"),
         (["train", "--out="], "--out: the path is empty"),
         (["eval", ""], "the path is empty"),
         (["plan", "--out", ""], "--out: the path is empty"),
-        (["experiment", "list", "--results", ""], "--results: the path is empty"),
     ],
     ids=lambda value: " ".join(word[:20] for word in value) if isinstance(value, list) else "",
 )

@@ -17,7 +17,7 @@ LAST_SETTING = "zero"
 """Of the file of settings: where it is missing, the file was cut off."""
 BATCH = ("optimizer.batch_size", "optimizer.gradient_accumulation")
 """How the blocks of a step are divided, which the layout changes."""
-OF_THE_MOMENT = ("run.out", "run.resume", "run.parallel", "run.zero", "run.patience", "run.checkpoint")
+OF_THE_MOMENT: tuple[str, ...] = ("run.out", "run.resume", "run.parallel", "run.zero", "run.patience", "run.checkpoint")
 OF_THE_MOMENT += ("run.report_to", "run.push_to_hub")
 """Settings that are not of the run, but of the machine and the moment."""
 OF_MODEL = {
