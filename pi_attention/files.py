@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PARTIAL = ".partial-"
+"""Before the name of what is not complete."""
 
 
 def sync(path: Path) -> None:
@@ -18,6 +22,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_folder(folder: Path) -> None:
+    """Have all files and folders of a folder on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """The name under which to write a file that appears as `path` when complete; its folder is made.
@@ -25,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A process that is killed leaves the earlier file, or none, and perhaps a hidden one that the next write replaces.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")  # keeps the ending, which names a picture's format
+    partial = path.with_name(f"{PARTIAL}{path.name}")  # keeps the ending, which names a picture's format
     partial.unlink(missing_ok=True)  # it may be a link to elsewhere
     try:
         yield partial
@@ -36,25 +46,37 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+@contextmanager
+def replacing_folder(folder: Path, last: str) -> Iterator[Path]:
+    """The folder in which to write files that appear in `folder` when all are complete.
+
+    A new folder appears as a whole. Into one that holds other files they are moved one by one, `last` at the end: where
+    that file is, all are. A block that raises leaves nothing; a process that is killed, a hidden folder that the next
+    call replaces.
+    """
+    final = folder.resolve()
+    name = f"{PARTIAL}{final.name}"
+    there = final.is_dir() and any(entry.name != name for entry in final.iterdir())
+    partial = final / name if there else final.with_name(name)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_folder(partial)
+        if there:
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
+                path.replace(final / path.name)
+        else:
+            partial.replace(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync(final.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file as UTF-8, whatever the locale, whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="")
-
-
-def need_folder(name: str, path: Path) -> None:
-    """Raise ValueError unless files can be written into the folder, which need not exist; `name` is the argument's."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name}={str(path)!r} has letters that the locale cannot express: set PYTHONUTF8=1, or choose another one."
-        ) from error
-    there = next((folder for folder in (path, *path.parents) if folder.exists() or folder.is_symlink()), Path())
-    if not there.is_dir():
-        raise ValueError(f"{name}={str(path)!r} cannot be a folder, {str(there)!r} is a file: choose another one.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}={str(path)!r} cannot be written, {str(there)!r} is read-only: choose another one.")
 
 
 def checksum(path: Path) -> int:

@@ -13,12 +13,22 @@ def segments_from_mask(attention_mask: Tensor) -> Tensor:
     """Segment ids of a padding mask: real tokens (non-zero) are one segment a row, padding is −1.
 
     Args:
-        attention_mask: [B, S] bool or integer; left, right or both sides padded.
+        attention_mask: [B, S] of 1 and 0, in any dtype; left, right or both sides padded.
+
+    Raises:
+        TypeError, ValueError: it is no such tensor; values are looked at unless a compiler traces.
     """
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a Tensor [B, S], got {type(attention_mask).__name__}.")
     if attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask must be [B, S], got shape {tuple(attention_mask.shape)}: "
             "pass the two-dimensional padding mask of the tokenizer."
+        )
+    if not torch.compiler.is_compiling() and bool((attention_mask < 0).any()):
+        raise ValueError(
+            "attention_mask holds negative numbers, as a mask that is added to scores does: pass 1 for tokens and 0 "
+            "for padding."
         )
     return (attention_mask != 0).to(torch.int32) - 1
 
@@ -29,9 +39,21 @@ def segments_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
     Args:
         cu_seqlens: [documents + 1] integers, from 0 upwards; tokens from cu_seqlens[-1] to `length` are padding.
         length: number of tokens of the packed row, S.
+
+    Raises:
+        TypeError, ValueError: they are no such lengths; values are looked at unless a compiler traces.
     """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+        raise TypeError("cu_seqlens must be an integer Tensor [documents + 1] of cumulative lengths, from 0 upwards.")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must be [documents + 1], got shape {tuple(cu_seqlens.shape)}.")
+    if not torch.compiler.is_compiling():
+        first, last, grows = cu_seqlens[0], cu_seqlens[-1], (cu_seqlens.diff() >= 0).all()
+        if first or last > length or not grows:
+            raise ValueError(
+                f"cu_seqlens must go from 0 upwards to at most length={length}, got {cu_seqlens.tolist()[:8]} …: they "
+                "are the sums of the documents' lengths."
+            )
     position = torch.arange(length, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens.to(position.dtype), position, right=True) - 1
     return torch.where(document < cu_seqlens.numel() - 1, document, -1).to(torch.int32)[None]

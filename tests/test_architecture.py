@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "pi_attention"
 
 ORDER = [
     "files",
+    "paths",
     "pattern",
     "accounting",
     "receptive_field",
@@ -72,10 +73,12 @@ WITHIN = {
     "nn": ["gate", "layers", "sources", "attention"],
     "distributed": ["plan", "exchange", "context", "sharding", "tensor_parallel", "layout"],
     "models": [
+        "settings",
         "configuration_pi",
         "card",
         "initialisation",
         "caching",
+        "inputs",
         "library_cache",
         "continuous",
         "generation",
@@ -90,8 +93,9 @@ WITHIN = {
         "values",
         "config",
         "metrics",
-        "checkpoints",
         "earlier",
+        "unsealed",
+        "checkpoints",
         "state",
         "step",
         "optimizer",
@@ -107,11 +111,11 @@ WITHIN = {
         "train",
         "finetune",
     ],
-    "cli": ["terminal", "limits", "options", "runs"],
+    "cli": ["terminal", "limits", "options", "runs", "pretrained"],
 }
 """Files of a room, each importing only from those above it; the rest of the room stands behind them, free in itself."""
 
-STANDARD_LIBRARY_ONLY = ["files", "pattern", "accounting", "receptive_field", "planner", "devices"]
+STANDARD_LIBRARY_ONLY = ["files", "paths", "pattern", "accounting", "receptive_field", "planner", "devices"]
 
 
 def modules() -> dict[str, Path]:

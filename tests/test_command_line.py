@@ -355,7 +355,7 @@ def test_a_key_that_stands_twice_in_a_file_is_named(tmp_path):
     (tmp_path / "twice.yaml").write_text("model:\n  heads: 2\nmodel:\n  heads: 4\n")
     with pytest.raises(ValueError, match=r"twice\.yaml.*the key 'model' stands twice"):
         load_yaml(TrainConfig, tmp_path / "twice.yaml")
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is no file, but a folder"):
         load_yaml(TrainConfig, tmp_path)
 
 

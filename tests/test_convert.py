@@ -1,7 +1,12 @@
 """Pretrained decoders of transformers with π-Attention: exact, bounded, saved and restored."""
 
+import shutil
+from copy import deepcopy
+
 import pytest
 import torch
+from rich.console import Console
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
@@ -10,6 +15,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -19,7 +25,7 @@ from transformers import (
 from pi_attention import PiPattern, coordinated_heads
 from pi_attention.convert import PiConvertedForCausalLM, convert, register
 from pi_attention.masks import dense_mask
-from pi_attention.models import PiCache
+from pi_attention.models import PiCache, PiConfig
 
 SIZES = {
     "vocab_size": 99,
@@ -287,3 +293,132 @@ def test_rotary_frequencies_of_a_converted_model_stay_exact(cast):
     want = rotary(x, positions)
     for got, exact in zip(cast(model) and rotary(x, positions), want, strict=True):
         assert torch.equal(got, exact)
+
+
+class Packed(nn.Module):
+    """A projection without a parameter, as packed weights are."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = [linear]
+
+    def forward(self, x):
+        return self.linear[0](x)
+
+
+@pytest.mark.parametrize(
+    "replacement", [lambda q: nn.Identity(), nn.Sequential, Packed], ids=["identity", "in", "packed"]
+)
+def test_a_replaced_projection_gets_its_gate(replacement):
+    model = pretrained()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = replacement(layer.self_attn.q_proj)
+    ids, want = prompt(), convert(deepcopy(model), PATTERN, gate=False)(prompt()).logits
+    converted = convert(model, PATTERN)
+    assert {gate.dtype for name, gate in converted.named_parameters() if "pi_gate" in name} == {torch.float64}
+    torch.testing.assert_close(converted(ids).logits, want)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that this way of quantising moves elsewhere
+def test_a_dynamically_quantised_model_is_converted():
+    model, ids = pretrained().float(), prompt()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    converted = convert(quantised, PATTERN)
+    want = convert(pretrained().float(), PATTERN)(ids).logits
+    assert (converted(ids).logits - want).abs().mean() < 0.2 * want.abs().mean()
+    assert converted.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 43)
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "words"),
+    [
+        ([], ValueError, "converts nothing"),
+        ([0.5], TypeError, "indices of layers"),
+        ([True], TypeError, "indices of layers"),
+        (1, TypeError, "indices of layers"),
+        ("0", TypeError, "indices of layers"),
+        ([0, 3], ValueError, "has layers 0 to 2"),
+    ],
+)
+def test_layers_that_are_none_are_refused(layers, error, words):
+    with pytest.raises(error, match=words):
+        convert(pretrained(), PATTERN, layers=layers)
+    with pytest.raises(TypeError, match="gate must be True or False, got 'no'"):
+        convert(pretrained(), PATTERN, gate="no")
+
+
+def test_layers_in_any_form_are_saved(tmp_path):
+    convert(pretrained(), PATTERN, layers=torch.tensor([2, 0, 2])).save_pretrained(tmp_path)
+    assert PiConvertedForCausalLM.from_pretrained(tmp_path).config.text_config.pi_attention["layers"] == [0, 2]
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A saved model with its tokenizer, and the arguments of a short conversion into `new`."""
+    from pi_attention.data.tokenizers import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": len(tokenizer)})).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 60)
+    options = ["--window", "8", "--period", "8", "--skips", "4", "--context", "64", "--eval-blocks", "0"]
+    return ["convert", "--out", str(tmp_path / "new"), "--data", str(tmp_path / "text.txt"), *options]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("file", "holds no config.json: give the hub name"),
+        ("empty", "holds no config.json"),
+        ("run", "holds no config.json.* The run's model is in '.*model'"),
+        ("no-tokenizer", "has no tokenizer that can be loaded, save one there"),
+        ("no-weights", "cannot be loaded as a causal language model"),
+        ("no-json", "cannot be loaded, give the folder or the hub name"),
+        ("ours", r"is a model of π-Attention already \(pi\)"),
+        ("nobody/none", "model='nobody/none' cannot be loaded"),
+        ("x" * 300, "model='xxx.* cannot be loaded"),
+    ],
+)
+def test_a_pretrained_model_that_cannot_serve_is_named(kind, words, llama, tmp_path, monkeypatch):
+    from pi_attention.cli.main import parse
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for name in ("run/model", "no-tokenizer", "no-weights", "no-json"):
+        shutil.copytree(tmp_path / "llama", tmp_path / name)
+    for file in (tmp_path / "no-tokenizer").glob("token*"):
+        file.unlink()
+    (tmp_path / "no-weights" / "model.safetensors").unlink()
+    (tmp_path / "no-json" / "config.json").write_text("{")
+    PiConfig(num_hidden_layers=1).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=words):
+        parse([*llama, "--model", kind]).execute(Console(quiet=True))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("other_files", [False, True])
+def test_an_interrupted_conversion_leaves_nothing(other_files, llama, tmp_path, monkeypatch):
+    from pi_attention.cli.main import parse
+
+    new = tmp_path / "new"
+    if other_files:
+        new.mkdir()
+        (new / "notes.txt").write_text("mine")
+    command = parse([*llama, "--model", str(tmp_path / "llama"), "--finetune-steps", "1"])
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patched:
+        patched.setattr(PreTrainedTokenizerBase, "save_pretrained", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            command.execute(Console(quiet=True))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert command.execute(Console(quiet=True)) == 0
+    assert AutoModelForCausalLM.from_pretrained(new).config.patterns()[0].window == 8
+    assert not other_files or (new / "notes.txt").read_text() == "mine"
+    assert (new / "README.md").read_text().count("# new\n") == 1
+    assert not list(tmp_path.rglob(".partial*")) and not (new / "trainer").exists()

@@ -215,3 +215,10 @@ def test_a_folder_says_what_it_leaves_out(tmp_path):
     (tmp_path / "c.md").write_text("three")
     with pytest.warns(UserWarning, match=r"1 entries that are no \.txt file are left out, such as 'c\.md'"):
         assert len(load_documents(str(tmp_path))) == 2
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+def test_a_byte_order_mark_in_a_field_is_told_and_kept(kind, tmp_path):
+    documents = ["\ufeffHello", "in the \ufeffmiddle", "none"]
+    with pytest.warns(UserWarning, match="1 of 3 documents begin with a byte order mark"):
+        assert load_documents(write(tmp_path / f"d{kind}", documents)) == documents

@@ -309,6 +309,9 @@ def test_compiled_model_agrees():
     for length in (40, 50, 60):
         ids = prompt(2, length)
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    whole = compiled(ids, use_cache=True)  # makes the cache in the graph
+    torch.testing.assert_close(whole.logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert whole.past_key_values.get_seq_length() == 60
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM"])
@@ -405,7 +408,7 @@ def test_the_loss_by_slices_is_the_loss_and_its_logits_never_exist_together(name
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert model(ids).logits.shape == (2, 60, 64)
-    with pytest.raises(ValueError, match="loss_slice=0 must be at least 1"):
+    with pytest.raises(ValueError, match="loss_slice must be at least 1, got 0"):
         make(name, loss_slice=0)
 
 

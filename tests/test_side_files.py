@@ -1,12 +1,13 @@
 """What lies beside a run's checkpoints is whole or absent, and damage is named, never trained over."""
 
+import re
 import shutil
 
 import matplotlib.figure
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pi_attention import files, plots
 from pi_attention.cli.main import parse
@@ -176,3 +177,74 @@ def test_checkpoints_of_both_names_are_one_series(tmp_path):
     (tmp_path / ".partial").mkdir()
     checkpoints.publish_checkpoint(tmp_path / ".partial", tmp_path, 10, keep=2)
     assert [path.name for path in checkpoints.checkpoints_of(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
+
+
+def of_trainer(folder, bad=None):
+    """A checkpoint as transformers.Trainer wrote it for an earlier version."""
+    folder.mkdir()
+    torch.save({"state": {0: torch.ones(50)}, "param_groups": []}, folder / "optimizer.pt")
+    save_file({"w": torch.ones(50)}, folder / "model.safetensors")
+    (folder / "trainer_state.json").write_text("{}")
+    if bad is not None:
+        bad(folder)
+    return folder
+
+
+UNREADABLE = {
+    "cut": (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08"), "model.safetensors cannot be read"),
+    "empty": (lambda folder: (folder / "optimizer.pt").write_bytes(b""), "optimizer.pt cannot be read"),
+    "flipped": (lambda folder: flip(folder / "optimizer.pt"), "optimizer.pt cannot be read"),
+    "missing": (lambda folder: (folder / "model.safetensors").unlink(), "model*.safetensors is missing"),
+    "half": (lambda folder: (folder / "optimizer.pt").unlink(), ".metadata is missing"),
+    "no json": (lambda folder: (folder / "trainer_state.json").write_text("{"), "trainer_state.json cannot be read"),
+    "nothing": (lambda folder: [path.unlink() for path in folder.iterdir()], "it is empty"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_can_be_verified_of_an_older_checkpoint_is(kind, tmp_path):
+    bad, words = UNREADABLE[kind]
+    of_trainer(tmp_path / "checkpoint-4")
+    assert checkpoints.damage(of_trainer(tmp_path / "checkpoint-6", bad)) == words
+    with pytest.raises(ValueError, match=f"checkpoint-6 of out=.* is damaged, {re.escape(words)}.*--checkpoint 4"):
+        checkpoints.checkpoint_to_resume(tmp_path, None)
+    with pytest.warns(UserWarning, match=r"checkpoint-4 of out=.* has no files\.json"):
+        assert checkpoints.checkpoint_to_resume(tmp_path, 4) == tmp_path / "checkpoint-4"
+
+
+def test_a_checkpoint_without_checksums_is_told_once_and_used(run, stopped):
+    shutil.rmtree(stopped / "checkpoint-6")
+    (stopped / "checkpoint-4" / checkpoints.MANIFEST).unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint-4 of out=.* has no files\.json") as told:
+        assert execute("train", "--out", str(stopped), "--resume") == 0
+    assert sum("files.json" in str(warning.message) for warning in told) == 1
+    whole, again = (load_file(folder / "model" / "model.safetensors") for folder in (run, stopped))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("hidden_size: 16", r"hidden_size=32 \(16 in checkpoint-6\)"),
+        ("layers: 1", r"layers=2 \(1 in checkpoint-6\)"),
+        ("window: 4", r"window=8 \(4 in checkpoint-6\)"),
+        ("context: 32", r"context=64 \(32 in checkpoint-6\)"),
+        ("qk_norm: true", r"qk_norm=False \(True in checkpoint-6\)"),
+    ],
+)
+def test_settings_that_were_edited_are_named_with_those_of_the_checkpoint(setting, words, stopped):
+    file, (name, value) = stopped / "train.yaml", setting.split(": ")
+    text = file.read_text()
+    assert f"{setting}\n" in text
+    edited = text.replace(f"{setting}\n", f"{name}: {'false' if value == 'true' else 2 * int(value)}\n")
+    file.write_text(edited)
+    with pytest.raises(ValueError, match=rf"train\.yaml has other settings than the run's checkpoint: {words}\. Write"):
+        execute("train", "--out", str(stopped), "--resume")
+    assert file.read_text() == edited
+
+
+def test_a_checkpoint_that_does_not_say_its_model_resumes(stopped):
+    (stopped / "checkpoint-6" / checkpoints.CONFIG).unlink()
+    (stopped / "checkpoint-6" / checkpoints.MANIFEST).unlink()
+    with pytest.warns(UserWarning, match=r"has no files\.json"):
+        assert execute("train", "--out", str(stopped), "--resume") == 0

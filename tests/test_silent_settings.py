@@ -9,9 +9,10 @@ from test_convert import PATTERN, pretrained, prompt
 from torch import nn
 from transformers import AutoConfig, GenerationMixin, Trainer, TrainingArguments
 
-from pi_attention import PiPattern, pi_attention, segments_from_mask
+from pi_attention import PiPattern, pi_attention, segments_from_cu_seqlens, segments_from_mask
 from pi_attention.convert import convert, register
 from pi_attention.models import (
+    PiCache,
     PiConfig,
     PiForCausalLM,
     PiForMaskedLM,
@@ -260,3 +261,141 @@ def fail_later(where):
         return usual(*args, **kwargs)
 
     return replacement
+
+
+def test_a_changed_scaling_keeps_the_base_and_two_bases_are_refused(tmp_path):
+    PiForCausalLM(PiConfig(**BASE, rope_theta=1e5)).save_pretrained(tmp_path)
+    linear = {"rope_type": "linear", "factor": 2.0}
+    for kind in (PiConfig, AutoConfig, PiForCausalLM):
+
+        def parameters(kind=kind, **changes):
+            found = kind.from_pretrained(tmp_path, **changes)
+            return getattr(found, "config", found).rope_parameters
+
+        assert parameters() == {"rope_type": "default", "rope_theta": 1e5}
+        assert parameters(rope_parameters=linear) == linear | {"rope_theta": 1e5}
+        assert parameters(rope_scaling=linear) == linear | {"rope_theta": 1e5}
+        assert parameters(rope_parameters=linear, rope_theta=7.0) == linear | {"rope_theta": 7.0}
+        assert parameters(rope_parameters=linear | {"rope_theta": 7.0}, rope_theta=7.0)["rope_theta"] == 7.0
+        for name in ("rope_parameters", "rope_scaling"):
+            with pytest.raises(ValueError, match=r"rope_theta=8\.0 and 7\.0 in rope_parameters are one setting"):
+                parameters(rope_theta=8.0, **{name: linear | {"rope_theta": 7.0}})
+    model = PiForCausalLM.from_pretrained(tmp_path, rope_parameters=linear)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq[1], torch.tensor(1e5 ** (-2 / 8) / 2))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: PiForCausalLM(PiConfig(**BASE)), lambda: convert(pretrained().float(), PATTERN)]
+)
+def test_inputs_of_a_model_are_dense_tensors_of_the_usual_kinds(make):
+    model, ids = make(), torch.ones(1, 3, dtype=torch.long)
+    parts = [torch.arange(3), torch.arange(5)]
+    for layout in (torch.jagged, torch.strided):
+        with pytest.raises(TypeError, match=r"input_ids is a nested tensor: pass a dense one \[B, T\]"):
+            model(torch.nested.nested_tensor(parts, layout=layout))
+    with pytest.raises(TypeError, match=r"attention_mask is a torch\.sparse_coo tensor"):
+        model(ids, attention_mask=torch.ones(1, 3).to_sparse())
+    for wrong, error, words in (
+        ({"input_ids": [[1, 2]]}, TypeError, r"input_ids must be a Tensor \[B, T\], got list"),
+        ({"input_ids": ids[0]}, ValueError, r"input_ids must be \[B, T\] with at least one token, got shape \(3,\)"),
+        ({"input_ids": ids[:, :0]}, ValueError, "at least one token"),
+        ({"input_ids": ids.float()}, TypeError, r"input_ids has dtype torch\.float32: cast it to int64"),
+        ({"input_ids": ids, "position_ids": ids[0]}, ValueError, r"position_ids must be \[B or 1, T\]"),
+        ({"input_ids": ids, "position_ids": ids / 2}, TypeError, "position_ids has dtype"),
+        ({"input_ids": ids, "attention_mask": [[1, 1, 1]]}, TypeError, "attention_mask must be a Tensor"),
+    ):
+        with pytest.raises(error, match=words):
+            model(**wrong)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: PiForCausalLM(PiConfig(**BASE)), lambda: convert(pretrained().float(), PATTERN)]
+)
+def test_padding_counts_beside_segment_ids(make):
+    model, ids = make().eval(), torch.randint(3, 50, (2, 12))
+    mask, segments = torch.ones_like(ids), torch.zeros(2, 12, dtype=torch.int32)
+    mask[1, :5] = 0
+    segments[:, 8:] = 1
+    both = model(ids, attention_mask=mask, segment_ids=segments).logits
+    want = model(ids, segment_ids=segments.masked_fill(mask == 0, -1)).logits
+    torch.testing.assert_close(both, want, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"attention_mask \(2, 12\) and segment_ids \(2, 11\) must have one shape"):
+        model(ids, attention_mask=mask, segment_ids=segments[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1"),
+        ({"intermediate_size": -3}, "intermediate_size must be at least 1"),
+        ({"max_position_embeddings": -5}, "max_position_embeddings must be at least 1"),
+        ({"hidden_size": 16.0}, r"hidden_size must be an int, got 16\.0"),
+        ({"rope_theta": 0}, "rope_theta must be a finite number above 0, got 0"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a finite number"),
+        ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta must be a finite number above 0"),
+        ({"rope_parameters": {"rope_type": "nope"}}, "rope_type='nope' is unknown: use one of .*yarn"),
+        ({"rope_parameters": "yarn"}, "rope_parameters must be a dict"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be a finite number, at least 0"),
+        ({"gate": "no"}, "gate must be True or False, got 'no'"),
+        ({"qk_norm": 1}, "qk_norm must be True or False, got 1"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(settings, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        PiConfig(**BASE | settings)
+
+
+def test_settings_that_do_nothing_are_told(recwarn):
+    PiConfig(**BASE, my_own_note="kept", architectures=["PiForCausalLM"], dtype="float32")
+    assert not [warning for warning in recwarn if "no setting" in str(warning.message)]
+    with pytest.warns(UserWarning, match="PiConfig has no setting 'windw', which does nothing: did you mean window"):
+        PiConfig(**BASE, windw=3)
+    with pytest.warns(UserWarning, match="no setting 'attention_dropout', which does nothing, leave it out"):
+        PiConfig(**BASE, attention_dropout=0.5)
+
+
+@pytest.mark.parametrize("kind", [PiCache, lambda patterns: PiStaticCache(patterns, 40)], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "make", [lambda: PiForCausalLM(PiConfig(**BASE)), lambda: convert(pretrained().float(), PATTERN)]
+)
+def test_a_cache_of_another_pattern_is_refused(make, kind):
+    model, ids = make().eval(), torch.randint(3, 50, (1, 20))
+    right = model.config.patterns()
+    for patterns in ([], [*right, right[0]], [PiPattern(1, 1, 0)] * len(right)):
+        with pytest.raises(ValueError, match="past_key_values keeps the keys of"):
+            model(ids, past_key_values=kind(patterns), use_cache=True)
+    want = model(ids, use_cache=False).logits
+    torch.testing.assert_close(model(ids, past_key_values=kind(right), use_cache=True).logits, want)
+
+
+def test_a_tuple_is_no_cache():
+    with pytest.raises(TypeError, match="past_key_values must be a Cache of transformers, got tuple"):
+        PiForCausalLM(PiConfig(**BASE))(torch.ones(1, 3, dtype=torch.long), past_key_values=((torch.zeros(1),) * 2,))
+
+
+def test_a_scale_is_a_finite_number():
+    query = torch.randn(1, 2, 8, 4)
+    for wrong in (torch.tensor(0.5, requires_grad=True), "x", True):
+        with pytest.raises(TypeError, match="scale must be a float, got"):
+            pi_attention(query, query, query, PATTERN, scale=wrong)
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scale must be finite, got"):
+            pi_attention(query, query, query, PATTERN, scale=wrong)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error"),
+    [([0, 5, 3], ValueError), ([-1, 5], ValueError), ([1, 5], ValueError), ([0, 9], ValueError), ([0, 5.5], TypeError)],
+)
+def test_lengths_that_are_no_sums_are_refused(lengths, error):
+    with pytest.raises(error, match="cu_seqlens must"):
+        segments_from_cu_seqlens(torch.tensor(lengths), 8)
+
+
+def test_a_mask_to_be_added_is_no_padding_mask():
+    with pytest.raises(ValueError, match="attention_mask holds negative numbers"):
+        segments_from_mask(torch.tensor([[0.0, -1e9]]))
+    with pytest.raises(TypeError, match="attention_mask must be a Tensor"):
+        segments_from_mask([[1, 1]])

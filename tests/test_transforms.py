@@ -231,3 +231,63 @@ def test_a_case_in_single_precision_has_its_tangent(impl):
     exact = [x.double() for x in inputs]
     _, want = jvp(results_of(case, "reference"), tuple(exact), tuple(exact))
     torch.testing.assert_close(tangent[0].double(), want[0], rtol=1e-4, atol=1e-4)
+
+
+COVERING = {
+    "causal": PiPattern(16, 4, 2),
+    "bidirectional": PiPattern(16, 4, 2, causal=False),
+    "appended": PiPattern(16, 4, 2, sinks=2),
+}
+
+
+@pytest.mark.parametrize("kind", COVERING)
+@pytest.mark.parametrize("segmented", [False, True])
+def test_higher_derivatives_where_attention_is_pytorch_s_own(kind, segmented):
+    """The kernels of scaled_dot_product_attention have a first derivative alone."""
+    query, key, value = (x.requires_grad_() for x in tensors(1, 2, 8, 4))
+    query = query[:, :, 3:] if kind == "appended" else query
+    ids = torch.tensor([[-1, 0, 0, 1, 1, 1, 1, 1]], dtype=torch.int32) if segmented else None
+
+    def third(impl):
+        out = pi_attention(query, 2 * key, value, COVERING[kind], segment_ids=ids, impl=impl)
+        found = []
+        for power in (3, 2, 1):
+            grads = torch.autograd.grad(out.pow(power).sum(), (key, value), create_graph=True)
+            out = torch.cat(grads)
+            found.append(out)
+        return found
+
+    torch.testing.assert_close(third("auto"), third("reference"))
+
+
+@pytest.mark.parametrize("pattern", [SQUARE, replace(SQUARE, sinks=2), PiPattern(32, 4, 2)], ids=str)
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "jacrev", "jacfwd", "hessian", "vmap of grad"])
+def test_compiled_transforms_are_those_that_are_not(pattern, transform):
+    query, key, value = tensors(1, 2, 12, 4)
+
+    def f(q):
+        return pi_attention(q, key, value, pattern)
+
+    def loss(q):
+        return f(q).pow(2).sum()
+
+    whole = {
+        "grad": grad(loss),
+        "jvp": lambda q: jvp(f, (q,), (q,))[1],
+        "vmap": lambda q: vmap(f)(torch.stack([q, 2 * q])),
+        "jacrev": jacrev(f),
+        "jacfwd": jacfwd(f),
+        "hessian": hessian(loss),
+        "vmap of grad": lambda q: vmap(grad(loss))(torch.stack([q, 2 * q])),
+    }[transform]
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(whole, backend="aot_eager", fullgraph=True)(query), whole(query))
+
+
+def test_second_derivatives_of_compiled_code_raise():
+    query = torch.randn(1, 2, 12, 4, requires_grad=True)
+    for pattern in (SQUARE, PiPattern(32, 4, 2)):
+        compiled = torch.compile(lambda q, p=pattern: pi_attention(q, q, q, p), backend="aot_eager")
+        (first,) = torch.autograd.grad(compiled(query).pow(2).sum(), query, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            first.sum().backward()

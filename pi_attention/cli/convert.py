@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from rich.console import Console
 
-from pi_attention.cli.runs import SAFELY
-from pi_attention.files import need_folder
+from pi_attention.cli.pretrained import load_decoder, load_tokenizer_of, need_decoder
+from pi_attention.files import replacing_folder
+from pi_attention.paths import need_folder, status_of
 
 
 @dataclass
@@ -51,12 +53,9 @@ class Convert:
         """Run the command; the exit code."""
         if not self.model:
             raise ValueError("model is empty: give the folder or the hub name of a pretrained model.")
-        if (self.out / "config.json").exists():
-            raise FileExistsError(f"out={str(self.out)!r} holds a model already: choose another folder, or delete it.")
         need_folder("out", self.out)
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
+        if status_of("out", self.out / "config.json") is not None:
+            raise FileExistsError(f"out={str(self.out)!r} holds a model already: choose another folder, or delete it.")
         from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
         from pi_attention.data.corpus import load_documents
@@ -69,11 +68,11 @@ class Convert:
         from pi_attention.training.finetune import LEARNING_RATES, finetune
 
         pattern = pattern_of(self)
-        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+        need_decoder(self.model)
+        tokenizer = load_tokenizer_of(self.model)
         parts = hold_out(load_documents(self.data), 0.1, self.seed)
         training, validation = (PackedBlocks(part, tokenizer, self.context) for part in parts)
-        # fp32, so that the small steps of a fine-tune are not rounded away
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, **SAFELY).to(best_device())
+        model = load_decoder(self.model).to(best_device())
 
         facts = {"data": f"{self.data}, 10% held out", "context": f"{self.context:,} tokens"}
 
@@ -88,20 +87,22 @@ class Convert:
         converted = convert(model, pattern, gate=self.gate)
         report(f"{pattern}, untrained")
         if self.finetune_steps:
-            finetune(
-                converted,
-                training,
-                steps=self.finetune_steps,
-                part=self.part,
-                learning_rate=self.learning_rate or LEARNING_RATES[self.part],
-                out=self.out / "trainer",
-                seed=self.seed,
-            )
+            with TemporaryDirectory() as folder:
+                finetune(
+                    converted,
+                    training,
+                    steps=self.finetune_steps,
+                    part=self.part,
+                    learning_rate=self.learning_rate or LEARNING_RATES[self.part],
+                    out=Path(folder),
+                    seed=self.seed,
+                )
             report(f"after {self.finetune_steps} steps of {self.part}")
-        converted.save_pretrained(self.out)
-        tokenizer.save_pretrained(self.out)
-        picture = save_picture(self.out, [pattern], self.context)
-        base_model = "" if Path(self.model).exists() else self.model
-        write_card(self.out, converted.config, facts, base_model=base_model, picture=picture)
+        with replacing_folder(self.out, "config.json") as partial:
+            converted.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            picture = save_picture(partial, [pattern], self.context)
+            base_model = "" if Path(self.model).exists() else self.model
+            write_card(partial, converted.config, facts, base_model=base_model, picture=picture)
         console.print(f"Saved in {self.out}. Next: pi-attention generate {self.out}")
         return 0

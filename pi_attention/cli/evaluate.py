@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pi_attention.files import need_folder, write_text
+from pi_attention.files import write_text
+from pi_attention.paths import need_folder
 
 if TYPE_CHECKING:
     from pi_attention.data.packing import PackedBlocks
@@ -46,7 +47,7 @@ class Eval:
         from pi_attention.cli.runs import load_run
         from pi_attention.tasks.language_modelling import evaluate
 
-        need_folder("out", self.out or self.run)
+        need_folder("run" if self.out is None else "out", self.out or self.run)
         model, tokenizer = load_run(self.run)
         blocks = self._blocks(model, tokenizer)
         if not console.is_terminal:  # where no bar is shown

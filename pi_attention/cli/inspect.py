@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi_attention.cli.runs import model_folder, need_ours
-from pi_attention.files import need_folder
+from pi_attention.paths import need_folder
 from pi_attention.pattern import PiPattern
 from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density, keys_read, receptive_field
 from pi_attention.training.config import pattern_of
@@ -61,7 +61,7 @@ class Inspect:
 
         if self.empirical and self.run is None:
             raise ValueError("empirical=True needs a run to measure: pi-attention inspect RUN --empirical.")
-        need_folder("out", self.out or self.run or Path())
+        need_folder("out" if self.out or self.run is None else "run", self.out or self.run or Path())
         stack, context, heads, kv_heads, head_dim = self._describe()
         if context < 1 or not stack:
             raise ValueError(f"context={context} and layers={len(stack)} must be at least 1.")

@@ -58,6 +58,8 @@ def _check(command: str, name: str, value: Any) -> None:
             raise ValueError(f"{name} must be positive, got {value}.")
         return
     least = 2 if name == "context" and command in TEXT else LEAST.get(name, 1)
+    if (command, name) == ("convert", "eval_blocks"):  # there, 0 measures nothing
+        least = 0
     if value < least:
         why = ": the first token of a block only predicts" if least == 2 else ""
         raise ValueError(f"{name} must be at least {least}, got {value}{why}.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -15,7 +17,7 @@ from pi_attention.cli.evaluate import Eval
 from pi_attention.cli.generate import Generate
 from pi_attention.cli.inspect import Inspect
 from pi_attention.cli.limits import check_limits
-from pi_attention.cli.options import check_options, nearest, parser_errors_in_one_line, take_config
+from pi_attention.cli.options import REGISTRY, check_options, nearest, parser_errors_in_one_line, take_config
 from pi_attention.cli.plan import Plan
 from pi_attention.cli.terminal import (
     TRACEBACK,
@@ -27,6 +29,7 @@ from pi_attention.cli.terminal import (
     warnings_in_one_line,
 )
 from pi_attention.cli.train import Train
+from pi_attention.paths import refused
 from pi_attention.training.config import load_yaml
 
 COMMANDS: dict[str, Any] = {
@@ -68,17 +71,53 @@ def parse(arguments: list[str]) -> Any:
             description="Train, evaluate and look into transformers with π-Attention.\n\n"
             "Each command also takes --config FILE.yaml. Flags win over the file.",
             config=short_names,
+            registry=REGISTRY,
         )
     name, *rest = arguments
     kind = COMMANDS[name]
     check_options(name, kind, rest)
     default = kind() if config is None else load_yaml(kind, config)
     if {"-h", "--help"} & set(rest):  # prints, and leaves
-        return tyro.cli(kind, args=rest, default=default, prog=f"pi-attention {name}", config=short_names)
+        return tyro.cli(
+            kind, args=rest, default=default, prog=f"pi-attention {name}", config=short_names, registry=REGISTRY
+        )
     with parser_errors_in_one_line(name):
-        command = tyro.cli(kind, args=rest, default=default, prog=f"pi-attention {name}", config=short_names)
+        command = tyro.cli(
+            kind, args=rest, default=default, prog=f"pi-attention {name}", config=short_names, registry=REGISTRY
+        )
     check_limits(name, command)
     return command
+
+
+def named(settings: Any, error: OSError) -> OSError | ValueError:
+    """The system's error as one of the argument whose path it concerns, where there is one."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            found = named(value, error)
+            if found is not error:
+                return found
+        elif isinstance(value, Path | str) and str(value) not in ("", "."):
+            path = Path(str(error.filename))
+            if Path(value) in (path, *path.parents):
+                return refused(field.name, value, error)
+    return error
+
+
+def run(command: Any) -> int:
+    """Execute a command; the exit code.
+
+    Raises:
+        ValueError: the system refuses a path; the message names the argument.
+    """
+    try:
+        code: int = command.execute(make_console())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise named(command, error) from error
+    sys.stdout.flush()
+    return code
 
 
 def main() -> None:
@@ -88,8 +127,7 @@ def main() -> None:
     prepare_streams()
     try:
         with warnings_in_one_line():
-            code = parse(sys.argv[1:]).execute(make_console())
-            sys.stdout.flush()
+            code = run(parse(sys.argv[1:]))
     except BrokenPipeError:  # `| head` has read enough
         close_quietly()
         code = UNEXPECTED

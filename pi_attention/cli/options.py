@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import tyro
+
 SIDES = "│| "
 RULES = "╭╮╰╯─+- "
 
@@ -48,6 +50,35 @@ def check_options(command: str, kind: Any, arguments: list[str]) -> None:
                 f"{argument.partition('=')[0]!r} is no option of pi-attention {command}{nearest(name, known)} "
                 f"pi-attention {command} --help lists them all."
             )
+
+
+REGISTRY = tyro.constructors.ConstructorRegistry()
+"""How arguments become settings, where tyro would do it otherwise."""
+
+
+def _as_path(words: list[str]) -> Path:
+    if not words[0]:
+        raise ValueError("the path is empty; '.' is the current folder")
+    return Path(words[0])
+
+
+def _as_path_or_none(words: list[str]) -> Path | None:
+    return None if words == ["None"] else _as_path(words)
+
+
+@REGISTRY.primitive_rule
+def _paths(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Paths, but for an empty one, which pathlib takes for the current folder."""
+    if info.type not in (Path, Path | None):
+        return None
+    optional = info.type is not Path
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_as_path_or_none if optional else _as_path,
+        is_instance=lambda value: isinstance(value, Path) or (optional and value is None),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 def take_config(arguments: list[str]) -> tuple[list[str], Path | None]:

@@ -20,7 +20,8 @@ from pi_attention.accounting import (
     roofline_seconds,
 )
 from pi_attention.devices import DEVICES
-from pi_attention.files import need_folder, write_text
+from pi_attention.files import write_text
+from pi_attention.paths import need_new_file
 from pi_attention.planner import Plan as Found
 from pi_attention.planner import longest_stretch, plan
 from pi_attention.receptive_field import receptive_field
@@ -70,7 +71,7 @@ class Plan:
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}.")
         if self.out is not None:
-            need_folder("out", self.out.parent)
+            need_new_file("out", self.out)
         found = self.found()
         figures = self.figures(found)
         words = {name: value for name, value in figures["pattern"].items() if hasattr(ModelSettings, name)}

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pi_attention.paths import need_file, status_of
+
 SAFELY: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 """How weights of a stranger are loaded: no pickle is read, and no code of theirs runs."""
 
@@ -16,8 +18,9 @@ def model_folder(run: Path) -> Path:
     Raises:
         FileNotFoundError: there is no model; the message says why.
     """
+    status_of("run", run)
     folder = run / "model" if (run / "model").is_dir() else run
-    if not (folder / "config.json").exists():
+    if status_of("run", folder / "config.json") is None:
         unfinished = " The run has not finished: pi-attention train --resume." if (run / "train.yaml").exists() else ""
         wanted = "" if unfinished else " Name the folder of a training run, or one that save_pretrained wrote."
         raise FileNotFoundError(f"run={str(run)!r} holds no model.{unfinished}{wanted}")
@@ -64,6 +67,7 @@ def need_own_weights(run: Path) -> None:
 def need_ours(run: Path, kinds: tuple[str, ...]) -> None:
     """Raise ValueError unless the model of a run is of one of these kinds (`model_type` of its configuration)."""
     file = model_folder(run) / "config.json"
+    need_file("run", file, "a folder that save_pretrained wrote")
     try:
         kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -84,3 +85,20 @@ class PiConvertedConfig(PretrainedConfig):
             kinds = ["sliding_attention"] * config.num_hidden_layers  # as in Mistral
         windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
         return [layer_pattern(config, layer, window) for layer, window in enumerate(windows)]
+
+
+def need_layers(layers: Any, count: int) -> list[int]:
+    """The layers to convert, each once and in order.
+
+    Raises:
+        TypeError, ValueError: they are no list of whole numbers, none, or not of the model.
+    """
+    entries = layers.tolist() if isinstance(layers, Tensor) else layers
+    if not isinstance(entries, list | tuple | range | set) or not all(type(layer) is int for layer in entries):
+        raise TypeError(f"layers={layers!r} must be a list of indices of layers, such as [0, 2], or None for all.")
+    if not entries:
+        raise ValueError(f"layers={layers!r} converts nothing: name the layers, or leave it out for all.")
+    wrong = [layer for layer in entries if not 0 <= layer < count]
+    if wrong:
+        raise ValueError(f"layers={layers} holds {wrong[0]}, but the model has layers 0 to {count - 1}.")
+    return sorted(set(entries))

@@ -31,7 +31,7 @@ def add_gates(model: PreTrainedModel, patterns: list[PiPattern]) -> None:
             found.add(layer)
             gate = FusionGate(config.hidden_size, config.num_attention_heads)
             projection: Any = module.q_proj
-            module.add_module(GATE, gate.to(projection.weight.device, _compute_dtype(model, projection)))
+            module.add_module(GATE, gate.to(*_place(model, projection)))
             module.register_forward_pre_hook(_pass_gate, with_kwargs=True)
     missed = [layer for layer, pattern in enumerate(patterns) if pattern.skips != 0 and layer not in found]
     if missed:
@@ -50,14 +50,12 @@ def initialise_gates_of(model: PreTrainedModel) -> None:
             part._init_weights = partial(initialise, part._init_weights)
 
 
-def _compute_dtype(model: PreTrainedModel, projection: nn.Module) -> torch.dtype:
-    """What a layer computes in: the dtype of its weights, unless they are quantised; then that of the embeddings."""
+def _place(model: PreTrainedModel, projection: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a layer computes, and in which dtype: as its weights, unless they are quantised, packed or wrapped."""
     embeddings: Any = model.get_input_embeddings()
-    weights: Any = projection.weight
-    for dtype in (weights.dtype, embeddings.weight.dtype, model.config.dtype):
-        if dtype in DTYPES:
-            return dtype
-    return torch.float32
+    weights = [x for x in (*projection.parameters(), *projection.buffers()) if x.dim() > 1] + [embeddings.weight]
+    dtypes = (*(x.dtype for x in weights), model.config.dtype)
+    return weights[0].device, next((dtype for dtype in dtypes if dtype in DTYPES), torch.float32)
 
 
 def _pass_gate(

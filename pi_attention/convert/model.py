@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pi_attention.cache.near import NearSinks
-from pi_attention.convert.config import SETTINGS, PiConvertedConfig, settings_of
+from pi_attention.convert.config import SETTINGS, PiConvertedConfig, need_layers, settings_of
 from pi_attention.convert.gates import GATE, add_gates, initialise_gates_of, takes_gate
 from pi_attention.convert.interface import NAME, ConvertedCall, register_names
 from pi_attention.convert.rotary import layer_frequencies, rotary_modules
@@ -19,6 +19,7 @@ from pi_attention.convert.undo import undone_on_failure
 from pi_attention.models.caching import BoundedCache, PiCache, PiStaticCache
 from pi_attention.models.card import WithCard
 from pi_attention.models.generation import BoundedGeneration
+from pi_attention.models.inputs import check_cache, check_inputs, without_padding
 from pi_attention.models.rotary import keep_in_fp32
 from pi_attention.pattern import PiPattern, need_pattern
 from pi_attention.segments import segment_starts, segments_of_batch
@@ -139,6 +140,8 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         like = input_ids if input_ids is not None else inputs_embeds
         if like is None:
             raise ValueError("pass either input_ids or inputs_embeds.")
+        check_inputs(input_ids, inputs_embeds, attention_mask, position_ids)
+        segment_ids = without_padding(segment_ids, attention_mask)
         use_cache = self.config.text_config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
@@ -147,6 +150,8 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
                 f"past_key_values is a {type(past_key_values).__name__}: leave it out, or pass "
                 "model.new_cache(), which keeps what the patterns see."
             )
+        if past_key_values is not None:
+            check_cache(past_key_values, self._patterns)
         batch, tokens = like.shape[:2]
         near = self._moving_sinks(past_key_values, tokens)
         if past_key_values is not None:
@@ -199,9 +204,10 @@ def convert(
 
         model = convert(AutoModelForCausalLM.from_pretrained(name), PiPattern(512, 512, 16, sinks=4))
     """
-    _check(model, pattern, gate, layers)
-    register_names()
+    _check(model, pattern, gate)
     config = model.config
+    layers = None if layers is None else need_layers(layers, getattr(config, "num_hidden_layers", 0))
+    register_names()
     with undone_on_failure(model):
         setattr(config, SETTINGS, settings_of(pattern, layers))
         model.set_attn_implementation(NAME)
@@ -210,7 +216,7 @@ def convert(
         return converted.train(model.training)
 
 
-def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool, layers: list[int] | None) -> None:
+def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool) -> None:
     """Refuse what `convert` cannot do before anything is changed, and warn of skips beyond the context."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a PreTrainedModel, got {type(model).__name__}: load it by {LOADER}.")
@@ -222,10 +228,8 @@ def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool, layers: list[
     if not pattern.causal:
         raise ValueError("pattern must be causal for a decoder: causal=True.")
     config = model.config
-    count = getattr(config, "num_hidden_layers", 0)
-    wrong = [layer for layer in layers or [] if not 0 <= layer < count]
-    if wrong:
-        raise ValueError(f"layers={layers} holds {wrong[0]}, but the model has layers 0 to {count - 1}.")
+    if not isinstance(gate, bool):
+        raise TypeError(f"gate must be True or False, got {gate!r}.")
     pattern.check_heads(config.num_attention_heads)
     if not getattr(type(model), "_supports_attention_backend", False):
         raise NotImplementedError(f"{type(model).__name__} does not use transformers' attention interface.")

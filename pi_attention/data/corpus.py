@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from pi_attention.data.readers import READERS, need_text, read_text
+from pi_attention.paths import need_file, refused, status_of
 
 BUNDLED = "shakespeare"
 TEXTS = (".txt", ".md", ".tokens")
@@ -25,7 +26,8 @@ def load_documents(data: str, *, split: str = "train", text_field: str = "text")
         split: of a data set on the hub.
         text_field: the column that holds the text.
 
-    Every row arrives as the text that it is. Empty ones are left out, and a warning says how many.
+    Every row arrives as the text that it is. Empty ones are left out, and a warning says how many; another, how many
+    begin with a byte order mark. The mark of a file goes.
 
     Raises:
         FileNotFoundError, ValueError: there is no such corpus, it has no such field or no text, or a row is no text;
@@ -34,11 +36,12 @@ def load_documents(data: str, *, split: str = "train", text_field: str = "text")
     if not data:
         raise ValueError("data is empty: give a text file, a folder, or a data set's name.")
     path = Path(data)
+    there = data == BUNDLED or status_of("data", path) is not None
     if data == BUNDLED:
         found = _bundled()
     elif path.is_dir():
         found = _folder(path)
-    elif path.suffix.lower() in (*TEXTS, *READERS) or path.exists():
+    elif path.suffix.lower() in (*TEXTS, *READERS) or there:
         found = _local_file(path, text_field)
     else:
         found = from_hub(data, split, text_field)
@@ -48,6 +51,13 @@ def load_documents(data: str, *, split: str = "train", text_field: str = "text")
     if len(documents) < len(found):
         warnings.warn(
             f"data={data!r}: {len(found) - len(documents):,} of {len(found):,} documents are empty, and left out.",
+            stacklevel=2,
+        )
+    marked = sum(document.startswith("\ufeff") for document in documents)
+    if marked:
+        warnings.warn(
+            f"data={data!r}: {marked:,} of {len(documents):,} documents begin with a byte order mark (U+FEFF), which "
+            "is kept as the text that it is: delete it where it was copied from the start of a file.",
             stacklevel=2,
         )
     return documents
@@ -60,7 +70,10 @@ def _bundled() -> list[str]:
 
 
 def _folder(path: Path) -> list[str]:
-    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    try:
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise refused("data", path, error) from error
     texts = [entry for entry in entries if entry.suffix.lower() == ".txt"]
     others = [entry.name for entry in entries if entry not in texts]
     if texts and others:
@@ -75,8 +88,7 @@ def _folder(path: Path) -> list[str]:
 
 
 def _local_file(path: Path, text_field: str) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"data={str(path)!r} does not exist: give a text file, a folder, or a data set's name.")
+    need_file("data", path, "a text file, a folder, or a data set's name")
     ending = path.suffix.lower()
     if ending in TEXTS:
         return [read_text(path)]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pi_attention.paths import refused
+
 Rows = Iterator[tuple[str, Any]]
 """Where each row stands, in words ("row 3"), and what its field holds."""
 
@@ -20,9 +22,12 @@ def read_text(path: Path) -> str:
     """A UTF-8 file as it is: line ends are kept, a byte order mark at its start is not.
 
     Raises:
-        ValueError: the file is not UTF-8; the message names it and the byte.
+        ValueError: the file is not UTF-8, and the message names it and the byte; or it cannot be read.
     """
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise refused("data", path, error) from error
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"data={str(path)!r} is UTF-16 by its byte order mark: save it as UTF-8.")
     if raw.count(0) > len(raw) // 4:  # UTF-8 it is, but no text that anybody wrote

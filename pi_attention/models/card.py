@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pi_attention.files import write_text
+from pi_attention.files import PARTIAL, write_text
 from pi_attention.pattern import PiPattern
 
 CARD = "README.md"
@@ -27,7 +27,9 @@ def write_card(
         base_model: name on the hub of the model that was converted.
         picture: file in the folder that shows the pattern.
     """
-    write_text(folder / CARD, card_text(folder.resolve().name, config, facts or {}, base_model, picture))
+    write_text(
+        folder / CARD, card_text(folder.resolve().name.removeprefix(PARTIAL), config, facts or {}, base_model, picture)
+    )
 
 
 def card_text(name: str, config: Any, facts: Mapping[str, str], base_model: str = "", picture: str = "") -> str:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from pi_attention.accounting import Sizes
+from pi_attention.models.settings import check_settings, warn_of_unknown
 from pi_attention.nn.gate import GATE_WIDTH
 from pi_attention.ops.api import Fusion
 from pi_attention.ops.checks import FUSIONS
@@ -81,6 +82,9 @@ class PiConfig(PretrainedConfig):
         eos_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
+        rope_parameters = rope_parameters or kwargs.pop("rope_scaling", None)  # the name of older configurations
+        check_settings(locals())
+        warn_of_unknown(list(kwargs), PiConfig.__init__)
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.intermediate_size = intermediate_size or -(-hidden_size * 8 // 3 // 32) * 32
         self.num_attention_heads = num_attention_heads
@@ -93,8 +97,7 @@ class PiConfig(PretrainedConfig):
         self.layer_patterns = layer_patterns
         self.gate, self.gate_features, self.qk_norm = gate, gate_features, qk_norm
         self.fusion: Fusion = fusion
-        scaling = kwargs.pop("rope_scaling", None)  # the name of older configurations
-        self.rope_parameters = _rotary(rope_theta, rope_parameters or scaling)
+        self.rope_parameters = _rotary(rope_theta, rope_parameters)
         self.max_position_embeddings, self.loss_slice = max_position_embeddings, loss_slice
         self.rms_norm_eps, self.initializer_range = rms_norm_eps, initializer_range
         self.use_cache = use_cache and causal
@@ -119,8 +122,6 @@ class PiConfig(PretrainedConfig):
             )
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {FUSIONS}, got {self.fusion!r}.")
-        if self.loss_slice is not None and self.loss_slice < 1:
-            raise ValueError(f"loss_slice={self.loss_slice} must be at least 1 token, or None.")
 
     def _tensor_parallel_plan(self) -> dict[str, str] | None:
         """Heads are split over the ranks; None where a pattern is spelled head by head, which no rank would split."""
@@ -134,6 +135,23 @@ class PiConfig(PretrainedConfig):
         if self.gate and any(pattern.skips != 0 for pattern in self.patterns()):
             plan["layers.*.self_attn.gate.fc_out"] = "colwise"
         return plan
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of `PretrainedConfig`; a changed scaling of the rotary embedding keeps the base, unless it is changed too.
+
+        Raises:
+            ValueError: the changes name two bases.
+        """
+        changes = {name: kwargs.pop(name, None) for name in ("rope_theta", "rope_parameters", "rope_scaling")}
+        given = changes["rope_parameters"] or changes["rope_scaling"]
+        base = _base(changes["rope_theta"], given)
+        if base is not None or given is not None:
+            saved = config_dict.get("rope_parameters") or {}
+            base = base or saved.get("rope_theta") or config_dict.get("rope_theta")
+            parameters = (saved if given is None else given) | ({} if base is None else {"rope_theta": base})
+            config_dict = {k: v for k, v in config_dict.items() if k not in changes} | {"rope_parameters": parameters}
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def rope_theta(self) -> float:
@@ -190,11 +208,15 @@ class PiConfig(PretrainedConfig):
 
 def _rotary(theta: float | None, parameters: dict[str, Any] | None) -> dict[str, Any]:
     """`rope_parameters` with the base in them, which may be given beside them instead."""
-    parameters = parameters or {}
-    inside = parameters.get("rope_theta")
+    return {"rope_type": "default"} | (parameters or {}) | {"rope_theta": _base(theta, parameters) or 10000.0}
+
+
+def _base(theta: float | None, parameters: dict[str, Any] | None) -> float | None:
+    """The base of the rotary embedding that is named, alone or among its parameters; ValueError for two."""
+    inside = (parameters or {}).get("rope_theta")
     if None not in (theta, inside) and theta != inside:
         raise ValueError(f"rope_theta={theta} and {inside} in rope_parameters are one setting: give it once.")
-    return {"rope_type": "default"} | parameters | {"rope_theta": theta or inside or 10000.0}
+    return theta or inside
 
 
 def _words_of_the_library(patterns: list[PiPattern]) -> tuple[int | None, list[str]]:

@@ -20,6 +20,7 @@ from pi_attention.models.card import WithCard
 from pi_attention.models.configuration_pi import PiConfig
 from pi_attention.models.generation import BoundedGeneration
 from pi_attention.models.initialisation import initialise
+from pi_attention.models.inputs import check_cache, check_inputs, without_padding
 from pi_attention.models.library_cache import LibraryCache, known_cache
 from pi_attention.models.loss import sliced_loss
 from pi_attention.models.rotary import PiRotaryEmbedding
@@ -98,6 +99,7 @@ class PiModel(PiPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         patterns = config.patterns()
         self.layers = nn.ModuleList(PiDecoderLayer(config, pattern, i) for i, pattern in enumerate(patterns))
+        self._patterns = patterns
         self._sinks = max(pattern.sinks for pattern in patterns)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = PiRotaryEmbedding(config)
@@ -142,13 +144,16 @@ class PiModel(PiPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds, not both or none.")
+        check_inputs(input_ids, inputs_embeds, attention_mask, position_ids)
+        segment_ids = without_padding(segment_ids, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, tokens = inputs_embeds.shape[:2]
         if use_cache and past_key_values is None:
-            past_key_values = PiCache(self.config.patterns())
+            past_key_values = PiCache(self._patterns)
         cache = None
         if past_key_values is not None:
+            check_cache(past_key_values, self._patterns)
             cache = known_cache(past_key_values, self._sinks)
         past = 0 if cache is None else cache.get_seq_length()
         self._choose_implementation()

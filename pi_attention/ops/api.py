@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pi_attention.ops.blocked.attention import blocked_attention
-from pi_attention.ops.checks import check_arguments, refuse_context_parallel
+from pi_attention.ops.checks import check_arguments, check_scale, refuse_context_parallel
 from pi_attention.ops.dense import covers_everything, dense_attention
 from pi_attention.ops.fused.attention import fused_attention, note_failure, why_not_auto, why_not_triton
 from pi_attention.ops.fusion import gate_values
@@ -126,7 +126,7 @@ def pi_attention(
         refuse_context_parallel()
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}.")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else check_scale(scale)
     starts = None if segment_ids is None else segment_starts(segment_ids)
     fusion = "mass" if gate is None else fusion
 

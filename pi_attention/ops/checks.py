@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +26,18 @@ def refuse_context_parallel() -> None:
             "see one rank's part alone. Leave it, and shard with pi_attention.distributed.attach, or "
             "pi-attention train --parallel cp=N."
         )
+
+
+def check_scale(scale: Any) -> float:
+    """The factor of the scores; TypeError or ValueError where it is no finite number.
+
+    A tensor is refused: it would get no gradient.
+    """
+    if isinstance(scale, Tensor | str | bool):
+        raise TypeError(f"scale must be a float, got {type(scale).__name__}: multiply the query by what is learned.")
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}: None is 1/√D.")
+    return float(scale)
 
 
 def check_layout(name: str, x: Tensor, layout: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pi_attention.masks import dense_masks
 from pi_attention.pattern import PiPattern
@@ -18,6 +22,16 @@ def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, pattern: PiPattern, starts: Tensor | None, scale: float
 ) -> Tensor:
     """out [B, H, T, D] by `scaled_dot_product_attention`, for a pattern that `covers_everything`."""
+    out = _attend(query, key, value, pattern, starts, scale)
+    if torch.compiler.is_compiling() or not out.requires_grad:  # a compiled call refuses second derivatives itself
+        return out
+    differentiable: Tensor = _Differentiable.apply(out, query, key, value, pattern, starts, scale)
+    return differentiable
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, pattern: PiPattern, starts: Tensor | None, scale: float
+) -> Tensor:
     length, key_length = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
     if starts is None and (not pattern.causal or length == 1 or length == key_length):
@@ -27,3 +41,32 @@ def dense_attention(
     empty = ~visible.any(dim=-1, keepdim=True)
     out = F.scaled_dot_product_attention(query, key, value, visible | empty, scale=scale, enable_gqa=grouped)
     return out.masked_fill(empty, 0.0)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The output as it is; where a graph of its gradient is asked for, that of attention by plain products.
+
+    The backward passes of PyTorch's fused attention kernels have no derivative.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, query: Tensor, key: Tensor, value: Tensor, pattern: PiPattern, starts: Any, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, starts)
+        ctx.pattern, ctx.scale = pattern, scale
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return grad, None, None, None, None, None, None
+        *tensors, starts = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:4]
+        # views, as one may be made from another
+        query, key, value = inputs = [x.view_as(x) if x.requires_grad else x for x in tensors]
+        with sdpa_kernel(SDPBackend.MATH):
+            out = _attend(query, key, value, ctx.pattern, starts, ctx.scale)
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+        return None, *(next(found) if need else None for need in needed), None, None, None

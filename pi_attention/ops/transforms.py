@@ -7,8 +7,8 @@ from torch.autograd import forward_ad
 
 
 def transforming() -> bool:
-    """Whether forward-mode differentiation or a transform of torch.func (grad, jvp, vmap, jacrev …) is active."""
-    if getattr(forward_ad, "_current_level", -1) >= 0:
-        return True
-    # a compiler that traces has transforms of its own on the stack
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether forward-mode differentiation or a transform of torch.func (grad, jvp, vmap, jacrev …) is active.
+
+    Inside of `torch.compile` too: the compiler takes the depth of the transforms for a constant of what it traces.
+    """
+    return getattr(forward_ad, "_current_level", -1) >= 0 or torch._C._functorch.get_dynamic_layer_stack_depth() > 0

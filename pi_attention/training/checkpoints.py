@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 from pi_attention import files
+from pi_attention.training.unsealed import damage_unsealed
 
 PARTIAL = ".partial"
 MANIFEST = "files.json"
 """Of a checkpoint: the size and the CRC-32 of each of its files."""
+CONFIG = "config.json"
+"""Of a checkpoint: the configuration of its model."""
 ASIDE = "aside-"
 NAME = re.compile(r"(checkpoint|sharded)-\d+")
 """Earlier versions called checkpoints of many ranks "sharded"."""
@@ -45,18 +49,12 @@ def contents(folder: Path, pattern: str = "*") -> Contents:
 def seal(folder: Path, noted: Contents) -> None:
     """Write the list of a checkpoint's files, have all of them on the disk, before their folder gets its name."""
     files.write_text(folder / MANIFEST, json.dumps(noted, indent=1))
-    sync(folder)
-
-
-def sync(folder: Path) -> None:
-    """Have all files and folders of a folder on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        files.sync(path)
+    files.sync_folder(folder)
 
 
 def publish(partial: Path, final: Path) -> None:
     """Give a folder its name, in place of an earlier one, once all of it is on the disk."""
-    sync(partial)
+    files.sync_folder(partial)
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
 
@@ -80,7 +78,7 @@ def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """
     file = checkpoint / MANIFEST
     if not file.exists():
-        return None if any(checkpoint.iterdir()) else "it is empty"  # of an earlier version
+        return damage_unsealed(checkpoint)
     try:
         noted = json.loads(file.read_bytes())
         if not noted:
@@ -120,6 +118,12 @@ def checkpoint_to_resume(run: Path, step: int | None, rank: int = 0, ranks: int 
         )
     wrong = damage(chosen[0], rank, ranks) if chosen else None
     if wrong is None:
+        if chosen and rank == 0 and not (chosen[0] / MANIFEST).exists():
+            warnings.warn(
+                f"{chosen[0].name} of out={str(run)!r} has no {MANIFEST}, as an earlier version wrote it: its files "
+                "can be read, but whether they are those that were written is not known.",
+                stacklevel=2,
+            )
         return chosen[0] if chosen else None
     whole = [path for path in known if step_of(path) < step_of(chosen[0]) and damage(path) is None]
     remedy = "There is no whole one before it: train anew in another folder."

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 import yaml
 
 from pi_attention.files import write_text
+from pi_attention.paths import need_file
 from pi_attention.pattern import PiPattern
 from pi_attention.training.values import as_kind
 
@@ -235,9 +236,7 @@ def load_yaml(kind: type[Settings], path: Path) -> Settings:
     Raises:
         FileNotFoundError, ValueError: there is no such file, it is no YAML, or a setting is unknown or of another kind.
     """
-    if not path.is_file():
-        what = "is no file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"config={str(path)!r} {what}: give a YAML file of settings.")
+    need_file("config", path, "a YAML file of settings")
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), EachKeyOnce) or {}
     except (yaml.YAMLError, ValueError) as error:  # a date that there is not is a ValueError

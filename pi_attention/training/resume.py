@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 
 from pi_attention.distributed.layout import Layout
-from pi_attention.training.config import OptimizerSettings, TrainConfig, load_yaml, to_plain
+from pi_attention.models import PiConfig
+from pi_attention.training.checkpoints import CONFIG
+from pi_attention.training.config import ModelSettings, OptimizerSettings, TrainConfig, load_yaml, to_plain
 
 SETTINGS = "train.yaml"
 LAST_SETTING = "zero"
 """Of the file of settings: where it is missing, the file was cut off."""
 BATCH = ("optimizer.batch_size", "optimizer.gradient_accumulation")
 """How the blocks of a step are divided, which the layout changes."""
-OF_THE_MOMENT = ("run.out", "run.resume", "run.parallel", "run.zero", "run.patience", "run.checkpoint")
+OF_THE_MOMENT: tuple[str, ...] = ("run.out", "run.resume", "run.parallel", "run.zero", "run.patience", "run.checkpoint")
 OF_THE_MOMENT += ("run.report_to", "run.push_to_hub")
 """Settings that are not of the run, but of the machine and the moment."""
+OF_MODEL = {
+    "vocab_size": "the vocabulary of tokenizer",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "max_position_embeddings": "context",
+}
+"""Fields of the model's configuration that a run's settings call otherwise."""
 
 
 def refuse_to_overwrite(config: TrainConfig) -> None:
@@ -106,4 +117,25 @@ def need_whole_settings(file: Path) -> None:
         raise ValueError(
             f"{file} is incomplete, it was cut off or is empty: write the run's settings into it again, or train anew "
             "in another folder. Nothing was changed."
+        )
+
+
+def need_same_model(wanted: PiConfig, checkpoint: Path, settings: Path) -> None:
+    """Raise ValueError where the settings of a run, in a file, spell another model than its checkpoint holds.
+
+    A checkpoint of an earlier version may not say what model it is of.
+    """
+    if not (checkpoint / CONFIG).exists():
+        return
+    kept = PiConfig.from_pretrained(checkpoint)
+    names = {name: OF_MODEL.get(name, name) for name in (*OF_MODEL, *(field.name for field in fields(ModelSettings)))}
+    differ = [
+        f"{setting}={getattr(wanted, name)!r} ({getattr(kept, name)!r} in {checkpoint.name})"
+        for name, setting in names.items()
+        if hasattr(kept, name) and getattr(wanted, name) != getattr(kept, name)
+    ]
+    if differ:
+        raise ValueError(
+            f"{settings} has other settings than the run's checkpoint: {', '.join(differ)}. Write those of the "
+            "checkpoint back into the file, or train anew in another folder."
         )

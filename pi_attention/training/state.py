@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from pi_attention.training.checkpoints import PARTIAL, Contents, contents, publish_checkpoint, seal, step_of
+from pi_attention.files import write_text
+from pi_attention.training.checkpoints import CONFIG, PARTIAL, Contents, contents, publish_checkpoint, seal, step_of
 from pi_attention.training.earlier import is_of_trainer, tensors_of_trainer
 
 ALONE = "torch.distributed is disabled"
@@ -107,7 +108,10 @@ def save(run: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int
         dist.all_gather_object(parts, noted)
         noted = {name: note for part in parts for name, note in part.items()}
     if _rank() == 0:
-        seal(staging, noted | contents(staging, ".metadata"))
+        config: Any = getattr(model, "config", None)
+        if config is not None:
+            write_text(staging / CONFIG, config.to_json_string(use_diff=False))
+        seal(staging, noted | contents(staging, ".metadata") | contents(staging, CONFIG))
         publish_checkpoint(staging, run, step, keep)
     _barrier()
 

@@ -21,8 +21,8 @@ from transformers import set_seed
 from pi_attention.data.corpus import load_documents
 from pi_attention.data.packing import PackedBlocks, hold_out
 from pi_attention.data.tokenizers import load_tokenizer
-from pi_attention.files import need_folder
 from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.paths import need_folder
 from pi_attention.training.card import write_run_card
 from pi_attention.training.checkpoints import checkpoint_to_resume, publish, put_aside_after, step_of
 from pi_attention.training.config import TrainConfig, save_yaml
@@ -30,7 +30,7 @@ from pi_attention.training.hub import check_hub, push
 from pi_attention.training.metrics import METRICS
 from pi_attention.training.ranks import best_device, joined, layout_of, rank_and_ranks
 from pi_attention.training.report import SUMMARY, write_report
-from pi_attention.training.resume import SETTINGS, refuse_to_overwrite, settings_to_resume
+from pi_attention.training.resume import SETTINGS, need_same_model, refuse_to_overwrite, settings_to_resume
 from pi_attention.training.run import Run
 from pi_attention.training.step import Parallel
 from pi_attention.training.trackers import check_trackers
@@ -61,6 +61,8 @@ def train(asked: TrainConfig, console: Console) -> bool:
         console = console if mesh is None or dist.get_rank() == 0 else Console(quiet=True)
         set_seed(config.run.seed)
         tokenizer = load_tokenizer(config.data.tokenizer)
+        if checkpoint is not None:
+            need_same_model(model_config(config, tokenizer), checkpoint, out / SETTINGS)
         training, validation = load_blocks(config, tokenizer)
         model = PiForCausalLM(model_config(config, tokenizer)).to(device).train()
         if config.optimizer.gradient_checkpointing:

@@ -39,6 +39,8 @@ def as_kind(name: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is Path and isinstance(value, str):
+        if not value:
+            raise ValueError(f"{name} is empty: give a path, '.' for the current folder.")
         return Path(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{name} must be {WORDS.get(kind, kind)}, got {value!r}.")

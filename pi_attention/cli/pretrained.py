@@ -1,0 +1,74 @@
+"""Pretrained models that a command takes: what cannot serve is named before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pi_attention.cli.runs import SAFELY
+from pi_attention.paths import shown, status_of
+
+
+def _refusal(model: str, what: str, error: Exception) -> ValueError:
+    words = " ".join(str(error).split())[:400]
+    return ValueError(f"model={shown(model)} {what}: {words}")
+
+
+def need_decoder(model: str) -> None:
+    """Raise ValueError for a local path that holds no pretrained model of another kind than ours."""
+    from transformers import AutoConfig
+
+    status = status_of("model", Path(model)) if len(model) <= 96 or "/" in model else None  # else no name on the hub
+    if status is not None and not (Path(model) / "config.json").exists():
+        inner = Path(model) / "model"
+        hint = f" The run's model is in {shown(inner)}." if (inner / "config.json").exists() else ""
+        raise ValueError(
+            f"model={shown(model)} holds no config.json: give the hub name of a pretrained model, or a folder that "
+            f"save_pretrained wrote.{hint}"
+        )
+    try:
+        kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+    except Exception as error:  # transformers and the hub client raise many kinds
+        raise _refusal(
+            model, "cannot be loaded, give the folder or the hub name of a pretrained model", error
+        ) from error
+    if kind in ("pi", "pi_converted"):
+        raise ValueError(f"model={shown(model)} is a model of π-Attention already ({kind}): give a pretrained one.")
+
+
+def load_tokenizer_of(model: str) -> Any:
+    """The tokenizer that lies beside a pretrained model.
+
+    Raises:
+        ValueError: there is none; the message says how to add one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # as above
+        remedy = "has no tokenizer that can be loaded, save one there by tokenizer.save_pretrained"
+        raise _refusal(model, remedy, error) from error
+
+
+def load_decoder(model: str) -> Any:
+    """The pretrained model in fp32, so that the small steps of a fine-tune are not rounded away.
+
+    Raises:
+        ValueError: it cannot be loaded, or lacks weights, which would be drawn at random.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, output_loading_info=True, **SAFELY
+        )
+    except Exception as error:  # as above
+        raise _refusal(model, "cannot be loaded as a causal language model", error) from error
+    if found["missing_keys"]:
+        raise ValueError(
+            f"model={shown(model)} lacks weights, such as {sorted(found['missing_keys'])[0]}: give a causal language "
+            "model with all of its weights."
+        )
+    return loaded
