@@ -33,7 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.timing import RESULTS, write
 from pi_attention import PiPattern
 from pi_attention.accounting import Sizes
-from pi_attention.bill import MODELS, bill
+from pi_attention.bill import MODELS
 from pi_attention.distributed import Layout
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.training.step import Parallel
@@ -130,8 +130,6 @@ def main() -> None:
         row = next((row for row in rows if case.items() <= row.items()), None)
         if row is None:
             rows.append(row := dict(case))
-        if layout.cp == case["ranks"]:
-            row["bill bytes"] = bill(sizes, PATTERN, CONTEXT, layout.cp).bytes
         for kind, loss_slice in (("tracked bytes", None), ("tracked bytes, loss by slices", SLICE)):
             if kind not in row:
                 begun = time.perf_counter()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.multigpu.rows import FILE, OUT_OF_MEMORY, Row, read
+from benchmarks.multigpu.step import predicted
 from benchmarks.multigpu.ways import GATHER, HALO, RING
 
 Table = Callable[[list[str], list[list[str]]], str]
@@ -128,8 +129,9 @@ def _layouts(table: Table, rows: list[Row]) -> str:
             size = f"{row['parameters'] / 1e9:.1f} B" + (f", {row['layers']} layers" if row["layers"] else "")
             sliced = "whole" if row["loss slice"] is None else f"{row['loss slice']:,}"
             way = LABELS[row["way"]] + ("" if row["pattern"] == "one period" else f", {row['pattern']}")
-            figures = [f"{row['tokens/s']:,.0f}", f"{row['peak GiB']:.1f} GiB", f"{row['bill GiB']:.1f} GiB"]
-            ratio = f"{row['bill over measured']:.2f}"
+            bill = predicted(row) / 2**30  # of today, not of the day of the measurement
+            figures = [f"{row['tokens/s']:,.0f}", f"{row['peak GiB']:.1f} GiB", f"{bill:.1f} GiB"]
+            ratio = f"{bill / row['peak GiB']:.2f}"
             body.append([size, row["layout"], str(row["zero"]), f"{row['S']:,}", way, sliced, *figures, ratio])
     head = ["model", "layout", "ZeRO", "tokens of a sequence", "keys by", "loss", "tokens/s", "peak", "bill", "ratio"]
     return "Training steps beside the bill.\n\n" + table(head, body) if body else ""

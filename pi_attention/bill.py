@@ -18,10 +18,12 @@ from pi_attention.pattern import PiPattern
 Way = Literal["halo", "all-gather", "dense ring"]
 WAYS: tuple[Way, ...] = ("halo", "all-gather", "dense ring")
 
-STATE_BYTES = 16
-"""Of a parameter: fp32 weight and gradient, two fp32 moments."""
-LOGIT_BYTES = 16
-"""Of a logit: bf16 value and gradient, and the loss's fp32 copy, log-softmax and gradient."""
+STATE_BYTES = 12
+"""Of a parameter: fp32 weight and two fp32 moments. Gradients come into being layer by layer, see `_peaks`."""
+LOGIT_BYTES = 12
+"""Of a logit, where the loss is differentiated: in fp32 the log-softmax, its gradient and that of the logits.
+
+The bf16 logits and their fp32 copy are freed by then, and the bf16 gradient is made after the log-softmax is freed."""
 
 MODELS = {
     "1b": Sizes(2048, 5632, 20, 16, 16, 128, 32000, 2048, 32),
@@ -49,29 +51,81 @@ class Bill:
     """What one rank holds and sends for a training step.
 
     Args:
-        state: bytes of parameters, gradients and optimizer.
+        state: bytes of parameters and optimizer.
+        gradients: bytes of the fp32 gradients when all exist, at the end of the backward pass.
         gathered: bytes of whole bf16 weights: the embeddings, a layer in use and one on its way.
-        activations: bytes of the hidden states kept between layers.
-        layer: bytes of one layer's activations while it is recomputed.
+        activations: bytes of the hidden states kept between layers, and of the rotary angles.
+        layer: bytes of one layer's activations while it is differentiated.
         logits: bytes.
         keys: bytes of keys and values of other ranks in one layer, and of the gradients that go back to them.
+        peaks: bytes at the peak of each part of the step, see `_peaks`.
         received: bytes that a rank receives for one layer, forward and backward.
         flops: operations of a step, the recomputation of the layers included.
     """
 
     state: int
+    gradients: int
     gathered: int
     activations: int
     layer: int
     logits: int
     keys: int
+    peaks: dict[str, int]
     received: int
     flops: int
 
     @property
     def bytes(self) -> int:
-        """At the peak: either the logits or a layer, on top of what stays."""
-        return self.state + self.gathered + self.activations + max(self.logits, self.layer + self.keys)
+        """At the peak of the step."""
+        return max(self.peaks.values())
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Of a rank: numbers of weights, and bytes of activations."""
+
+    layers: int
+    in_layer: int
+    in_ends: int
+    shards: int
+    zero: int
+    hidden: int
+    angles: int
+    layer: int
+    logits: int
+    slices: int
+
+    @property
+    def weights(self) -> int:
+        """Those that FSDP shards."""
+        return self.layers * self.in_layer + self.in_ends
+
+
+def _peaks(held: _Held) -> dict[str, int]:
+    """Bytes at the peaks of a step, all in the backward pass: of the loss, a layer, and sums of gradients over ranks.
+
+    From the last layer to the first, hidden states are freed and gradients come into being. Both are linear in the
+    layers, so the peak is at the last one, at the one before, where the last one's sums are on their way, or at the
+    first.
+    """
+    whole = 2 * held.weights if held.zero < 3 else 0  # bf16, between forward and backward too
+    stays = STATE_BYTES * held.weights // held.shards + held.angles + whole
+    stays += 4 * held.weights if held.zero == 1 else 0  # sums of the batches before
+    ends, next_layer = (0, 0) if whole else (2 * held.in_ends, 2 * held.in_layer)
+    head = held.in_ends  # bf16 gradient of the output's embedding, half of the ends; summed with the input's at last
+    summed = (2 + 4) * held.in_layer  # a layer's bf16 gradients and their fp32 copy, which ranks sum
+    loss = stays + (held.layers + 2) * held.hidden + held.logits  # two: before and after the last norm
+    if held.slices:  # then the head is called within the model, whose ends FSDP keeps gathered
+        loss += ends + (head if held.slices > 1 else 0)
+    layer, sums = 0, 0
+    for left in {held.layers, max(1, held.layers - 1), 1}:
+        done = held.layers - left
+        base = stays + ends + head + left * held.hidden + 4 * done * held.in_layer // held.shards
+        on_their_way = 4 * held.in_layer if done else 0
+        layer = max(layer, base + 2 * next_layer + on_their_way + held.layer)  # its own weights and the next one's
+        sums = max(sums, base + 2 * next_layer + summed)  # the next one's weights, and the buffer that brought them
+    of_ends = stays + 4 * held.weights // held.shards + (2 + 4) * held.in_ends
+    return {"the loss": loss, "a layer": layer, "a layer's sums": sums, "the embeddings' sums": of_ends}
 
 
 def bill(
@@ -132,19 +186,42 @@ def bill(
     patterns = [attended] * sizes.num_hidden_layers
     flops = sum(model_flops(patterns, context, sizes, backward=True).values())
     flops += sum(flops for part, flops in model_flops(patterns, context, sizes).items() if part != "head")
-    heads = 2 * (sizes.num_attention_heads + sizes.num_key_value_heads) * sizes.head_dim
-    split = (heads + 3 * sizes.intermediate_size) // tp
-    layer, embeddings = layer_parameters(sizes) // tp, 2 * sizes.vocab_size * sizes.hidden_size
-    own = sizes.num_hidden_layers * layer + embeddings  # that FSDP shards over dp · ranks
+    held = _held(sizes, tokens, dp * ranks, tp, zero, loss_slice, keys)
     return Bill(
-        state=STATE_BYTES * own // (dp * ranks) + 4 * own * (zero == 1),
-        gathered=2 * (2 * layer + embeddings if zero == 3 else own),
-        activations=2 * tokens * sizes.hidden_size * sizes.num_hidden_layers,
-        layer=2 * 2 * tokens * (split + 4 * sizes.hidden_size),
-        logits=LOGIT_BYTES * min(tokens, loss_slice or tokens) * sizes.vocab_size,
+        state=STATE_BYTES * held.weights // held.shards,
+        gradients=4 * held.weights // held.shards + (4 * held.weights if zero == 1 else 0),
+        gathered=2 * (2 * held.in_layer + held.in_ends if zero == 3 else held.weights),
+        activations=sizes.num_hidden_layers * held.hidden + held.angles,
+        layer=held.layer - keys,
+        logits=held.logits,
         keys=keys,
+        peaks=_peaks(held),
         received=received,
         flops=flops // (ranks * tp),
+    )
+
+
+def _held(sizes: Sizes, tokens: int, shards: int, tp: int, zero: int, loss_slice: int | None, keys: int) -> _Held:
+    hidden = 2 * tokens * sizes.hidden_size
+    query, key = (2 * tokens * n * sizes.head_dim // tp for n in (sizes.num_attention_heads, sizes.num_key_value_heads))
+    inner = 2 * tokens * sizes.intermediate_size // tp
+    # Kept for the backward pass: both norms' outputs, the sum between attention and feed-forward; queries, outputs of
+    # the attention, of its skip band alone, and token by token for the projection; keys and values. Then the layer's
+    # gradient, and at the product of the feed-forward both factors, the gate before its silu, and all the gradients.
+    # Where tp leaves little of those, the two factors' gradients and three of the whole width outweigh them.
+    layer = 4 * hidden + 4 * query + 2 * key + max(6 * inner, 2 * inner + 3 * hidden)
+    at_once = min(tokens, loss_slice or tokens)
+    return _Held(
+        layers=sizes.num_hidden_layers,
+        in_layer=layer_parameters(sizes) // tp,
+        in_ends=2 * sizes.vocab_size * sizes.hidden_size,
+        shards=shards,
+        zero=zero,
+        hidden=hidden,
+        angles=2 * 4 * tokens * sizes.head_dim,  # cos and sin in fp32
+        layer=layer + keys,
+        logits=LOGIT_BYTES * at_once * sizes.vocab_size,
+        slices=-(-tokens // loss_slice) if loss_slice else 0,
     )
 
 

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from benchmarks import multigpu_tables
+from pi_attention import PiPattern
+from pi_attention.bill import MODELS, bill
+from pi_attention.distributed import Layout
 from report.markdown import Measured, per_file, read, table, version
 
 
 def memory() -> str:
     """What a rank allocates in a training step, by layout, as tracked on fake ranks."""
-    kinds = {
-        "tracked bytes": "tracked a rank",
-        "bill bytes": "the bill's",
-        "tracked bytes, loss by slices": "tracked, loss by slices",
-    }
-    rows = [
-        [row["model"].upper(), str(row["ranks"]), row["layout"], str(row["zero"])]
-        + [f"{row[kind] / 2**30:.0f} GiB" if kind in row else "–" for kind in kinds]
-        for row in read("memory")["rows"]
-    ]
-    return table(["model", "ranks", "layout", "ZeRO", *kinds.values()], rows)
+    result, rows = read("memory"), []
+    pattern = PiPattern(*map(int, result["pattern"].split(", ")))
+    for row in result["rows"]:
+        cells = [row["model"].upper(), str(row["ranks"]), row["layout"], str(row["zero"])]
+        layout = Layout.parse(row["layout"])
+        for kind, size in (("tracked bytes", None), ("tracked bytes, loss by slices", result["loss slice"])):
+            made = bill(
+                *(MODELS[row["model"]], pattern, result["S"], layout.cp),
+                loss_slice=size,
+                dp=layout.dp,
+                tp=layout.tp,
+                zero=row["zero"],
+            )
+            cells += [f"{found / 2**30:.0f} GiB" for found in (row[kind], made.bytes)]
+        rows.append(cells)
+    return table(["model", "ranks", "layout", "ZeRO", "tracked", "bill", "tracked, loss by slices", "bill"], rows)
 
 
 def _operator(result: Measured) -> str:

@@ -5,12 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.multigpu.rows import FILE, read
+from benchmarks.multigpu.step import predicted
 from pi_attention import PiPattern
+from pi_attention.accounting import Sizes
 from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks, parameters
-from pi_attention.distributed import halo_plan
+from pi_attention.distributed import Layout, halo_plan
 from pi_attention.distributed.exchange import route
 from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.models.modeling_pi import PiDecoderLayer
+from pi_attention.ops.fused.attention import INTERPRETED
 
 PATTERN = PiPattern(256, 256, 16)
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -34,11 +40,58 @@ def test_the_halo_s_bytes_are_those_that_the_exchange_receives(ranks):
     assert bill(sizes, PATTERN, context, ranks).received == 2 * max(received) * row
 
 
-def test_memory_is_near_what_two_gpus_measured():
+def test_memory_is_what_gpus_measured():
+    measured = [row for row in read(FILE) if row["piece"] == "step" and row.get("peak GiB")]
+    for row in measured:
+        assert predicted(row) / 2**30 == pytest.approx(row["peak GiB"], rel=0.1), row
+    assert len(measured) >= 9
+
+
+def test_memory_is_what_an_earlier_script_measured_with_what_that_script_held():
+    """Its loop kept the operator's inputs of 1,048,576 tokens alive, and its step the bf16 logits."""
     result = json.loads((RESULTS / "multigpu-2xnvidia-h100-80gb-hbm3.json").read_text())
+    sizes, ranks = MODELS["1b"], result["ranks"]
+    inputs = result["H"] * result["operator"][-1]["S"] // ranks * (4 * 2 * result["D"] + 4)  # and the gate in fp32
     for row in result["training step"]:
-        predicted = bill(MODELS["1b"], PATTERN, row["S"], result["ranks"]).bytes / 2**30
-        assert 0.75 < predicted / row["peak GiB"] < 1.05, (row["S"], predicted)
+        logits = 2 * row["S"] // ranks * sizes.vocab_size
+        made = bill(sizes, PATTERN, row["S"], ranks).bytes + inputs + logits
+        assert made / 2**30 == pytest.approx(row["peak GiB"], rel=0.1), row
+
+
+@pytest.mark.parametrize(("kind", "loss_slice"), [("tracked bytes", None), ("tracked bytes, loss by slices", 4096)])
+def test_memory_is_what_was_tracked_on_the_cpu_whose_norm_keeps_copies_in_fp32(kind, loss_slice):
+    """Each norm keeps its input and the normed one in fp32 there, and no bf16 input: a GPU's is fused."""
+    result = json.loads((RESULTS / "memory.json").read_text())
+    for row in result["rows"]:
+        layout, sizes = Layout.parse(row["layout"]), MODELS[row["model"]]
+        made = bill(sizes, PATTERN, result["S"], layout.cp, loss_slice=loss_slice,
+                    dp=layout.dp, tp=layout.tp, zero=row["zero"])  # fmt: skip
+        copies = 2 * 4 * result["S"] // layout.cp * sizes.hidden_size  # of one norm
+        norms = {"the loss": 1, "a layer": 2}
+        peak = max(size + norms.get(part, 0) * copies for part, size in made.peaks.items())
+        assert peak == pytest.approx(row[kind], rel=0.05), (row, peak)
+        if layout.tp < 8:
+            assert made.bytes == pytest.approx(row[kind], rel=0.1), row
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on the CPU in Triton's interpreter alone")
+def test_a_layer_keeps_what_the_bill_counts():
+    sizes, tokens = Sizes(128, 384, 1, 8, 4, 16, 64, 128, 32), 128
+    config = PiConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=1, num_attention_heads=8,
+                      num_key_value_heads=4, window=16, period=16, skips=4)  # fmt: skip
+    layer = PiDecoderLayer(config, config.patterns()[0], 0).half()
+    layer.self_attn.impl = "triton"
+    x = torch.randn(1, tokens, 128, dtype=torch.half, requires_grad=True)
+    angles = (torch.randn(1, tokens, 16, dtype=torch.half),) * 2
+    kept = {}
+    with saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
+        layer(x, angles)
+    known = {t.untyped_storage()._cdata for t in (x, *angles, *layer.parameters())}
+    halves = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in known and t.dtype == torch.half)
+    hidden, inner = 2 * tokens * 128, 2 * tokens * 384
+    counted = bill(sizes, config.patterns()[0], tokens, 1).layer
+    # beside what is kept the bill counts gradients; the sum after the attention is kept in fp32 here, by the norm
+    assert halves + hidden == pytest.approx(counted - hidden - 2 * inner, rel=0.05)  # the gate's few features
 
 
 def test_what_layouts_divide():
@@ -48,7 +101,7 @@ def test_what_layouts_divide():
     assert dp.state == cp.state == alone.state // 4 and dp.activations == alone.activations == 4 * cp.activations
     assert dp.flops == alone.flops == 4 * cp.flops == 4 * tp.flops  # each group of dp has a sequence of its own
     ends = 2 * sizes.vocab_size * sizes.hidden_size  # whole on each rank of tp
-    assert tp.state == pytest.approx(16 * ((parameters(sizes) - ends) / 4 + ends))
+    assert tp.state == pytest.approx(12 * ((parameters(sizes) - ends) / 4 + ends))
     assert tp.activations == alone.activations and tp.logits == alone.logits and tp.layer < alone.layer
     assert bill(sizes, PATTERN, context, 2, tp=2).received * 2 == bill(sizes, PATTERN, context, 2).received
     stages = [bill(sizes, PATTERN, context, 1, dp=4, zero=zero).bytes for zero in (3, 2, 1)]
@@ -70,7 +123,7 @@ def test_a_loss_by_slices_halves_the_gpus_of_a_model_whose_logits_fill_them():
     assert sliced.logits * 4 == whole.logits and sliced.bytes < whole.bytes / 2  # a rank has 16,384 tokens
     assert bill(sizes, PATTERN, 4096, 4, loss_slice=4096).logits == bill(sizes, PATTERN, 4096, 4).logits
     fewest = [fewest_ranks(sizes, PATTERN, context, 80 << 30, "halo", size) for size in (None, 4096)]
-    assert fewest == [32, 16]
+    assert fewest == [32, 8]
 
 
 def test_one_rank_receives_nothing_and_wrong_arguments_are_named():

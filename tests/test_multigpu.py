@@ -56,7 +56,7 @@ def test_training_steps_of_all_layouts_dry(tmp_path):
     sizes = [(4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1)]
     assert {row["layout"] for row in steps} >= {f"dp={dp},tp={tp},cp={cp}" for dp, tp, cp in sizes}
     assert {row["zero"] for row in steps} == {1, 2, 3} and {row["way"] for row in steps} == {HALO, GATHER, RING}
-    assert all(row["tokens/s"] > 0 and row["bill GiB"] > 0 for row in steps)
+    assert all(row["tokens/s"] > 0 for row in steps)
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_tables_name_the_fewest_gpus_and_what_does_not_fit():
         case = step_of(f"cp={ranks}", length, way).batch[0]
         return {**case, "piece": "step", "ranks": ranks, "gpu": "G", "torch": "2", "triton": "3", "date": "d"} | found
 
-    figures = {"peak GiB": 10.0, "bill GiB": 9.0, "bill over measured": 0.9, "parameters": 1e9, "seconds": 1.0}
+    figures = {"peak GiB": 10.0, "parameters": 1e9, "seconds": 1.0}
     rows = [step(HALO, ranks, 32768 * ranks, **figures, **{"tokens/s": 100.0 * ranks}) for ranks in (1, 2)]
     rows += [step(HALO, ranks, 65536 * ranks, failed=OUT_OF_MEMORY) for ranks in (1, 2)]
     rows += [step(RING, 2, 32768, **figures, **{"tokens/s": 60.0})]

@@ -1,4 +1,4 @@
-"""A training step, forward, backward and AdamW, of a layout: its time, tokens/s, and its memory beside the bill's."""
+"""A training step, forward, backward and AdamW, of a layout: its time, tokens/s and memory, and the bill of it."""
 
 from __future__ import annotations
 
@@ -156,9 +156,6 @@ def work(settings: Row, device: torch.device) -> Iterator[Row]:
     if device.type == "cuda":
         row["reserved GiB"] = slowest(torch.cuda.max_memory_reserved() / 2**30, device)
     row["tokens/s"] = layout.dp * settings["blocks"] * settings["S"] / row["seconds"]
-    row["bill GiB"] = predicted(settings) / 2**30
-    if row["peak GiB"]:
-        row["bill over measured"] = row["bill GiB"] / row["peak GiB"]
     if settings["hollow"]:
         del row["tokens/s"], row["seconds"]  # no step of a model
     dist.barrier()

@@ -62,7 +62,9 @@ class Bill:
         for way in WAYS:
             made = bill(sizes, pattern, self.context, self.gpus, way, self.loss_slice)
             fewest = fewest_ranks(sizes, pattern, self.context, memory, way, self.loss_slice)
-            found[way] = asdict(made) | {"bytes": made.bytes, f"fewest GPUs of {self.memory} GiB": fewest}
+            parts = asdict(made)
+            peaks = {f"peak of {part}": size for part, size in parts.pop("peaks").items()}
+            found[way] = parts | peaks | {"bytes": made.bytes, f"fewest GPUs of {self.memory} GiB": fewest}
         return found
 
     def _table(self, bills: dict[str, dict[str, Any]]) -> Table:
