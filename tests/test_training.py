@@ -151,7 +151,7 @@ def test_a_checkpoint_is_whole_or_absent(monkeypatch, corpus, tmp_path):
         raise Killed
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoints, "sync", killed)
+    monkeypatch.setattr(checkpoints.files, "sync_folder", killed)
     with pytest.raises(Killed):
         parse(["train", "--data", corpus, "--out", str(out), "--steps", "12", *TINY]).execute(_console())
     assert last_checkpoint(out) is None
