@@ -230,6 +230,7 @@ def test_settings_from_a_file_and_flags(tmp_path, corpus):
         (["train", "--phase", "0", "1"], "phase has 2 entries but there are 4 query heads"),
         (["train", "--period", "2", "--phase", "0", "1", "2", "3"], "phase[2]=2 must be smaller than the period"),
         (["train", "--heads", "3"], "must divide"),
+        (["train", "--heads", "4", "--hidden-size", "36"], "must be even"),
         (["train", "--steps", "0"], "steps must be"),
         (["train", "--loss-slice", "0"], "loss_slice must be at least 1"),
         (["train", "--data", "missing.txt"], "missing.txt"),

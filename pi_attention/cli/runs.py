@@ -21,7 +21,9 @@ def model_folder(run: Path) -> Path:
     status_of("run", run)
     folder = run / "model" if (run / "model").is_dir() else run
     if status_of("run", folder / "config.json") is None:
-        unfinished = " The run has not finished: pi-attention train --resume." if (run / "train.yaml").exists() else ""
+        unfinished = ""
+        if (run / "train.yaml").exists():
+            unfinished = f" The run has not finished: pi-attention train --out {run} --resume."
         wanted = "" if unfinished else " Name the folder of a training run, or one that save_pretrained wrote."
         raise FileNotFoundError(f"run={str(run)!r} holds no model.{unfinished}{wanted}")
     return folder

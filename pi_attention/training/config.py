@@ -166,6 +166,11 @@ class TrainConfig:
         model = self.model
         if model.heads < 1 or model.hidden_size % model.heads:
             raise ValueError(f"heads={model.heads} must divide hidden_size={model.hidden_size}.")
+        if model.hidden_size // model.heads % 2:
+            raise ValueError(
+                f"hidden_size={model.hidden_size} over heads={model.heads} must be even, as rotary embeddings turn pairs: "
+                "change one."
+            )
         model.pattern().check_heads(model.heads)
 
 
