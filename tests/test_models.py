@@ -366,11 +366,6 @@ def test_scaled_rotary_embedding_stretches_positions():
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-def test_continuous_batching_is_refused():
-    with pytest.raises(NotImplementedError, match="paged cache"):
-        PiForCausalLM(config_of()).generate_batch([[3, 4, 5], [6, 7]], max_new_tokens=2)
-
-
 def test_masks_of_four_dimensions_are_refused():
     with pytest.raises(ValueError, match="padding mask of all tokens"):
         PiForCausalLM(config_of())(prompt(1, 10), attention_mask=torch.ones(1, 1, 10, 10))

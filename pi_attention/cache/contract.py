@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -38,6 +39,24 @@ class KeyValueCache(Protocol):
     def resume(self, key: Tensor, value: Tensor, length: int) -> None:
         """As if `length` tokens had been seen, of which these keys and values are the ones to keep."""
         ...
+
+
+class RaggedKeys:
+    """A `KeyValueCache` whose `extend` returns keys of many requests, one behind another in one row."""
+
+    def attend(
+        self, operator: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None
+    ) -> Tensor:
+        """The operator, each request for itself: [1, H, ΣT, D].
+
+        Args:
+            operator: output of query, key, value, gate and segment ids of the keys.
+            query: [1, H, ΣT, D], the new tokens of every request.
+            key: [1, G, ΣS, D] of `extend`, like value.
+            value: like key.
+            gate: logits [1, H, ΣT], or None.
+        """
+        raise NotImplementedError
 
 
 def starts_of_new(segment_ids: Tensor, tokens: int, first: bool) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from pi_attention.cache.contract import RaggedKeys
 from pi_attention.cache.near import NearSinks, sinks_among
 from pi_attention.convert.config import layer_pattern, settings_of
 from pi_attention.models.caching import BoundedCache
 from pi_attention.models.continuous import refuse_continuous_batching
+from pi_attention.nn.sources import Operator
 from pi_attention.ops.api import pi_attention
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segments_of_batch
 
-Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
 NAME = "pi"
 
 _default: dict[str, Any] = {}
@@ -41,12 +41,22 @@ class ConvertedCall:
         """The segment ids [B, S] of the keys that a layer sees."""
         return self.segment_ids if self.cache is None else self.cache.layers[layer].seen_ids
 
-    def attend(self, layer: int, operator: Operator, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The operator, each query with the sinks where its own position puts them."""
+    def attend(
+        self, layer: int, operator: Operator, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None
+    ) -> Tensor:
+        """The operator, each query with the sinks where its own position puts them; requests of a row apart."""
+        ids = self.segments_of_keys(layer)
+        requests = None if self.cache is None else self.cache.layers[layer]
+        if isinstance(requests, RaggedKeys):
+            return requests.attend(operator, query, key, value, gate)
+
+        def of_row(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return operator(query, key, value, gate, ids)
+
         near = None if self.near is None else self.near[layer]
         if near is None or not self.patterns[layer].sinks:
-            return operator(query, key, value)
-        seen, tokens, length = self.segments_of_keys(layer), query.shape[2], key.shape[2]
+            return of_row(query, key, value)
+        seen, tokens, length = ids, query.shape[2], key.shape[2]
         starts: Tensor | int = 0 if seen is None else seen
         if self.cache is None:
             is_sink = sinks_among(torch.arange(length, device=key.device)[None], starts, self.patterns[layer])
@@ -55,7 +65,7 @@ class ConvertedCall:
             length, is_sink = storage.length, storage.is_sink()
         start = 0 if seen is None else seen[:, -tokens:]
         position = torch.arange(length - tokens, length, device=key.device)[None]
-        return near.attend(operator, query, key, value, near.shift(position, start), is_sink)
+        return near.attend(of_row, query, key, value, near.shift(position, start), is_sink)
 
 
 def register(pattern: PiPattern | None = None) -> None:
@@ -153,7 +163,7 @@ def attention_forward(
     if layer is None:
         raise NotImplementedError(f'attn_implementation="pi" needs layer_idx on {type(module).__name__}.')
     if pi_call is not None:
-        pattern, ids = pi_call.patterns[layer], pi_call.segments_of_keys(layer)
+        pattern = pi_call.patterns[layer]
     else:
         pattern = layer_pattern(module.config, layer, sliding_window, _default)
         padding = None if attention_mask is None else attention_mask[:, 0, 0]
@@ -161,8 +171,11 @@ def attention_forward(
         ids = segments_of_batch(padding, position_ids, past, query.shape[0], query.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
-    def operator(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return pi_attention(query, key, value, pattern, gate=pi_gate, fusion="mass", segment_ids=ids, scale=scale)
+    def operator(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, ids: Tensor | None) -> Tensor:
+        return pi_attention(query, key, value, pattern, gate=gate, fusion="mass", segment_ids=ids, scale=scale)
 
-    out = operator(query, key, value) if pi_call is None else pi_call.attend(layer, operator, query, key, value)
+    if pi_call is None:
+        out = operator(query, key, value, pi_gate, ids)
+    else:
+        out = pi_call.attend(layer, operator, query, key, value, pi_gate)
     return out.transpose(1, 2).contiguous(), None

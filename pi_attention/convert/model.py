@@ -98,6 +98,22 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
                 layer.near = of_layer
         return near
 
+    def check_request(self, prompt: list[int], max_new_tokens: int | None) -> None:
+        """See `BoundedGeneration.check_request`: sinks move along beyond the context, and in a paged cache they cannot.
+
+        Raises:
+            ValueError: the prompt is empty, or the text may become longer than the pretrained context.
+        """
+        super().check_request(prompt, max_new_tokens)
+        if self._context is None or not any(pattern.sinks for pattern in self._patterns):
+            return
+        if max_new_tokens is None or len(prompt) + max_new_tokens > self._context:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} may outgrow the pretrained "
+                f"context of {self._context}, beyond which sinks move along, and continuous batching keeps them where "
+                "they are: set a smaller max_new_tokens, or use generate."
+            )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but keep the frequencies of rotary embeddings in fp32."""
         rotary = rotary_modules(self)

@@ -1,4 +1,4 @@
-"""Continuous batching of transformers, which would compute something else than π-Attention without a word."""
+"""With which transformers, and for which models, continuous batching computes π-Attention; others are refused."""
 
 from __future__ import annotations
 
@@ -6,8 +6,24 @@ from functools import wraps
 from typing import Any
 
 from transformers import GenerationMixin
+from transformers import __version__ as INSTALLED
 
-REFUSAL = "continuous batching needs a paged cache, which π-Attention has not: use generate with a left-padded batch."
+REFUSAL = "continuous batching serves models of convert(...) and PiForCausalLM alone: convert it, or use generate."
+KNOWN = ("5.23",)
+"""Minor versions of transformers whose continuous batching was tested; its interfaces are private, and change."""
+
+
+def need_known_version() -> None:
+    """Refuse continuous batching with a transformers that was not tested.
+
+    Raises:
+        NotImplementedError: the version is not one of `KNOWN`.
+    """
+    if ".".join(INSTALLED.split(".")[:2]) not in KNOWN:
+        raise NotImplementedError(
+            f"continuous batching of π-Attention is tested with transformers {', '.join(KNOWN)}, and "
+            f"{INSTALLED} is installed: install that one, or use generate with a left-padded batch."
+        )
 
 
 def refuse_continuous_batching(name: str) -> None:

@@ -6,24 +6,58 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from pi_attention.models.caching import PiCache, PiStaticCache
-from pi_attention.models.continuous import REFUSAL
+from pi_attention.models.continuous import need_known_version
 
 
 class BoundedGeneration:
     """Before GenerationMixin: `generate` makes our caches where transformers would make a dynamic or a static one."""
 
     config: Any
+    generation_config: Any
 
     def new_cache(self) -> PiCache:
         """An empty decoding cache of bounded memory for this model."""
         return PiCache(self.config.patterns())
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: paged caches hold blocks of consecutive keys, and ours keeps what the pattern sees."""
-        raise NotImplementedError(REFUSAL)
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers: the manager that serves requests as they come.
+
+        Raises:
+            NotImplementedError: with this version of transformers, or these settings, it was not tested.
+        """
+        need_known_version()
+        from pi_attention.models.batching import batching_manager  # other versions have other names
+
+        return batching_manager(self, *args, **kwargs)
+
+    def generate_batch(
+        self, inputs: list[list[int]], generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As of transformers: what each prompt is continued with, by request id.
+
+        Raises:
+            NotImplementedError: see `init_continuous_batching`.
+            ValueError: see `check_request`.
+        """
+        need_known_version()
+        most = kwargs.get("max_new_tokens")
+        most = getattr(generation_config or self.generation_config, "max_new_tokens", None) if most is None else most
+        for prompt in inputs:
+            self.check_request(prompt, most)
+        return super().generate_batch(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def check_request(self, prompt: list[int], max_new_tokens: int | None) -> None:
+        """Refuse a request that continuous batching would not serve exactly; here there is none but an empty one.
+
+        Raises:
+            ValueError: the prompt is empty.
+        """
+        if not len(prompt):
+            raise ValueError("a prompt is empty: give each request at least one token.")
 
     def _prepare_static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pi_attention.cache.contract import KeyValueCache
+from pi_attention.cache.contract import KeyValueCache, RaggedKeys
 
 Operator = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """Output [B, H, T, D] of query, key, value, gate logits and segment ids of the keys; the queries are the last ones."""
@@ -69,4 +69,6 @@ class NewKeys:
         """See `KeySource.attend`."""
         if cache is not None:
             key, value, segment_ids = cache.extend(key, value, segment_ids)
+        if isinstance(cache, RaggedKeys):
+            return cache.attend(operator, query, key, value, gate)
         return operator(query, key, value, gate, segment_ids)

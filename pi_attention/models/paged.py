@@ -1,0 +1,160 @@
+"""What of transformers' continuous batching is private: its paged cache, its allocators, the arguments of a forward.
+
+These names change with the minor versions of transformers, so this is the only file that knows them, and
+`pi_attention.models.continuous.need_known_version` is asked before it is imported.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import cache as library
+from transformers.generation.continuous_batching.cache_allocators import SlidingAttentionCacheAllocator
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+
+from pi_attention.cache.contract import RaggedKeys
+from pi_attention.models.caching import BoundedCache
+from pi_attention.models.ragged import Requests
+from pi_attention.nn.sources import Operator
+from pi_attention.pattern import PiPattern
+
+__all__ = ["SINKS", "ContinuousBatchingManager", "PagedCall", "RingAllocator", "install_allocator"]
+
+SINKS = "pi_sinks"
+"""Attribute of the configuration that the paged cache sees: how many of a request's first tokens are kept."""
+SLIDING = SlidingAttentionCacheAllocator.layer_type
+
+
+class RingAllocator(SlidingAttentionCacheAllocator):
+    """Slots of a request: one for each sink, then a ring for the others; `sliding_window` is the number of both.
+
+    The ring holds reach + 1 tokens: what a query can see, itself counted.
+    """
+
+    def __init__(self, index: int, config: Any, **kwargs: Any) -> None:
+        super().__init__(index=index, config=config, **kwargs)
+        self.sinks: int = getattr(config, SINKS)
+        self.ring = self.sliding_window - self.sinks
+
+    def _seen(self, past: int) -> list[int]:
+        """Positions of the earlier tokens that the first new query, at position `past`, can see; in order."""
+        recent = max(0, past - (self.ring - 1))
+        return [*range(min(self.sinks, recent)), *range(recent, past)]
+
+    def _slot(self, position: int) -> int:
+        return position if position < self.sinks else self.sinks + (position - self.sinks) % self.ring
+
+    def _rows(self, request_id: str, positions: list[int]) -> list[int]:
+        """Rows of the cache tensor."""
+        pages = self.block_table[request_id]
+        places = (divmod(self._slot(position), self.tokens_per_page) for position in positions)
+        return [pages[page] * self.block_physical_stride + offset for page, offset in places]
+
+    def get_seqlen_k(self, past_length: int, query_length: int) -> int:
+        """Keys of a request in a forward, the new ones included."""
+        return len(self._seen(past_length)) + query_length
+
+    def get_read_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
+        """Rows of the keys to read; the sentinel stands for a new one."""
+        return self._rows(request_id, self._seen(past_length)) + [self.sentinel_index] * query_length
+
+    def get_write_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
+        """Rows for the new keys; those that no later query sees are written to the trash."""
+        end = past_length + query_length
+        positions = range(past_length, end)
+        kept = [position for position in positions if position < self.sinks or position >= end - self.ring]
+        rows = dict(zip(kept, self._rows(request_id, kept), strict=True))
+        trash: Any = self.write_trash_index
+        return [rows.get(position, trash) for position in positions]
+
+
+class _Allocators:
+    """In the place of transformers' allocator for sliding layers: ours for our models, its own for every other one."""
+
+    supports_block_table = False
+
+    def __init__(self, usual: Any) -> None:
+        self.usual = usual
+
+    def __call__(self, *, config: Any, **kwargs: Any) -> Any:
+        return (RingAllocator if hasattr(config, SINKS) else self.usual)(config=config, **kwargs)
+
+
+def install_allocator() -> None:
+    """Let transformers' paged cache ask for `RingAllocator` where the configuration has `SINKS`; once is enough."""
+    kinds: dict[str, Any] = library.ATTN_TYPE_TO_ALLOCATOR
+    if not isinstance(kinds[SLIDING], _Allocators):
+        kinds[SLIDING] = _Allocators(kinds[SLIDING])
+
+
+class PagedLayer(RaggedKeys):
+    """The paged cache of one layer in one forward."""
+
+    length = 0
+    seen_ids: None = None
+    near: None = None
+
+    def __init__(
+        self, layer: int, pattern: PiPattern, cache: Any, arguments: dict[str, Any], queries: list[int]
+    ) -> None:
+        self.pattern = pattern
+        self._layer, self._cache, self._arguments = layer, cache, arguments
+        kind = cache.layer_to_allocator[layer].layer_type
+        ends = arguments["cu_seq_lens_k"][kind].tolist()
+        self._requests = Requests(queries, [end - start for start, end in pairwise(ends)])
+
+    @property
+    def storage(self) -> PagedLayer:
+        """Itself, which a layer extends."""
+        return self
+
+    def extend(self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
+        """Write the new keys [1, G, ΣT, D] and return those that they see, request by request: [1, G, ΣS, D]."""
+        arguments = dict(self._arguments)  # which the cache changes
+        key, value = self._cache.update(key_states=key, value_states=value, layer_idx=self._layer, kwargs=arguments)
+        return key, value, None
+
+    def attend(self, operator: Operator, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
+        """See `RaggedKeys`."""
+        return self._requests.attend(operator, query, key, value, gate)
+
+
+class PagedCall(BoundedCache, Cache):
+    """transformers' paged cache for one forward of ours, in which requests lie one behind another in one row.
+
+    Args:
+        cache: the `PagedAttentionCache`.
+        arguments: what transformers passes to a forward beside tokens and positions.
+        patterns: of the layers.
+    """
+
+    moves_sinks = False
+
+    def __init__(self, cache: Any, arguments: dict[str, Any], patterns: list[PiPattern]) -> None:
+        ends = arguments["cu_seq_lens_q"].tolist()
+        queries = [end - start for start, end in pairwise(ends)]
+        layers: list[Any] = [
+            PagedLayer(layer, pattern, cache, arguments, queries) for layer, pattern in enumerate(patterns)
+        ]
+        Cache.__init__(self, layers=layers)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Not asked for: every forward passes its positions."""
+        return 0
+
+    def segments(self, *args: Any) -> None:
+        """None: `PagedLayer.attend` keeps requests apart."""
+
+    def tell(self, segment_ids: Tensor | None) -> None:
+        """Nothing to tell."""
+
+    def library_mask(self, attention_mask: Tensor | None, like: Tensor) -> Tensor:
+        """See `BoundedCache.library_mask`; of four dimensions, so that transformers makes none."""
+        return like.new_ones(len(like), 1, 1, 1)
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As transformers' caches: what the layer sees."""
+        return self.layers[layer].extend(key, value)[:2]

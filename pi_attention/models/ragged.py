@@ -1,0 +1,96 @@
+"""Attention of requests that lie one behind another in a row, each with keys of its own number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from pi_attention.nn.sources import Operator
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Of each request in a row: how many queries and how many keys it has, and where they start.
+
+    The queries of a request are at the end of its keys.
+    """
+
+    queries: list[int]
+    keys: list[int]
+
+    @property
+    def spans(self) -> list[tuple[slice, slice]]:
+        """Where the queries and where the keys of each request lie."""
+        first_queries, first_keys = accumulate(self.queries, initial=0), accumulate(self.keys, initial=0)
+        starts = zip(first_queries, first_keys, self.queries, self.keys, strict=False)
+        return [(slice(q, q + t), slice(k, k + s)) for q, k, t, s in starts]
+
+    def attend(self, operator: Operator, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
+        """The operator, each request for itself: [1, H, ΣT, D].
+
+        Requests without earlier keys are one packed call, those with one query one left-padded batch.
+
+        Args:
+            operator: of the layer.
+            query: [1, H, ΣT, D].
+            key: [1, G, ΣS, D], like value.
+            value: like key.
+            gate: logits [1, H, ΣT], or None.
+        """
+        fresh: list[tuple[slice, slice]] = []
+        decoding: list[tuple[slice, slice]] = []
+        others: list[tuple[slice, slice]] = []
+        for span, queries, keys in zip(self.spans, self.queries, self.keys, strict=True):
+            if queries:
+                (fresh if queries == keys else decoding if queries == 1 else others).append(span)
+        out = torch.empty_like(query)
+        if fresh:
+            places = _places([q for q, _ in fresh], query.device)
+            of_keys = _places([k for _, k in fresh], query.device)
+            ids = _numbered([q.stop - q.start for q, _ in fresh], query.device) if len(fresh) > 1 else None
+            of_gate = None if gate is None else gate[:, :, places]
+            out[:, :, places] = operator(query[:, :, places], key[:, :, of_keys], value[:, :, of_keys], of_gate, ids)
+        if decoding:
+            places = _places([q for q, _ in decoding], query.device)
+            out[:, :, places] = _decode(operator, query, key, value, gate, places, [k for _, k in decoding])
+        for q, k in others:
+            of_gate = None if gate is None else gate[:, :, q]
+            out[:, :, q] = operator(query[:, :, q], key[:, :, k], value[:, :, k], of_gate, None)
+        return out
+
+
+def _places(spans: list[slice], device: torch.device) -> Tensor:
+    """The places in the spans, one span behind another."""
+    return torch.cat([torch.arange(span.start, span.stop, device=device) for span in spans])
+
+
+def _numbered(lengths: list[int], device: torch.device) -> Tensor:
+    """Segment ids [1, sum of the lengths]: the number of the request."""
+    number = torch.arange(len(lengths), dtype=torch.int32, device=device)
+    return number.repeat_interleave(torch.tensor(lengths, device=device))[None]
+
+
+def _decode(
+    operator: Operator,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    places: Tensor,
+    spans: list[slice],
+) -> Tensor:
+    """One query a request: rows of a batch, padded on the left. Returns [1, H, requests, D]."""
+    ends = torch.tensor([span.stop for span in spans], device=query.device)[:, None]
+    lengths = torch.tensor([span.stop - span.start for span in spans], device=query.device)[:, None]
+    most = max(span.stop - span.start for span in spans)
+    back = torch.arange(most, 0, -1, device=query.device)  # a key's distance to the end of its row
+    index, ids = (ends - back).clamp(min=0), torch.where(back <= lengths, 0, -1).to(torch.int32)
+    keys, values = (x[0][:, index].transpose(0, 1) for x in (key, value))  # [requests, G, most, D]
+    queries = query[0][:, places].transpose(0, 1)[:, :, None]  # [requests, H, 1, D]
+    of_gate = None if gate is None else gate[0][:, places].T[:, :, None]
+    padded = len({span.stop - span.start for span in spans}) > 1
+    out = operator(queries, keys, values, of_gate, ids if padded else None)
+    return out[:, :, 0].transpose(0, 1)[None]

@@ -1,0 +1,306 @@
+"""Continuous batching of transformers: token for token what `generate` gives, in bounded memory, or refused by name."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    ContinuousBatchingConfig,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from pi_attention import PiPattern
+from pi_attention.convert import convert
+from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.models.continuous import KNOWN
+
+known = pytest.mark.skipif(
+    ".".join(transformers.__version__.split(".")[:2]) not in KNOWN, reason="continuous batching of another transformers"
+)
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 400,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+HYBRID = {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+PLAIN = {"window": 8, "period": 5, "skips": 4}
+HEADS = {"window": 6, "period": [1, 5, 16, 7], "phase": [0, 2, 3, 1], "skips": 4}
+
+
+def own(**settings):
+    return lambda: PiForCausalLM(PiConfig(**SIZES | settings))
+
+
+def converted(kind, config, pattern, gate=True, **more):
+    return lambda: convert(kind(config(**SIZES | more)), PiPattern(**pattern), gate=gate)
+
+
+MODELS = {
+    "pi": own(**PLAIN),
+    "pi: sinks": own(**PLAIN, sinks=3),
+    "pi: periods and phases of heads, sinks": own(**HEADS, sinks=2),
+    "pi: layers of many kinds": own(**PLAIN, layer_patterns=["local", {"sinks": 3}, "dense"]),
+    "pi: a window of one token": own(window=1, period=1, skips=0),
+    "pi: skips without end": own(window=4, period=8, skips=None, sinks=1),
+    "pi: no gate": own(**PLAIN, sinks=1, gate=False),
+    "pi: mass, qk_norm": own(**PLAIN, sinks=1, fusion="mass", qk_norm=True),
+    "llama": converted(LlamaForCausalLM, LlamaConfig, PLAIN),
+    "llama: sinks": converted(LlamaForCausalLM, LlamaConfig, PLAIN | {"sinks": 3}),
+    "llama: periods and phases of heads": converted(LlamaForCausalLM, LlamaConfig, HEADS | {"sinks": 3}),
+    "llama: no gate": converted(LlamaForCausalLM, LlamaConfig, PLAIN | {"sinks": 4}, gate=False),
+    "qwen 3": converted(Qwen3ForCausalLM, Qwen3Config, PLAIN | {"sinks": 3}, head_dim=8),
+    "mistral: a window of its own": converted(
+        MistralForCausalLM, MistralConfig, PLAIN | {"skips": 0}, gate=False, sliding_window=7
+    ),
+    "gemma 3: layers with windows of their own": converted(
+        Gemma3ForCausalLM, Gemma3TextConfig, PLAIN | {"sinks": 2}, num_hidden_layers=4, **HYBRID
+    ),
+}
+
+
+def model_of(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for part, weight in model.named_parameters():
+            if "gate" in part and "gate_proj" not in part:
+                weight.normal_(std=0.5)
+            elif weight.dim() == 2:
+                weight.mul_(4.0)  # texts that depend on what the layers see
+    return model
+
+
+def prompts_of(lengths, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 99, (length,), generator=generator).tolist() for length in lengths]
+
+
+def wanted(model, prompt, tokens):
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+def greedy(tokens, **more):
+    return GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=-1, **more)
+
+
+def small(**more):
+    given = {"page_size": 4, "num_blocks": 150, "max_batch_tokens": 32, "max_memory_percent": 0.3}
+    return ContinuousBatchingConfig(**given | more)
+
+
+def texts(model, prompts, tokens, cb=None, **more):
+    out = model.generate_batch(prompts, greedy(tokens, **more), continuous_batching_config=cb or small())
+    assert not [result.error for result in out.values() if result.error]
+    return [result.generated_tokens for result in out.values()]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Beside the manager's own thread, more of PyTorch's only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@known
+@pytest.mark.parametrize("name", MODELS)
+def test_generate_batch_is_generate(name):
+    model = model_of(name)
+    prompts = prompts_of([5, 130, 40, 1, 17, 90])  # in chunks, packed, and beside requests that decode
+    want = [wanted(model, prompt, 24) for prompt in prompts]
+    assert len({tuple(text) for text in want}) == len(prompts)
+    assert texts(model, prompts, 24) == want
+
+
+@known
+@settings(max_examples=8, deadline=None)
+@given(
+    name=st.sampled_from(["pi: layers of many kinds", "pi: periods and phases of heads, sinks", "llama: sinks"]),
+    lengths=st.lists(st.integers(1, 60), min_size=2, max_size=6),
+    tokens=st.lists(st.integers(2, 20), min_size=6, max_size=6),
+    late=st.integers(0, 3),
+    cancelled=st.booleans(),
+    page=st.sampled_from([4, 16]),
+    batch=st.sampled_from([8, 24, 200]),
+    blocks=st.sampled_from([200, 700]),
+)
+def test_any_order_of_arrival_gives_the_same_texts(name, lengths, tokens, late, cancelled, page, batch, blocks):
+    """Later requests come when an earlier one has finished; one may be cancelled; with few blocks, some are evicted."""
+    model, prompts = model_of(name), prompts_of(lengths)
+    manager_of = model.continuous_batching_context_manager
+    given_settings = small(page_size=page, max_batch_tokens=batch, num_blocks=-(-blocks // page))
+    got, late = {}, min(late, len(prompts) - 1)
+    with manager_of(generation_config=greedy(20), continuous_batching_config=given_settings) as manager:
+        first = len(prompts) - late
+        for number in range(first):
+            manager.add_request(prompts[number], request_id=str(number), max_new_tokens=tokens[number])
+        if cancelled:
+            manager.add_request(prompts[0], request_id="cancelled", max_new_tokens=100)
+        for number in range(first, len(prompts) + 1):
+            if number == first or number < len(prompts):
+                result = manager.get_result(timeout=60)
+                got[result.request_id] = result
+            if number < len(prompts):
+                manager.add_request(prompts[number], request_id=str(number), max_new_tokens=tokens[number])
+        manager.cancel_request("cancelled")
+        while len(got.keys() - {"cancelled"}) < len(prompts):
+            result = manager.get_result(timeout=60)
+            assert result is not None and manager.is_running()
+            got[result.request_id] = result
+    for number, prompt in enumerate(prompts):
+        assert got[str(number)].generated_tokens == wanted(model, prompt, tokens[number])
+
+
+@known
+def test_generate_may_run_beside_the_manager_and_finds_the_model_as_it_was():
+    model = model_of("gemma 3: layers with windows of their own")
+    before, prompts = model.config.to_dict(), prompts_of([30, 9])
+    want = [wanted(model, prompt, 40) for prompt in prompts]
+    manager_of = model.continuous_batching_context_manager
+    with manager_of(generation_config=greedy(40), continuous_batching_config=small()) as manager:
+        manager.add_request(prompts[0], request_id="0")
+        assert wanted(model, prompts[1], 40) == want[1]
+        assert manager.get_result(timeout=60).generated_tokens == want[0]
+    assert model.config.to_dict() == before
+    assert wanted(model, prompts[0], 40) == want[0]
+
+
+@known
+def test_a_manager_may_be_kept_for_later_prompts():
+    model = model_of("llama: sinks")
+    prompts = prompts_of([21, 40])
+    want = [wanted(model, prompt, 12) for prompt in prompts]
+    for _ in range(2):
+        out = model.generate_batch(prompts, greedy(12), continuous_batching_config=small(), persistent_manager=True)
+        assert [result.generated_tokens for result in out.values()] == want
+    model.destroy_cached_continuous_batching_manager()
+    assert texts(model, prompts, 12) == want
+
+
+@known
+def test_a_model_of_transformers_keeps_its_own_allocator():
+    from pi_attention.models.paged import install_allocator
+
+    install_allocator()
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=7)).eval()
+    prompts = prompts_of([40, 3])
+    assert texts(model, prompts, 12) == [wanted(model, prompt, 12) for prompt in prompts]
+
+
+def ring(sinks, reach, page):
+    """An allocator of one layer, and the pages that it took."""
+    from pi_attention.models.paged import SINKS, RingAllocator
+
+    config = SimpleNamespace(sliding_window=sinks + reach + 1, head_dim=8, hidden_size=32, num_attention_heads=4)
+    setattr(config, SINKS, sinks)
+    allocator = RingAllocator(
+        index=0,
+        config=config,
+        num_key_value_heads=2,
+        cache_dtype=torch.float32,
+        page_size=page,
+        layer_indices=[0],
+        allow_block_sharing=False,
+    )
+    taken = iter(range(1000))
+    allocator.pool = SimpleNamespace(get_free_blocks=lambda index, count: [next(taken) for _ in range(count)])
+    allocator.sentinel_index, allocator.write_trash_index = -1, -2
+    return allocator
+
+
+@known
+@settings(max_examples=60, deadline=None)
+@given(
+    sinks=st.integers(0, 5),
+    reach=st.integers(0, 20),
+    page=st.sampled_from([1, 4, 16]),
+    chunks=st.lists(st.integers(1, 50), min_size=1, max_size=12),
+)
+def test_a_chunk_reads_the_sinks_and_the_tokens_in_reach_in_order(sinks, reach, page, chunks):
+    allocator, rows, past = ring(sinks, reach, page), {}, 0
+    for chunk in chunks:
+        allocator.allocate_cache_to_request("a", past, chunk)
+        read = [rows.get(row, "new") for row in allocator.get_read_indices("a", past, chunk)]
+        seen = [p for p in range(past) if p < sinks or p >= past - reach]
+        assert read == [*seen, *["new"] * chunk]
+        assert allocator.get_seqlen_k(past, chunk) == len(read)
+        written = allocator.get_write_indices("a", past, chunk)
+        rows.update(zip(written, range(past, past + chunk), strict=True))
+        past += chunk
+
+
+@known
+def test_a_request_of_any_length_keeps_the_same_pages():
+    allocator, past = ring(4, 100, 16), 0
+    for chunk in [250] * 400:
+        allocator.allocate_cache_to_request("a", past, chunk)
+        past += chunk
+    assert past == 100_000
+    assert len(allocator.block_table["a"]) == 7  # 105 slots in pages of 16
+    assert max(allocator.get_write_indices("a", past, 250)) < 7 * allocator.block_physical_stride
+
+
+def test_another_transformers_is_refused_by_its_version(monkeypatch):
+    model = model_of("pi")
+    for version in ("5.22.3", "5.24.0"):
+        monkeypatch.setattr("pi_attention.models.continuous.INSTALLED", version)
+        with pytest.raises(NotImplementedError, match=rf"tested with transformers 5.23, and {version}"):
+            model.generate_batch([[3, 4]], max_new_tokens=2)
+        with pytest.raises(NotImplementedError, match=version):
+            model.init_continuous_batching()
+
+
+@known
+@pytest.mark.parametrize("setting", ["use_cuda_graph", "use_async_batching", "cpu_offload_space"])
+def test_settings_that_were_not_tried_are_refused(setting):
+    with pytest.raises(NotImplementedError, match=f"runs without {setting}"):
+        model_of("pi").generate_batch([[3, 4]], greedy(2), continuous_batching_config=small(**{setting: True}))
+
+
+@known
+def test_a_rotary_embedding_that_depends_on_the_batch_is_refused():
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = PiForCausalLM(PiConfig(**SIZES, **PLAIN, rope_parameters=scaled))
+    with pytest.raises(NotImplementedError, match="rope_type='dynamic'"):
+        model.generate_batch([[3, 4]], greedy(2), continuous_batching_config=small())
+
+
+@known
+def test_a_text_whose_sinks_would_move_is_refused_before_it_is_queued():
+    model = model_of("llama: sinks")
+    with pytest.raises(ValueError, match=r"prompt of 390 tokens and max_new_tokens=11 .* context of 400"):
+        texts(model, prompts_of([390]), 11)
+    manager_of = model.continuous_batching_context_manager
+    with (
+        manager_of(generation_config=greedy(11), continuous_batching_config=small()) as manager,
+        pytest.raises(ValueError, match="outgrow the pretrained context"),
+    ):
+        manager.add_request(prompts_of([390])[0])
+    without = model_of("llama")
+    assert texts(without, prompts_of([390]), 20) == [wanted(without, prompts_of([390])[0], 20)]
+
+
+@known
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        model_of("pi").generate_batch([[3], []], greedy(2), continuous_batching_config=small())
