@@ -168,8 +168,8 @@ class TrainConfig:
             raise ValueError(f"heads={model.heads} must divide hidden_size={model.hidden_size}.")
         if model.hidden_size // model.heads % 2:
             raise ValueError(
-                f"hidden_size={model.hidden_size} over heads={model.heads} must be even, as rotary embeddings turn pairs: "
-                "change one."
+                f"hidden_size={model.hidden_size} over heads={model.heads} must be even: rotary embeddings turn pairs. "
+                "Change one."
             )
         model.pattern().check_heads(model.heads)
 
