@@ -30,12 +30,13 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.sizes import config_of
 from benchmarks.timing import RESULTS, write
 from pi_attention import PiPattern
 from pi_attention.accounting import Sizes
 from pi_attention.bill import MODELS
 from pi_attention.distributed import Layout
-from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.models import PiForCausalLM
 from pi_attention.training.step import Parallel
 from pi_attention.training.train import enable_checkpointing
 
@@ -68,18 +69,7 @@ def peak(sizes: Sizes, layout: Layout, zero: int, loss_slice: int | None) -> int
     dist.init_process_group("fake", rank=layout.ranks // 2, world_size=layout.ranks, store=FakeStore())
     mesh = layout.mesh("cpu")
     mesh["dp", "cp"]._flatten("dp_cp")
-    config = PiConfig(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.intermediate_size,
-        num_hidden_layers=sizes.num_hidden_layers,
-        num_attention_heads=sizes.num_attention_heads,
-        num_key_value_heads=sizes.num_key_value_heads,
-        head_dim=sizes.head_dim,
-        **PATTERN.to_dict(),
-        tie_word_embeddings=False,
-        loss_slice=loss_slice,
-    )
+    config = config_of(sizes, PATTERN, tie_word_embeddings=False, loss_slice=loss_slice)
     with FakeTensorMode(), patch.object(DeviceMesh, "__init__", with_data(DeviceMesh.__init__)):
         model = PiForCausalLM(config).train()
         enable_checkpointing(model)

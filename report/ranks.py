@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks import multigpu_tables
 from pi_attention import PiPattern
 from pi_attention.bill import MODELS, bill
 from pi_attention.distributed import Layout
 from report.markdown import Measured, per_file, read, table, version
+from report.multigpu import tables
 
 
 def memory() -> str:
@@ -67,4 +67,4 @@ def multigpu() -> str:
 
 def pieces() -> str:
     """What `python -m benchmarks.multigpu` has measured so far, piece by piece."""
-    return multigpu_tables.tables(table)
+    return tables(table)

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from benchmarks.multigpu.rows import OUT_OF_MEMORY, Machine, Rows, read
 from benchmarks.multigpu.searches import border, longest, step_of
 from benchmarks.multigpu.ways import GATHER, HALO, RING, tokens_of
-from benchmarks.multigpu_tables import tables
+from report.multigpu import tables
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,10 +16,11 @@ from benchmarks.multigpu.clock import measured, silenced, slowest
 from benchmarks.multigpu.operator import pattern_of
 from benchmarks.multigpu.rows import Row
 from benchmarks.multigpu.ways import RING, hollow_ring, spread, tokens_of
+from benchmarks.sizes import config_of
 from pi_attention.accounting import Sizes
 from pi_attention.bill import MODELS, bill, parameters
 from pi_attention.distributed import Layout
-from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.models import PiForCausalLM
 from pi_attention.training.step import Parallel
 from pi_attention.training.train import enable_checkpointing
 
@@ -53,15 +54,9 @@ def predicted(settings: Row) -> int:
 def model_of(settings: Row, mesh: Any, device: torch.device) -> Parallel:
     """The model with weights drawn shard by shard, so that no rank ever holds the whole of it."""
     sizes = sizes_of(settings)
-    config = PiConfig(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.intermediate_size,
-        num_hidden_layers=sizes.num_hidden_layers,
-        num_attention_heads=sizes.num_attention_heads,
-        num_key_value_heads=sizes.num_key_value_heads,
-        head_dim=sizes.head_dim,
-        **pattern_of(settings["pattern"], sizes.num_attention_heads).to_dict(),
+    config = config_of(
+        sizes,
+        pattern_of(settings["pattern"], sizes.num_attention_heads),
         layer_patterns=["dense"] if settings["way"] == RING else None,
         loss_slice=settings["loss slice"],
     )

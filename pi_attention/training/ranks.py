@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from pi_attention.accelerator import best_device
 from pi_attention.distributed.layout import Layout
 
 ANSWER = 10
@@ -40,13 +41,13 @@ def layout_of(parallel: str) -> Layout:
     return layout
 
 
-def best_device() -> torch.device:
-    """The accelerator of this process, or the CPU."""
+def device_of_process() -> torch.device:
+    """The accelerator of this process, or the CPU; of a rank, the GPU with its number on this host."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if rank_and_ranks() is not None:
         return torch.device("cpu")  # gloo's
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return best_device()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from pi_attention.training.checkpoints import checkpoint_to_resume, publish, put
 from pi_attention.training.config import TrainConfig, save_yaml
 from pi_attention.training.hub import check_hub, push
 from pi_attention.training.metrics import METRICS
-from pi_attention.training.ranks import best_device, joined, layout_of, rank_and_ranks
+from pi_attention.training.ranks import device_of_process, joined, layout_of, rank_and_ranks
 from pi_attention.training.report import SUMMARY, write_report
 from pi_attention.training.resume import SETTINGS, need_same_model, refuse_to_overwrite, settings_to_resume
 from pi_attention.training.run import Run
@@ -52,7 +52,7 @@ def train(asked: TrainConfig, console: Console) -> bool:
         RuntimeError: a rank does not answer, and is named.
     """
     config, checkpoint = settings_and_checkpoint(asked)
-    out, layout, device = config.run.out, layout_of(config.run.parallel), best_device()
+    out, layout, device = config.run.out, layout_of(config.run.parallel), device_of_process()
     if checkpoint is not None and step_of(checkpoint) >= config.optimizer.steps and (out / SUMMARY).exists():
         if (rank_and_ranks() or (0, 1))[0] == 0:
             console.print(f"{out}/ holds a finished run of {config.optimizer.steps} steps: nothing is left to do.")

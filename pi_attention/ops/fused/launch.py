@@ -31,6 +31,7 @@ from pi_attention.ops.fused.tiling import (
     heads_differ,
     key_classes,
     member_table,
+    multiprocessors,
     one_pass_rows,
     padded,
     plan_one_pass,
@@ -326,11 +327,6 @@ def run_backward(
     return grad_query, grad_key, grad_value, grad_gate
 
 
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 class DecodePlan(NamedTuple):
     """The two launches of a decoding step: parts of the keys, and their joining."""
 
@@ -365,7 +361,7 @@ def decode_plan(problem: Problem) -> DecodePlan:
     keys, pattern = problem.key[2], problem.pattern
     window = min(pattern.window, keys)
     programs = batch * (heads if heads_differ(pattern) else heads // problem.group)
-    splits = min(cdiv(2 * _multiprocessors(problem.device), programs), cdiv(window + queries - 1, 32), 64)
+    splits = min(cdiv(2 * multiprocessors(problem.device), programs), cdiv(window + queries - 1, 32), 64)
     lags = row_lags(pattern, True, 0, keys)
     numbers = (splits, heads, queries, keys, *lags, problem.sinks, window, problem.scale * LOG2E)
     parts = Step(decode, programs * splits, problem.strides, numbers, decode_constants(problem))

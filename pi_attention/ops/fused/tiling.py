@@ -246,12 +246,24 @@ def key_classes(problem: Problem, skip: bool) -> int:
     return len(classes(problem.pattern, problem.group)[0])
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU; (0, 0) of every other device.
+
+    An AMD GPU of ROCm is called "cuda" as well, and may count its capability to 9 and more.
+    """
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if nvidia else (0, 0)
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 4 where the kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 @lru_cache(maxsize=16)
 def _has_descriptors(device: torch.device) -> bool:
-    """NVIDIA's alone: an AMD GPU of ROCm is called "cuda" as well, and may count its capability to 9 and more."""
-    if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type != "cuda" or capability(device) >= (9, 0)
 
 
 def described(problem: Problem) -> bool:

@@ -126,12 +126,8 @@ def forward_kernel(
     k_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
     q_full, q_empty, o_full, o_empty = barriers(1, 1), barriers(1, 2), barriers(1, 1), barriers(1, 2)
-    k_full, k_empty, v_full, v_empty = (
-        barriers(STAGES, 1),
-        barriers(STAGES, 2),
-        barriers(STAGES, 1),
-        barriers(STAGES, 2),
-    )
+    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     gl.warp_specialize([
         (_consumer, (
             out_desc, q_s, k_s, v_s, o_s, q_full, q_empty, o_full, o_empty, k_full, k_empty, v_full,
@@ -147,7 +143,7 @@ def forward_kernel(
         )),
         (rows_producer, (
             q_desc, q_desc, k_desc, v_desc, skip_desc, q_s, q_s, k_s, v_s, o_s, q_full, q_empty, o_full,
-            o_empty, k_full, k_empty, v_full, v_empty, total, tiles, H, T, S, window, sinks, GROUP, 2 *
-            BM, BN, D, STAGES, False, FUSE,
+            o_empty, k_full, k_empty, v_full, v_empty, total, tiles, H, T, S, window, sinks,
+            GROUP, 2 * BM, BN, D, STAGES, False, FUSE,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

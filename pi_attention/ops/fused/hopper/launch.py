@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
-import torch
 from torch import Tensor
 from triton import cdiv
 from triton.experimental.gluon import language as gl
@@ -15,7 +13,7 @@ from pi_attention.ops.fused.compiled import Constants, Kernel, Step
 from pi_attention.ops.fused.hopper.forward import forward_kernel
 from pi_attention.ops.fused.hopper.key import key_kernel
 from pi_attention.ops.fused.hopper.query import query_kernel
-from pi_attention.ops.fused.tiling import Problem
+from pi_attention.ops.fused.tiling import Problem, multiprocessors
 
 LOG2E = 1.4426950408889634
 BM = BN = 64
@@ -49,11 +47,6 @@ def _row(x: Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, BN], ROWS)
 
 
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _step(kernel: Kernel, problem: Problem, sizes: tuple[int, ...], scales: tuple[float, ...], **flags: bool) -> Step:
     """A launch of `kernel`; `sizes` begin with the heads and the length that are cut into tiles."""
     heads, length = sizes[:2]
@@ -64,7 +57,7 @@ def _step(kernel: Kernel, problem: Problem, sizes: tuple[int, ...], scales: tupl
     shape = {"GROUP": problem.group, "D": dim, "BM": BM, "BN": BN, "STAGES": stages(name, dim)}
     lengths = (problem.query[1], problem.query[2], problem.key[2], min(problem.pattern.window, problem.key[2]))
     numbers = (*sizes[2:], total, tiles, *lengths, *(() if name == "key" else (problem.sinks,)), *scales)
-    programs = min(total, _multiprocessors(problem.device))
+    programs = min(total, multiprocessors(problem.device))
     return Step(kernel, programs, (), numbers, Constants(OPTIONS, **shape, SEGMENTS=problem.segments, **flags))
 
 

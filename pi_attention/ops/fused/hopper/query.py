@@ -160,12 +160,8 @@ def query_kernel(
     k_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
     q_full, q_empty = barriers(1, 1), barriers(1, 2)
-    k_full, k_empty, v_full, v_empty = (
-        barriers(STAGES, 1),
-        barriers(STAGES, 2),
-        barriers(STAGES, 1),
-        barriers(STAGES, 2),
-    )
+    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     gl.warp_specialize([
         (_consumer, (
             grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,

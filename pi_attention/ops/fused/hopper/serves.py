@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 import triton
 
-from pi_attention.ops.fused.tiling import INTERPRETED, Problem
+from pi_attention.ops.fused.tiling import INTERPRETED, Problem, capability
 
 MEASURED = triton.__version__.startswith("3.6.")
 """Whether this version of Gluon was tried on a GPU. Its names change from version to version."""
@@ -21,7 +21,7 @@ HEAD_DIMS = {"forward": (128,), "query": (128,), "key": (64, 128)}
 
 @lru_cache(maxsize=16)
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return capability(device) == (9, 0)
 
 
 def serves(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) -> bool:
