@@ -13,8 +13,11 @@ from pi_attention.ops.checks import check_layout
 from pi_attention.pattern import PiPattern
 
 
-def check_inputs(input_ids: Any, inputs_embeds: Any, attention_mask: Any, position_ids: Any) -> None:
-    """Raise TypeError or ValueError for inputs of a model that are no dense tensors of the usual shapes and dtypes."""
+def check_inputs(input_ids: Any, inputs_embeds: Any, attention_mask: Any, position_ids: Any, *, least: int = 1) -> None:
+    """Raise TypeError or ValueError for inputs of a model that are no dense tensors of the usual shapes and dtypes.
+
+    A shard of a sequence may hold no token (`least` 0): its rank takes part in the exchange all the same.
+    """
     for name, x, layout in (
         ("input_ids", input_ids, "[B, T]"),
         ("inputs_embeds", inputs_embeds, "[B, T, hidden]"),
@@ -28,7 +31,7 @@ def check_inputs(input_ids: Any, inputs_embeds: Any, attention_mask: Any, positi
         check_layout(name, x, layout)
         if name.endswith("_ids") and x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} has dtype {x.dtype}: cast it to int64.")
-        if name != "attention_mask" and (x.dim() != layout.count(",") + 1 or 0 in x.shape):
+        if name != "attention_mask" and (x.dim() != layout.count(",") + 1 or min(x.shape) < least):
             raise ValueError(f"{name} must be {layout} with at least one token, got shape {tuple(x.shape)}.")
 
 

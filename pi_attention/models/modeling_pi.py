@@ -26,6 +26,7 @@ from pi_attention.models.loss import sliced_loss
 from pi_attention.models.rotary import PiRotaryEmbedding
 from pi_attention.nn.attention import GateOptions, PiAttention
 from pi_attention.nn.layers import SwiGLU
+from pi_attention.nn.sources import NewKeys
 from pi_attention.ops.api import Impl
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segments_of_batch
@@ -106,6 +107,9 @@ class PiModel(PiPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def _is_sharded(self) -> bool:
+        return any(not isinstance(layer.self_attn.source, NewKeys) for layer in self.layers)
+
     def _choose_implementation(self) -> None:
         name = self.config._attn_implementation or "sdpa"
         if name not in IMPLEMENTATION_OF:
@@ -144,7 +148,7 @@ class PiModel(PiPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds, not both or none.")
-        check_inputs(input_ids, inputs_embeds, attention_mask, position_ids)
+        check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, least=0 if self._is_sharded() else 1)
         segment_ids = without_padding(segment_ids, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
