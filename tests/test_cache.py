@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -215,3 +216,22 @@ def test_tokens_of_another_shape_are_refused():
         with pytest.raises(ValueError, match=r"must be \[1, 2, T, 8\]"):
             cache.update(other, other)
     assert cache.length == 4
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiled_decoding_stops_compiling(padded):
+    torch._dynamo.reset()
+    pattern = PiPattern(4, 5, 3, sinks=2)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(LayerCache.extend, fullgraph=True, backend=counter)
+    x = torch.randn(2, 1, 200, 8)
+    ids = torch.zeros(2, 200, dtype=torch.int32)
+    ids[0, :3] = -1
+    caches = LayerCache(pattern), LayerCache(pattern)
+    with torch._dynamo.config.patch(recompile_limit=8):  # beyond it fullgraph is an error
+        for start, end in [(0, 7), *((t, t + 1) for t in range(7, 200))]:
+            new = x[:, :, start:end], x[:, :, start:end], ids[:, :end] if padded else None
+            extend = compiled if start else LayerCache.extend
+            for found, wanted in zip(extend(caches[0], *new), LayerCache.extend(caches[1], *new), strict=True):
+                assert wanted is found is None or torch.equal(found, wanted)
+    assert 0 < counter.frame_count <= 8

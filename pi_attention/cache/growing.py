@@ -237,7 +237,7 @@ class LayerCache:
             empty, slots = sinks - min(before, sinks), min(before + forgotten, sinks)
             found = known[:, :, :, empty : empty + slots]
             return found.clone() if forgotten else found, None
-        current = starts[:, starts.shape[1] - tokens, None]
+        current = starts[:, starts.shape[1] - tokens :][:, :1]
         place = sink_places(starts[:, : sinks + forgotten], current, sinks)
         return take(known, place[None, :, None, :, None], 3), torch.where(place < 0, -1, current)
 
