@@ -28,17 +28,23 @@ def main() -> None:
     options = parser.parse_args()
     kind = best_device().type
     dist.init_process_group(dist.get_default_backend_for_device(kind))  # NCCL on NVIDIA GPUs, Gloo on the CPU
+    train(kind, options.cp, options.context, options.steps)
+    dist.barrier()  # no rank leaves while another still talks to it
+    dist.destroy_process_group()
+
+
+def train(kind: str, cp: int, context: int, steps: int) -> None:
     ranks = dist.get_world_size()
-    if ranks % options.cp:
-        raise SystemExit(f"cp={options.cp} must divide the {ranks} ranks that torchrun started.")
-    mesh = init_device_mesh(kind, (ranks // options.cp, options.cp), mesh_dim_names=("dp", "cp"))
+    if ranks % cp:
+        raise SystemExit(f"cp={cp} must divide the {ranks} ranks that torchrun started.")
+    mesh = init_device_mesh(kind, (ranks // cp, cp), mesh_dim_names=("dp", "cp"))
     if kind != "cpu":
         torch.accelerator.set_device_index(dist.get_rank() % torch.accelerator.device_count())
 
     torch.manual_seed(0)
     model = PiForCausalLM(PiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
                                    window=32, period=32, skips=8)).to(kind)  # fmt: skip
-    lengths = [options.context // options.cp] * options.cp
+    lengths = [context // cp] * cp
     attach(model, mesh["cp"], lengths)
     everyone = mesh["dp", "cp"]._flatten("dp_cp")  # every rank has other tokens, so parameters are sharded over all
     for layer in model.model.layers:
@@ -53,13 +59,13 @@ def main() -> None:
 
     generator = torch.Generator().manual_seed(mesh["dp"].get_local_rank())
     start = torch.randint(64, (1, 16), generator=generator)
-    ids = start.repeat(1, options.context // 16).to(kind)  # something to learn: a period of 16
+    ids = start.repeat(1, context // 16).to(kind)  # something to learn: a period of 16
     labels = F.pad(ids[:, 1:], (0, 1), value=-100)  # shifted before it is cut
-    positions = torch.arange(options.context, device=kind)[None]
-    for step in range(options.steps):
+    positions = torch.arange(context, device=kind)[None]
+    for step in range(steps):
         logits = model(cut(ids), position_ids=cut(positions), use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), cut(labels).flatten(), ignore_index=-100, reduction="sum")
-        loss = loss * ranks / ((options.context - 1) * (ranks // options.cp))  # FSDP averages over the ranks
+        loss = loss * ranks / ((context - 1) * (ranks // cp))  # FSDP averages over the ranks
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -67,8 +73,6 @@ def main() -> None:
         dist.all_reduce(mean)
         if dist.get_rank() == 0:
             print(f"step {step}  loss {mean.item():.6f}", flush=True)
-    dist.barrier()  # no rank leaves while another still talks to it
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

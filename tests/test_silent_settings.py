@@ -293,6 +293,8 @@ def test_inputs_of_a_model_are_dense_tensors_of_the_usual_kinds(make):
     for layout in (torch.jagged, torch.strided):
         with pytest.raises(TypeError, match=r"input_ids is a nested tensor: pass a dense one \[B, T\]"):
             model(torch.nested.nested_tensor(parts, layout=layout))
+        with pytest.raises(TypeError, match=r"inputs is a nested tensor: pass a dense one \[B, T\]"):
+            model.generate(torch.nested.nested_tensor(parts, layout=layout), max_new_tokens=2)
     with pytest.raises(TypeError, match=r"attention_mask is a torch\.sparse_coo tensor"):
         model(ids, attention_mask=torch.ones(1, 3).to_sparse())
     for wrong, error, words in (

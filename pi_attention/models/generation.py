@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from pi_attention.models.caching import PiCache, PiStaticCache
 from pi_attention.models.continuous import need_known_version
+from pi_attention.ops.checks import check_layout
 
 
 class BoundedGeneration:
@@ -22,6 +23,18 @@ class BoundedGeneration:
     def new_cache(self) -> PiCache:
         """An empty decoding cache of bounded memory for this model."""
         return PiCache(self.config.patterns())
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers, with a cache of bounded memory.
+
+        Raises:
+            TypeError: token ids or mask are a nested, sparse or quantised tensor.
+        """
+        named = {"inputs": inputs, **{name: kwargs.get(name) for name in ("input_ids", "attention_mask")}}
+        for name, x in named.items():
+            if isinstance(x, Tensor):
+                check_layout(name, x, "[B, T]")
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As of transformers: the manager that serves requests as they come.

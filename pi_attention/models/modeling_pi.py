@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +108,11 @@ class PiModel(PiPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def _attentions(self) -> Iterator[PiAttention]:
+        return (cast(PiDecoderLayer, layer).self_attn for layer in self.layers)
+
     def _is_sharded(self) -> bool:
-        return any(not isinstance(layer.self_attn.source, NewKeys) for layer in self.layers)
+        return any(not isinstance(attention.source, NewKeys) for attention in self._attentions())
 
     def _choose_implementation(self) -> None:
         name = self.config._attn_implementation or "sdpa"
@@ -117,9 +121,8 @@ class PiModel(PiPreTrainedModel):
                 f"attn_implementation={name!r} would not compute π-Attention: "
                 f"use one of {sorted(IMPLEMENTATION_OF)} (eager is the dense reference)."
             )
-        for module in self.modules():
-            if isinstance(module, PiAttention):
-                module.impl = IMPLEMENTATION_OF[name]
+        for attention in self._attentions():
+            attention.impl = IMPLEMENTATION_OF[name]
 
     @merge_with_config_defaults
     @capture_outputs
