@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pi_attention.models.configuration_pi import DENSE
-from pi_attention.models.paged import SINKS, ContinuousBatchingManager, PagedCall, install_allocator
+from pi_attention.models.paged import SINKS, ContinuousBatchingManager, install_allocator, paged_call
 from pi_attention.pattern import PiPattern
 
 CACHED = "_cached_continuous_batching_manager"
@@ -72,7 +72,7 @@ class ServedModel:
         return self._model(
             input_ids=input_ids,
             position_ids=position_ids,
-            past_key_values=PagedCall(cache, arguments, self._patterns),
+            past_key_values=paged_call(cache, arguments, self._patterns),
             use_cache=False,
             **keep,
         )

@@ -10,18 +10,14 @@ from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import cache as library
 from transformers.generation.continuous_batching.cache_allocators import SlidingAttentionCacheAllocator
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
-from pi_attention.cache.contract import RaggedKeys
-from pi_attention.models.caching import BoundedCache
-from pi_attention.models.ragged import Requests
-from pi_attention.nn.sources import Operator
+from pi_attention.models.ragged import RaggedCall, RaggedLayer, Requests
 from pi_attention.pattern import PiPattern
 
-__all__ = ["SINKS", "ContinuousBatchingManager", "PagedCall", "RingAllocator", "install_allocator"]
+__all__ = ["SINKS", "ContinuousBatchingManager", "RingAllocator", "install_allocator", "paged_call"]
 
 SINKS = "pi_sinks"
 """Attribute of the configuration that the paged cache sees: how many of a request's first tokens are kept."""
@@ -90,71 +86,32 @@ def install_allocator() -> None:
         kinds[SLIDING] = _Allocators(kinds[SLIDING])
 
 
-class PagedLayer(RaggedKeys):
-    """The paged cache of one layer in one forward."""
-
-    length = 0
-    seen_ids: None = None
-    near: None = None
+class PagedLayer(RaggedLayer):
+    """transformers' paged cache of one layer in one forward."""
 
     def __init__(
         self, layer: int, pattern: PiPattern, cache: Any, arguments: dict[str, Any], queries: list[int]
     ) -> None:
-        self.pattern = pattern
         self._layer, self._cache, self._arguments = layer, cache, arguments
         kind = cache.layer_to_allocator[layer].layer_type
         ends = arguments["cu_seq_lens_k"][kind].tolist()
-        self._requests = Requests(queries, [end - start for start, end in pairwise(ends)])
-
-    @property
-    def storage(self) -> PagedLayer:
-        """Itself, which a layer extends."""
-        return self
+        super().__init__(pattern, Requests(queries, [end - start for start, end in pairwise(ends)]))
 
     def extend(self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
-        """Write the new keys [1, G, ΣT, D] and return those that they see, request by request: [1, G, ΣS, D]."""
+        """See `RaggedLayer`."""
         arguments = dict(self._arguments)  # which the cache changes
         key, value = self._cache.update(key_states=key, value_states=value, layer_idx=self._layer, kwargs=arguments)
         return key, value, None
 
-    def attend(self, operator: Operator, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
-        """See `RaggedKeys`."""
-        return self._requests.attend(operator, query, key, value, gate)
 
-
-class PagedCall(BoundedCache, Cache):
-    """transformers' paged cache for one forward of ours, in which requests lie one behind another in one row.
+def paged_call(cache: Any, arguments: dict[str, Any], patterns: list[PiPattern]) -> RaggedCall:
+    """transformers' paged cache for one forward of ours.
 
     Args:
         cache: the `PagedAttentionCache`.
         arguments: what transformers passes to a forward beside tokens and positions.
         patterns: of the layers.
     """
-
-    moves_sinks = False
-
-    def __init__(self, cache: Any, arguments: dict[str, Any], patterns: list[PiPattern]) -> None:
-        ends = arguments["cu_seq_lens_q"].tolist()
-        queries = [end - start for start, end in pairwise(ends)]
-        layers: list[Any] = [
-            PagedLayer(layer, pattern, cache, arguments, queries) for layer, pattern in enumerate(patterns)
-        ]
-        Cache.__init__(self, layers=layers)
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        """Not asked for: every forward passes its positions."""
-        return 0
-
-    def segments(self, *args: Any) -> None:
-        """None: `PagedLayer.attend` keeps requests apart."""
-
-    def tell(self, segment_ids: Tensor | None) -> None:
-        """Nothing to tell."""
-
-    def library_mask(self, attention_mask: Tensor | None, like: Tensor) -> Tensor:
-        """See `BoundedCache.library_mask`; of four dimensions, so that transformers makes none."""
-        return like.new_ones(len(like), 1, 1, 1)
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As transformers' caches: what the layer sees."""
-        return self.layers[layer].extend(key, value)[:2]
+    ends = arguments["cu_seq_lens_q"].tolist()
+    queries = [end - start for start, end in pairwise(ends)]
+    return RaggedCall([PagedLayer(layer, pattern, cache, arguments, queries) for layer, pattern in enumerate(patterns)])

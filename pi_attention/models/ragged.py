@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
+from pi_attention.cache.contract import RaggedKeys
+from pi_attention.models.caching import BoundedCache
 from pi_attention.nn.sources import Operator
+from pi_attention.pattern import PiPattern
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,67 @@ class Requests:
             of_gate = None if gate is None else gate[:, :, q]
             out[:, :, q] = operator(query[:, :, q], key[:, :, k], value[:, :, k], of_gate, None)
         return out
+
+
+class RaggedLayer(RaggedKeys):
+    """The paged cache of one layer in one forward; a subclass writes and reads, in `extend`.
+
+    Args:
+        pattern: of the layer.
+        requests: how many queries and keys each has.
+    """
+
+    length = 0
+    seen_ids: None = None
+    near: None = None
+
+    def __init__(self, pattern: PiPattern, requests: Requests) -> None:
+        self.pattern, self._requests = pattern, requests
+
+    @property
+    def storage(self) -> RaggedLayer:
+        """Itself, which a layer extends."""
+        return self
+
+    def extend(self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
+        """Write the new keys [1, G, ΣT, D] and return those that they see, request by request: [1, G, ΣS, D]."""
+        raise NotImplementedError
+
+    def attend(self, operator: Operator, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
+        """See `RaggedKeys`."""
+        return self._requests.attend(operator, query, key, value, gate)
+
+
+class RaggedCall(BoundedCache, Cache):
+    """The paged caches of all layers for one forward of a model, in which requests lie one behind another in one row.
+
+    Args:
+        layers: of the model.
+    """
+
+    moves_sinks = False
+
+    def __init__(self, layers: Sequence[RaggedLayer]) -> None:
+        cached: list[Any] = list(layers)
+        Cache.__init__(self, layers=cached)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Not asked for: every forward passes its positions."""
+        return 0
+
+    def segments(self, *args: Any) -> None:
+        """None: `RaggedLayer.attend` keeps requests apart."""
+
+    def tell(self, segment_ids: Tensor | None) -> None:
+        """Nothing to tell."""
+
+    def library_mask(self, attention_mask: Tensor | None, like: Tensor) -> Tensor:
+        """See `BoundedCache.library_mask`; of four dimensions, so that transformers makes none."""
+        return like.new_ones(len(like), 1, 1, 1)
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As transformers' caches: what the layer sees."""
+        return self.layers[layer].extend(key, value)[:2]
 
 
 def _places(spans: list[slice], device: torch.device) -> Tensor:
