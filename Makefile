@@ -1,10 +1,11 @@
 # `make demo` and `make test` do all the set-up themselves, into .venv.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test test-oldest test-all test-gpu experiments-smoke lint docs build test-wheel clean
+.PHONY: demo test test-oldest test-all test-gpu test-vllm experiments-smoke lint docs build test-wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/pi-attention train --out $(RUN) $(if $(wildcard $(RUN)/train.yaml),--resume)
@@ -28,6 +29,9 @@ test-all: $(VENV)/installed
 test-gpu:  # on a machine with a GPU, in an environment of its own: the semantics of the kernels, and the rest
 	$(PYTHON) -m pytest -n 8 tests/test_semantics.py tests/test_compile.py tests/test_operator_checks.py tests/test_gpu.py tests/test_hopper.py
 
+test-vllm: $(VLLM_VENV)/installed  # the plugin for vLLM, in an environment of its own, on a CPU (about 1 GB, minutes)
+	cd integrations/vllm && $(abspath $(VLLM_VENV))/bin/python -m pytest
+
 experiments-smoke: $(VENV)/installed  # each experiment at toy size, with data made up where the real is not there
 	$(BIN)/python -m pytest -n auto tests/test_experiments.py --smoke
 
@@ -48,7 +52,7 @@ test-wheel: build  # the wheel in fresh environments: PyTorch alone, and each ex
 	.ci/test-wheel dist/*.whl
 
 clean:
-	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VLLM_VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 
 $(VENV)/oldest: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --target $@ transformers==5.17.0
@@ -56,4 +60,12 @@ $(VENV)/oldest: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VLLM_VENV)/installed: pyproject.toml integrations/vllm/pyproject.toml integrations/vllm/constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint integrations/vllm/constraints.txt torch
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint integrations/vllm/constraints.txt \
+		--editable . --editable "integrations/vllm[dev]"
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # CUDA builds, which fail
 	touch $@
