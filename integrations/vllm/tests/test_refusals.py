@@ -37,6 +37,7 @@ def configured(folder, config, **settings):
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
         ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager"),
         ({"kv_offloading_size": 1.0}, "kv_offloading_size"),
+        ({"runner": "pooling"}, "runner='pooling'"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import SMALL, engine, managers, served, wanted
 from models import MODELS, model_of, prompts_of
 
@@ -98,3 +99,15 @@ def test_texts_from_an_engine_in_processes_of_its_own(saved):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == wanted(model, prompts, 12)
+
+
+def test_in_bf16_each_token_is_among_the_likeliest(saved):
+    """Rounding may choose another token than `generate`; the one that it chose is as likely, to what bf16 resolves."""
+    model, prompts = model_of("llama: sinks").bfloat16(), prompts_of([130, 40, 90])
+    with engine(saved(model), dtype="bfloat16") as llm:
+        texts, _ = served(llm, prompts, 24)
+    for prompt, text in zip(prompts, texts, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + text]), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        short = logits.amax(dim=1) - logits.gather(1, torch.tensor(text)[:, None])[:, 0]
+        assert short.max() <= 0.05 * logits.std()
