@@ -21,6 +21,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": kernels.step,
     "conversion": pretrained.conversion,
     "streaming": pretrained.streaming,
+    "serving": pretrained.serving,
     "speed": pretrained.speed,
     "support": pretrained.support,
     "memory": ranks.memory,

@@ -47,6 +47,23 @@ def streaming() -> str:
     return per_file("streaming-*", _streaming)
 
 
+def serving() -> str:
+    """A server under load."""
+    result = read("serving-cpu")
+    head = ["model", "clients", "minutes", "right texts", "wrong", "failed", "left early", "new tokens/s", "MiB"]
+    rows = [
+        [
+            row["model"],
+            str(row["clients"]),
+            str(row["minutes"]),
+            *(f"{row[name]:,}" for name in ("right", "wrong", "failed", "abandoned", "new tokens/s")),
+            ", ".join(str(size) for size in row["MiB in each quarter"]),
+        ]
+        for row in result["rows"]
+    ]
+    return f"CPU, {version(result)}.\n\n" + table(head, rows)
+
+
 def _speed(result: Measured) -> str:
     by_context: dict[int, list[dict[str, Any]]] = {}
     for row in result["speed"]:

@@ -33,6 +33,7 @@ ORDER = [
     "tasks",
     "plots",
     "training",
+    "serving",
     "cli",
 ]
 """Rooms (folders and files of the root): one imports only from rooms above it. A file of a room may stand elsewhere."""
@@ -84,6 +85,7 @@ WITHIN = {
         "ragged",
         "paged",
         "batching",
+        "sampling",
         "generation",
         "rotary",
         "loss",
@@ -114,6 +116,7 @@ WITHIN = {
         "train",
         "finetune",
     ],
+    "serving": ["needs", "library", "requests", "text", "memory", "engine", "handlers", "app", "server"],
     "cli": ["terminal", "limits", "options", "runs", "pretrained"],
 }
 """Files of a room, each importing only from those above it; the rest of the room stands behind them, free in itself."""

@@ -12,16 +12,19 @@ LEAST = {
     "finetune_steps": 0,
     "max_new_tokens": 1,
     "phase": 0,
+    "port": 0,
     "seed": 0,
     "sinks": 0,
     "skips": 0,
     "temperature": 0,
     "top_k": 0,
+    "waiting": 0,
     "warmup_steps": 0,
     "weight_decay": 0,
 }
 """Of a number; 1 of every other whole number."""
 MOST_OF = {"seed": 2**32 - 1, "window": 2**62, "period": 2**62, "skips": 2**62, "sinks": 2**62, "memory": 2**20}
+MOST_OF |= {"port": 2**16 - 1, "requests": 2**16, "batch_tokens": 2**20}
 """Of some whole numbers; a pattern checks its own."""
 POSITIVE = ("learning_rate", "max_grad_norm")
 FRACTIONS = ("validation_fraction",)

@@ -19,6 +19,7 @@ from pi_attention.cli.inspect import Inspect
 from pi_attention.cli.limits import check_limits
 from pi_attention.cli.options import REGISTRY, check_options, nearest, parser_errors_in_one_line, take_config
 from pi_attention.cli.plan import Plan
+from pi_attention.cli.serve import Serve
 from pi_attention.cli.terminal import (
     TRACEBACK,
     close_quietly,
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Any] = {
     "train": Train,
     "eval": Eval,
     "generate": Generate,
+    "serve": Serve,
     "inspect": Inspect,
     "plan": Plan,
     "bill": Bill,

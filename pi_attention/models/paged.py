@@ -1,4 +1,4 @@
-"""What of transformers' continuous batching is private: its paged cache, its allocators, the arguments of a forward.
+"""What of transformers' continuous batching is private: its manager, paged cache and allocators, a forward's arguments.
 
 These names change with the minor versions of transformers, so this is the only file that knows them, and
 `pi_attention.models.continuous.need_known_version` is asked before it is imported.
@@ -6,18 +6,40 @@ These names change with the minor versions of transformers, so this is the only 
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 from transformers.generation.continuous_batching import cache as library
 from transformers.generation.continuous_batching.cache_allocators import SlidingAttentionCacheAllocator
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
 from pi_attention.models.ragged import RaggedCall, RaggedLayer, Requests
 from pi_attention.pattern import PiPattern
 
-__all__ = ["SINKS", "ContinuousBatchingManager", "RingAllocator", "install_allocator", "paged_call"]
+__all__ = [
+    "SINKS",
+    "ContinuousBatchingLogitsProcessor",
+    "ContinuousBatchingManager",
+    "RingAllocator",
+    "fatal_error",
+    "forget",
+    "install_allocator",
+    "page_bytes",
+    "paged_call",
+    "process_logits",
+    "running",
+    "sector_bytes",
+    "start",
+]
 
 SINKS = "pi_sinks"
 """Attribute of the configuration that the paged cache sees: how many of a request's first tokens are kept."""
@@ -115,3 +137,57 @@ def paged_call(cache: Any, arguments: dict[str, Any], patterns: list[PiPattern])
     ends = arguments["cu_seq_lens_q"].tolist()
     queries = [end - start for start, end in pairwise(ends)]
     return RaggedCall([PagedLayer(layer, pattern, cache, arguments, queries) for layer, pattern in enumerate(patterns)])
+
+
+def page_bytes(config: Any, dtype: torch.dtype, page_size: int) -> int:
+    """Bytes of the keys and values of one layer in one page."""
+    return 2 * find_num_key_value_heads(config) * find_head_dim(config) * dtype.itemsize * page_size
+
+
+def sector_bytes(config: Any, dtype: torch.dtype, page_size: int) -> int:
+    """Bytes that the paged cache gives to one kind of layers at a time."""
+    of_layers = [len(layers) for layers in library.group_layers_by_attn_type(config).values()]
+    return math.lcm(128, *(count * page_bytes(config, dtype, page_size) for count in of_layers))
+
+
+def process_logits(manager: Any, processor: ContinuousBatchingLogitsProcessor) -> None:
+    """Let a manager that has not started pass its logits through the processor, and through no other one."""
+    processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([processor]))
+    processors.tensors_required = 1
+    manager.logit_processor = processors
+
+
+class _Nowhere:
+    """In the place of the queue of results that nobody waits for, in which those of cancelled requests would stay."""
+
+    def put(self, output: Any) -> None:
+        """Forget it."""
+
+
+def start(manager: Any) -> None:
+    """Make the cache and start a manager whose results go to handlers alone.
+
+    Raises:
+        MemoryError: the cache does not fit.
+    """
+    manager.output_router.output_queue = _Nowhere()
+    manager.batch_processor = manager._create_batch_processor()
+    manager.start()
+
+
+def forget(manager: Any, request_id: str) -> bool:
+    """Take the handler of a request away; whether there was one, because the request has not ended."""
+    router = manager.output_router
+    with router._lock:
+        return router.result_handlers.pop(request_id, None) is not None
+
+
+def running(manager: Any) -> int:
+    """How many requests of a manager that has started hold a part of the cache."""
+    return len(manager.batch_processor.scheduler.active_requests)
+
+
+def fatal_error(manager: Any) -> Exception | None:
+    """What has ended the manager's thread, where it died."""
+    error: Exception | None = manager.background_thread_status.fatal_error
+    return error

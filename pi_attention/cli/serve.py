@@ -1,0 +1,90 @@
+"""`pi-attention serve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from pi_attention.paths import need_file
+
+
+@dataclass
+class Serve:
+    """Serve a model over HTTP, as OpenAI's clients ask: completions, chats, models, health."""
+
+    run: Annotated[Path, tyro.conf.Positional] = Path("runs/pi")
+    """Folder of a run, or a saved model."""
+    host: str = "127.0.0.1"
+    """Address to listen on; by default only this machine reaches it."""
+    port: int = 8000
+    """Port to listen on; 0 takes any that is free."""
+    model_name: str = ""
+    """Name of the model in requests; the folder's when empty."""
+    requests: int = 32
+    """Requests that run at once; the cache has room for all of them."""
+    waiting: int = 256
+    """Further requests that may wait; more are refused."""
+    max_prompt_tokens: int | None = None
+    """Most tokens of a prompt; the model's context when None."""
+    max_new_tokens: int = 1024
+    """Most tokens that a request may ask for."""
+    batch_tokens: int = 512
+    """Tokens of a forward, by which long prompts are cut."""
+    chat_template: Path | None = None
+    """File with a Jinja template for chats; the tokenizer's own when None."""
+
+    def execute(self, console: Console) -> int:
+        """Run the command; the exit code."""
+        from pi_attention.cli.runs import load_run, model_folder
+        from pi_attention.serving.needs import need_server
+
+        need_server()
+        if self.chat_template is not None:
+            need_file("chat_template", self.chat_template, "a Jinja template")
+        model_folder(self.run)
+        from transformers.utils import logging
+
+        from pi_attention.serving.app import build_app
+        from pi_attention.serving.engine import Engine
+        from pi_attention.serving.requests import Limits
+        from pi_attention.serving.server import LOCAL, end_at_sigterm, is_local, listen, serve
+
+        local = is_local(self.host)
+        end_at_sigterm()
+        logging.set_verbosity_error()  # a line for each request otherwise
+        with listen(self.host, self.port) as listening:
+            model, tokenizer = load_run(self.run)
+            if self.chat_template is not None:
+                tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
+            context = model.config.get_text_config().max_position_embeddings
+            limits = Limits(
+                self.max_prompt_tokens or context, self.max_new_tokens, context, self.requests + self.waiting
+            )
+            name = self.model_name or self.run.resolve().name
+            engine = Engine(model, tokenizer, name, limits, self.requests, self.batch_tokens)
+            where = f"[{self.host}]" if ":" in self.host else self.host
+            console.print(f"http://{where}:{listening.getsockname()[1]} {self._told(engine)}", soft_wrap=True)
+            if not local:
+                console.print("Other machines reach this address, and no key is asked for.", soft_wrap=True)
+            try:
+                serve(build_app(engine, LOCAL if local else ["*"]), listening, engine.stop_answers)
+            finally:
+                engine.close()
+        return 0
+
+    def _told(self, engine: Any) -> str:
+        """The line of a server that is ready."""
+        from pi_attention.serving.memory import request_bytes
+
+        model, limits = engine.model, engine.limits
+        patterns = list(dict.fromkeys(map(str, model.config.patterns())))
+        most = request_bytes(model, limits.prompt_tokens + limits.new_tokens)
+        return (
+            f"serves {engine.name!r}: {type(model).__name__} of {model.num_parameters():,} parameters, {model.device}; "
+            f"{' and '.join(patterns)}; cache {most:,} bytes a request at most, {self.requests} requests at once; "
+            f"prompts up to {limits.prompt_tokens:,} tokens, {limits.new_tokens:,} new ones"
+        )

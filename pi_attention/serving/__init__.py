@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of one model: transformers' handlers and continuous batching, checks of our own."""

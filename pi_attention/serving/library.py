@@ -1,0 +1,21 @@
+"""What of transformers' server is private: its handlers, the text of a request as it grows, errors in a stream.
+
+These names change with the minor versions of transformers: `pi_attention.serving.needs.need_server` is asked before.
+"""
+
+from __future__ import annotations
+
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.utils import BaseHandler, CBStreamer, Modality, response_events_to_chunks
+from transformers.cli.serving.utils import _StreamError as StreamError
+
+__all__ = [
+    "BaseHandler",
+    "CBStreamer",
+    "ChatCompletionHandler",
+    "CompletionHandler",
+    "Modality",
+    "StreamError",
+    "response_events_to_chunks",
+]

@@ -1,0 +1,74 @@
+"""The process: an address, signals, and uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from ipaddress import ip_address
+
+import uvicorn
+from starlette.applications import Starlette
+
+GRACE = 10
+"""Seconds that running requests have to end after a signal."""
+LOCAL = ["localhost", "127.0.0.1", "[::1]"]
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches an address.
+
+    Raises:
+        ValueError: it is no address.
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        raise ValueError(f"host={host!r} is no IP address: give one, such as 127.0.0.1 or 0.0.0.0.") from None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes any that is free.
+
+    Raises:
+        ValueError: the address cannot be taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"port={port} of host={host!r} cannot be taken: {error.strerror}. Give another one."
+        ) from error
+
+
+def end_at_sigterm() -> None:
+    """Let SIGTERM end the process with the code 0 while the model is loaded."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+
+class _Server(uvicorn.Server):
+    """Tells the clients that still wait after a while, where uvicorn would drop them."""
+
+    def __init__(self, app: Starlette, stop: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app, log_level="error", access_log=False, lifespan="off", timeout_graceful_shutdown=2 * GRACE
+            )
+        )
+        self._stop = stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As of uvicorn."""
+        asyncio.get_running_loop().call_later(GRACE, self._stop)
+        await super().shutdown(sockets)
+
+
+def serve(app: Starlette, listening: socket.socket, stop: Callable[[], None]) -> None:
+    """Answer until SIGTERM or Ctrl-C; requests that run have `GRACE` seconds to end, then `stop` ends them."""
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn takes its place, and raises it again at the end
+    _Server(app, stop).run(sockets=[listening])
