@@ -25,7 +25,7 @@ TINY = """
 --steps 2 --save-every 2 --hidden-size 16 --layers 1 --heads 2 --window 4 --period 4 --skips 2 --context 32
 --eval-every 2 --eval-blocks 1 --log-every 1 --warmup-steps 1
 """.split()  # noqa: SIM905
-FIRST = {"eval": "RUN", "generate": "RUN", "inspect": "RUN"}  # commands that take the folder of a run
+FIRST = {"eval": "RUN", "generate": "RUN", "serve": "RUN", "inspect": "RUN"}  # commands that take the folder of a run
 
 
 @pytest.fixture(scope="module")

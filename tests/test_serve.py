@@ -261,13 +261,14 @@ def curls(port):
 
 def test_a_process_serves_frees_and_ends(tmp_path):
     """As documented: curl, a client program, clients that go away, SIGTERM with a request in flight."""
-    folder = saved("converted", tmp_path / "book")
+    folder = tmp_path / "book"  # as of a run
+    saved("pi", folder / "model")
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     server = Server(
         folder, "--max-new-tokens", "100000", "--max-prompt-tokens", "300", "--chat-template", tmp_path / "chat.jinja"
     )
     try:
-        assert "serves 'book': PiConvertedForCausalLM" in server.told and "bytes a request" in server.told
+        assert "serves 'book': PiForCausalLM" in server.told and "bytes a request" in server.told
         assert "window=8" in server.told and "32 requests at once" in server.told
         for command in curls(server.port):
             done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
@@ -283,7 +284,7 @@ def test_a_process_serves_frees_and_ends(tmp_path):
         told = subprocess.run([*example, "--prompt", "It was", "--tokens", "9"], capture_output=True, text=True)
         assert told.returncode == 0 and "9 tokens" in told.stdout, told.stderr
         for stream in (True, False):
-            gone_in_the_middle(server.port, {"prompt": "for ever", "max_tokens": 350, "stream": stream})
+            gone_in_the_middle(server.port, {"prompt": "for ever", "max_tokens": 100_000, "stream": stream})
         until(lambda: server.health() == {"status": "ok", "open": 0, "running": 0})
         connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request(

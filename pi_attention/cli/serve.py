@@ -39,42 +39,46 @@ class Serve:
 
     def execute(self, console: Console) -> int:
         """Run the command; the exit code."""
-        from pi_attention.cli.runs import load_run, model_folder
+        from pi_attention.cli.runs import model_folder
         from pi_attention.serving.needs import need_server
 
-        need_server()
+        model_folder(self.run)
         if self.chat_template is not None:
             need_file("chat_template", self.chat_template, "a Jinja template")
-        model_folder(self.run)
-        from transformers.utils import logging
-
-        from pi_attention.serving.app import build_app
-        from pi_attention.serving.engine import Engine
-        from pi_attention.serving.requests import Limits
-        from pi_attention.serving.server import LOCAL, end_at_sigterm, is_local, listen, serve
+        need_server()
+        from pi_attention.serving.server import LOCAL, ending_at_sigterm, is_local, listen, serve
 
         local = is_local(self.host)
-        end_at_sigterm()
-        logging.set_verbosity_error()  # a line for each request otherwise
-        with listen(self.host, self.port) as listening:
-            model, tokenizer = load_run(self.run)
-            if self.chat_template is not None:
-                tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
-            context = model.config.get_text_config().max_position_embeddings
-            limits = Limits(
-                self.max_prompt_tokens or context, self.max_new_tokens, context, self.requests + self.waiting
-            )
-            name = self.model_name or self.run.resolve().name
-            engine = Engine(model, tokenizer, name, limits, self.requests, self.batch_tokens)
-            where = f"[{self.host}]" if ":" in self.host else self.host
-            console.print(f"http://{where}:{listening.getsockname()[1]} {self._told(engine)}", soft_wrap=True)
-            if not local:
-                console.print("Other machines reach this address, and no key is asked for.", soft_wrap=True)
+        with listen(self.host, self.port) as listening, ending_at_sigterm():
+            from transformers.utils import logging
+
+            from pi_attention.serving.app import build_app
+
+            engine = self._engine()
             try:
+                where = f"[{self.host}]" if ":" in self.host else self.host
+                console.print(f"http://{where}:{listening.getsockname()[1]} {self._told(engine)}", soft_wrap=True)
+                if not local:
+                    console.print("Other machines reach this address, and no key is asked for.", soft_wrap=True)
+                logging.set_verbosity_error()  # transformers warns of each request
                 serve(build_app(engine, LOCAL if local else ["*"]), listening, engine.stop_answers)
             finally:
                 engine.close()
         return 0
+
+    def _engine(self) -> Any:
+        """The model, loaded and running."""
+        from pi_attention.cli.runs import load_run
+        from pi_attention.serving.engine import Engine
+        from pi_attention.serving.requests import Limits
+
+        model, tokenizer = load_run(self.run)
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
+        context = model.config.get_text_config().max_position_embeddings
+        limits = Limits(self.max_prompt_tokens or context, self.max_new_tokens, context, self.requests + self.waiting)
+        name = self.model_name or self.run.resolve().name
+        return Engine(model, tokenizer, name, limits, self.requests, self.batch_tokens)
 
     def _told(self, engine: Any) -> str:
         """The line of a server that is ready."""

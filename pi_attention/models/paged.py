@@ -7,6 +7,7 @@ These names change with the minor versions of transformers, so this is the only 
 from __future__ import annotations
 
 import math
+import threading
 from itertools import pairwise
 from typing import Any
 
@@ -172,7 +173,12 @@ def start(manager: Any) -> None:
     """
     manager.output_router.output_queue = _Nowhere()
     manager.batch_processor = manager._create_batch_processor()
-    manager.start()
+    manager.background_thread_status.clear()
+    thread = threading.Thread(
+        target=manager._run_generation_loop, daemon=True
+    )  # `start` makes one that outlives errors
+    manager._generation_thread = thread
+    thread.start()
 
 
 def forget(manager: Any, request_id: str) -> bool:

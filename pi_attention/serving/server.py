@@ -6,8 +6,10 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ipaddress import ip_address
+from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
@@ -46,9 +48,14 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def end_at_sigterm() -> None:
-    """Let SIGTERM end the process with the code 0 while the model is loaded."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+@contextmanager
+def ending_at_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process with the code 0 as long as `serve` does not, as while the model is loaded."""
+    usual = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 class _Server(uvicorn.Server):
@@ -62,6 +69,13 @@ class _Server(uvicorn.Server):
         )
         self._stop = stop
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As of uvicorn, which would raise SIGTERM again at the end, and so end with its code."""
+        if sig == signal.SIGTERM:
+            self.should_exit = True
+        else:
+            super().handle_exit(sig, frame)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As of uvicorn."""
         asyncio.get_running_loop().call_later(GRACE, self._stop)
@@ -69,6 +83,9 @@ class _Server(uvicorn.Server):
 
 
 def serve(app: Starlette, listening: socket.socket, stop: Callable[[], None]) -> None:
-    """Answer until SIGTERM or Ctrl-C; requests that run have `GRACE` seconds to end, then `stop` ends them."""
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn takes its place, and raises it again at the end
+    """Answer until SIGTERM or Ctrl-C; requests that run have `GRACE` seconds to end, then `stop` ends them.
+
+    Raises:
+        KeyboardInterrupt: it was Ctrl-C.
+    """
     _Server(app, stop).run(sockets=[listening])
