@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from pi_attention.cli.evaluate import Eval
 from pi_attention.cli.generate import Generate
 from pi_attention.cli.inspect import Inspect
 from pi_attention.cli.limits import check_limits
-from pi_attention.cli.options import REGISTRY, check_options, nearest, parser_errors_in_one_line, take_config
+from pi_attention.cli.options import (
+    REGISTRY,
+    check_options,
+    nearest,
+    parser_errors_in_one_line,
+    short_usage,
+    take_config,
+)
 from pi_attention.cli.plan import Plan
 from pi_attention.cli.serve import Serve
 from pi_attention.cli.terminal import (
@@ -66,15 +74,17 @@ def parse(arguments: list[str]) -> Any:
             raise ValueError(
                 f"{arguments[0]!r} is no command{nearest(arguments[0], COMMANDS)} Use one of {', '.join(COMMANDS)}."
             )
-        return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            args=arguments,
-            prog="pi-attention",
-            description="Train, evaluate and look into transformers with π-Attention.\n\n"
-            "Each command also takes --config FILE.yaml. Flags win over the file.",
-            config=short_names,
-            registry=REGISTRY,
-        )
+        for_people = arguments[0] in ("-h", "--help")
+        with short_usage(COMMANDS) if for_people else nullcontext():
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                args=arguments,
+                prog="pi-attention",
+                description="Train, evaluate, serve and look into transformers with π-Attention.\n\n"
+                "Each command also takes --config FILE.yaml. Flags win over the file.",
+                config=short_names,
+                registry=REGISTRY,
+            )
     name, *rest = arguments
     kind = COMMANDS[name]
     check_options(name, kind, rest)

@@ -98,6 +98,17 @@ def take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
 
 
 @contextlib.contextmanager
+def short_usage(commands: Iterable[str]) -> Iterator[None]:
+    """Print `COMMAND` in the usage, where tyro lists all commands in a line of more than 80 columns."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        print(printed.getvalue().replace("{" + ",".join(commands) + "}", "COMMAND", 1), end="")
+
+
+@contextlib.contextmanager
 def parser_errors_in_one_line(command: str) -> Iterator[None]:
     """Raise ValueError with the first words of the box that tyro prints before it exits.
 

@@ -14,7 +14,7 @@ from pi_attention.paths import need_file
 
 @dataclass
 class Serve:
-    """Serve a model over HTTP, as OpenAI's clients ask: completions, chats, models, health."""
+    """Serve a model over HTTP, as OpenAI's clients ask."""
 
     run: Annotated[Path, tyro.conf.Positional] = Path("runs/pi")
     """Folder of a run, or a saved model."""
