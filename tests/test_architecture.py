@@ -116,7 +116,7 @@ WITHIN = {
         "train",
         "finetune",
     ],
-    "serving": ["needs", "library", "requests", "text", "memory", "engine", "handlers", "app", "server"],
+    "serving": ["needs", "library", "requests", "text", "memory", "answer", "engine", "handlers", "app", "server"],
     "cli": ["terminal", "limits", "options", "runs", "pretrained"],
 }
 """Files of a room, each importing only from those above it; the rest of the room stands behind them, free in itself."""

@@ -67,11 +67,16 @@ def test_a_setting_that_cannot_be_is_named(body, words):
     assert refused.value.status == 400 and refused.value.param in body
 
 
+@known
 def test_settings_are_the_requests_or_the_models():
+    from pi_attention.models.sampling import RequestSampling
+
     defaults = Settings(max_new_tokens=7, temperature=0.5, top_k=20)
     assert settings_of({"stop": "x", "seed": 3}, LIMITS, defaults) == Settings(7, 0.5, 20, 1.0, 3, ["x"])
     asked = {"max_tokens": 9, "temperature": 0, "top_k": 0, "top_p": 0.5, "seed": 3, "stop": None}
     assert settings_of(asked, LIMITS, defaults) == Settings(9, 0.0, 0, 0.5, 3, [])
+    whole = Settings(temperature=1, top_p=1, seed=3).sampling  # as a generation_config.json may hold them
+    assert {name: type(value) for name, value in whole.items()} == RequestSampling.supported_kwargs
     assert settings_of({}, LIMITS, defaults).seed != settings_of({}, LIMITS, defaults).seed
 
 

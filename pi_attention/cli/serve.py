@@ -61,7 +61,7 @@ class Serve:
                 if not local:
                     console.print("Other machines reach this address, and no key is asked for.", soft_wrap=True)
                 logging.set_verbosity_error()  # transformers warns of each request
-                serve(build_app(engine, LOCAL if local else ["*"]), listening, engine.stop_answers)
+                serve(build_app(engine, [*LOCAL, where] if local else ["*"]), listening, engine.stop_answers)
             finally:
                 engine.close()
         return 0

@@ -73,7 +73,8 @@ class Settings:
     @property
     def sampling(self) -> dict[str, Any]:
         """For `RequestSampling`."""
-        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        floats = {"temperature": float(self.temperature), "top_p": float(self.top_p)}
+        return floats | {"top_k": self.top_k, "seed": self.seed}
 
 
 def check_fields(body: dict[str, Any], known: set[str], model: str) -> None:
