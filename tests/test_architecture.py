@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "pi_attention"
 
 ORDER = [
     "files",
+    "json_lines",
     "paths",
     "pattern",
     "accounting",
@@ -118,7 +119,16 @@ WITHIN = {
 }
 """Files of a room, each importing only from those above it; the rest of the room stands behind them, free in itself."""
 
-STANDARD_LIBRARY_ONLY = ["files", "paths", "pattern", "accounting", "receptive_field", "planner", "devices"]
+STANDARD_LIBRARY_ONLY = [
+    "files",
+    "json_lines",
+    "paths",
+    "pattern",
+    "accounting",
+    "receptive_field",
+    "planner",
+    "devices",
+]
 
 
 def modules() -> dict[str, Path]:
