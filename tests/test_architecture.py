@@ -75,6 +75,7 @@ WITHIN = {
     "distributed": ["plan", "exchange", "context", "sharding", "tensor_parallel", "layout"],
     "models": [
         "settings",
+        "cache_argument",
         "configuration_pi",
         "card",
         "initialisation",
