@@ -116,7 +116,7 @@ WITHIN = {
         "train",
         "finetune",
     ],
-    "cli": ["terminal", "limits", "options", "runs", "pretrained"],
+    "cli": ["terminal", "units", "limits", "options", "runs", "pretrained"],
 }
 """Files of a room, each importing only from those above it; the rest of the room stands behind them, free in itself."""
 
