@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test test-oldest test-all test-gpu test-vllm experiments-smoke lint docs build test-wheel clean
+.PHONY: demo test test-oldest test-newest test-all test-gpu test-vllm experiments-smoke lint docs build test-wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/pi-attention train --out $(RUN) $(if $(wildcard $(RUN)/train.yaml),--resume)
@@ -21,6 +21,10 @@ test: $(VENV)/installed
 
 test-oldest: $(VENV)/oldest  # models, caches and conversion with the oldest transformers that the package accepts
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n auto -m "not slow and not gpu" \
+		tests/test_models.py tests/test_static_cache.py tests/test_convert.py
+
+test-newest: $(VENV)/newest  # the same with the newest
+	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest -n auto -m "not slow and not gpu" \
 		tests/test_models.py tests/test_static_cache.py tests/test_convert.py
 
 test-all: $(VENV)/installed
@@ -56,6 +60,9 @@ clean:
 
 $(VENV)/oldest: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --target $@ transformers==5.17.0
+
+$(VENV)/newest: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --target $@ transformers==5.24.0
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

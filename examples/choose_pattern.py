@@ -1,6 +1,6 @@
 """Compare patterns for a context before any training: keys, lags seen by one layer, layers to see everything, FLOPs.
 
-python examples/choose_pattern.py --context 8192 --heads 8 --budget 128 --out pattern.png
+python examples/choose_pattern.py --context 8192 --heads 8 --budget 128
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--budget", type=int, default=128, help="keys a query")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--out", type=Path, default=Path("pattern.png"))
+    parser.add_argument("--out", type=Path, help="file of a picture of the heads that share the distance")
     options = parser.parse_args()
     dense = dense_flops(options.context, heads=options.heads, head_dim=64)
     print(f"{'pattern':<30} {'keys':>5} {'every lag below':>16} {'layers to see all':>18} {'FLOPs of dense':>15}")
@@ -42,9 +42,10 @@ def main() -> None:
         flops = attention_flops(pattern, options.context, heads=options.heads, head_dim=64) / dense
         keys, layers = pattern.window + (pattern.skips or 0), "more than these" if hops is None else f"{hops}"
         print(f"{name:<30} {keys:>5} {together.stretch:>16,} {layers:>18} {flops:>15.1%}")
-    shown = found["heads that share the distance"]
-    save(pattern_picture(shown, telling_length(shown, options.context)), options.out)
-    print(f"written: {options.out}")
+    if options.out is not None:
+        shown = found["heads that share the distance"]
+        save(pattern_picture(shown, telling_length(shown, options.context)), options.out)
+        print(f"written: {options.out}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +14,17 @@ from rich.table import Table
 
 from experiments.registry import EXPERIMENTS
 from experiments.rows import RESULTS, load
-from experiments.runner import Experiment, Scale, on_dataset, run
-from pi_attention.cli.terminal import in_words, print_line
+from experiments.runner import Experiment, Scale, on_dataset, run, without
+from pi_attention.cli.terminal import in_words, make_console, print_line, warnings_in_one_line
+from pi_attention.paths import need_folder, status_of
 
 
 @dataclass
 class List:
-    """List the experiments, and how many of their rows are finished."""
+    """List the experiments, their cells, and how many of these have rows.
+
+    A cell is one variant in one setting, and a row is a cell at one learning rate with one seed.
+    """
 
     scale: Scale = "small"
     """The scale whose cells are counted."""
@@ -28,11 +33,15 @@ class List:
 
     def execute(self, console: Console) -> None:
         """Print the table."""
-        table = Table("name", "what", "measured by", "cells", "finished rows")
+        need_no_file("results", self.results)
+        caption = f"cells: variants in their settings, at --scale {self.scale}; rows: of every scale, rate and seed"
+        table = Table("name", "what", "measured by", "cells measured", "rows", caption=caption)
         table.columns[0].no_wrap = True
         for name, entry in EXPERIMENTS.items():
-            finished = str(len(load(name, self.results)))
-            table.add_row(name, entry.title, entry.metric, str(len(entry.cells(self.scale))), finished)
+            rows, cells = load(name, self.results), entry.cells(self.scale)
+            measured = [without(row["settings"], "rate", "seed") for row in rows]
+            of_all = f"{sum(cell in measured for cell in cells)} of {len(cells)}"
+            table.add_row(name, entry.title, entry.metric, of_all, str(len(rows)))
         console.print(table)
 
 
@@ -59,7 +68,10 @@ class Run:
 
     def execute(self, console: Console) -> None:
         """Run what was asked for, one experiment after the other."""
-        for entry in self.chosen():
+        entries = self.chosen()
+        need_no_file("data", self.data)
+        need_folder("results", self.results)
+        for entry in entries:
             console.print(entry.title, style="bold")
             run(
                 entry,
@@ -91,6 +103,13 @@ class Run:
         return [on_dataset(EXPERIMENTS[name], self.dataset) for name in self.names]
 
 
+def need_no_file(name: str, path: Path) -> None:
+    """Raise ValueError for what is there and no folder; what is not there holds nothing."""
+    status = status_of(name, path)
+    if status is not None and not stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{name}={str(path)!r} is no folder: name the one that holds the files.")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, and print an error of the user in one line."""
     command = tyro.extras.subcommand_cli_from_dict(
@@ -101,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     try:
-        command.execute(Console(markup=False, emoji=False, highlight=False))
+        with warnings_in_one_line():
+            command.execute(make_console())
     except (ValueError, OSError) as error:
         print_line("error", in_words(error))
         sys.exit(2)

@@ -86,7 +86,7 @@ def _patterns(table: Table, rows: list[Row]) -> str:
         cells = [_found(of_name, ranks=ranks, S=length, way=way) for way in (HALO, GATHER)]
         halo = f"{cells[0]['halo rows']:,}" if cells[0] else NONE
         body.append([name, str(ranks), f"{length:,}", halo, *map(_cell, cells)])
-    head = ["pattern", "GPUs", "tokens in all", "halo, rows a rank", "halo", "all-gather"]
+    head = ["pattern", "GPUs", "tokens in all", "halo, tokens a GPU", "halo", "all-gather"]
     return table(head, body) if body else ""
 
 
@@ -134,7 +134,11 @@ def _layouts(table: Table, rows: list[Row]) -> str:
             ratio = f"{bill / row['peak GiB']:.2f}"
             body.append([size, row["layout"], str(row["zero"]), f"{row['S']:,}", way, sliced, *figures, ratio])
     head = ["model", "layout", "ZeRO", "tokens of a sequence", "keys by", "loss", "tokens/s", "peak", "bill", "ratio"]
-    return "Training steps beside the bill.\n\n" + table(head, body) if body else ""
+    caption = (
+        'Training steps beside the bill. "Keys by" is how the keys of other GPUs arrive; "loss" is how many tokens '
+        "have logits at once."
+    )
+    return f"{caption}\n\n{table(head, body)}" if body else ""
 
 
 def _longest(rows: list[Row], way: str, ranks: int) -> tuple[int, bool]:

@@ -37,7 +37,7 @@ def _operator(result: Measured) -> str:
             found = row.get(kind)
             cells.append(f"{found['ms']:.1f} ms, {found['peak MiB'] / 1024:.1f} GiB" if found else "–")
         rows.append(cells)
-    head = ["tokens in all", "halo, rows a rank", "no exchange", "halo", "all-gather", "dense Ring Attention"]
+    head = ["tokens in all", "halo, tokens a GPU", "no exchange", "halo", "all-gather", "dense Ring Attention"]
     errors = ", ".join(f"{kind} {error:.1e}" for kind, error in result["largest relative error"].items())
     said = (
         f"{result['ranks']} × {result['device']}, {version(result)}; w, π, m = "

@@ -43,5 +43,6 @@ def summary() -> str:
             quality = [f"passkeys found: {ours}, {word} {_found(found[other])}"
                        for word, other in (("dense", "dense"), ("window", BASELINE))]  # fmt: skip
         rows.append([f"{length:,}", *times, *quality])
-    head = ["context", "time: dense ÷ π", "window ÷ π", "quality beside dense", "beside a window of as many keys"]
+    times = ["time of dense ÷ ours", "of a window ÷ ours"]
+    head = ["tokens", *times, "quality beside dense", "beside a window of as many keys"]
     return table(head, rows)

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "pi_attention"
 
 ORDER = [
     "files",
+    "json_lines",
     "paths",
     "pattern",
     "accounting",
@@ -75,6 +76,7 @@ WITHIN = {
     "distributed": ["plan", "exchange", "context", "sharding", "tensor_parallel", "layout"],
     "models": [
         "settings",
+        "cache_argument",
         "configuration_pi",
         "card",
         "initialisation",
@@ -117,11 +119,20 @@ WITHIN = {
         "finetune",
     ],
     "serving": ["needs", "library", "requests", "text", "memory", "answer", "engine", "handlers", "app", "server"],
-    "cli": ["terminal", "limits", "options", "runs", "pretrained"],
+    "cli": ["terminal", "units", "limits", "options", "runs", "pretrained"],
 }
 """Files of a room, each importing only from those above it; the rest of the room stands behind them, free in itself."""
 
-STANDARD_LIBRARY_ONLY = ["files", "paths", "pattern", "accounting", "receptive_field", "planner", "devices"]
+STANDARD_LIBRARY_ONLY = [
+    "files",
+    "json_lines",
+    "paths",
+    "pattern",
+    "accounting",
+    "receptive_field",
+    "planner",
+    "devices",
+]
 
 
 def modules() -> dict[str, Path]:

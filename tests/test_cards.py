@@ -16,6 +16,7 @@ from pi_attention.data.tokenizers import byte_tokenizer
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.models.card import CARD, card_text, write_card
 from pi_attention.training.card import write_run_card
+from pi_attention.training.config import TrainConfig, load_yaml
 
 RUN = Path(__file__).parent / "fixtures" / "run"
 SIZES = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -69,7 +70,7 @@ def test_the_card_of_a_run_tells_its_data_and_losses(tmp_path):
     run = Path(shutil.copytree(RUN, tmp_path / "run"))
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     summary = json.loads((run / "summary.json").read_text())
-    write_run_card(run, model.config)
+    write_run_card(run / "model", model.config, load_yaml(TrainConfig, run / "train.yaml"), summary)
     text = (run / "model" / CARD).read_text()
     assert f"| validation loss | {summary['eval_loss']:.3f} nats a token |" in text and "| data | " in text
     assert "](pattern.png)" in text and (run / "model" / "pattern.png").stat().st_size > 5000

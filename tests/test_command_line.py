@@ -18,6 +18,7 @@ from rich.console import Console
 from pi_attention.cli.limits import FRACTIONS, LEAST, POSITIVE
 from pi_attention.cli.main import COMMANDS, main, parse
 from pi_attention.cli.options import option_names
+from pi_attention.cli.units import in_flops
 from pi_attention.training.config import TrainConfig, load_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -367,3 +368,16 @@ def test_output_that_was_closed_before_the_start_is_no_error(tmp_path):
 def test_a_setting_and_its_limit_have_one_name():
     names = {name for kind in COMMANDS.values() for name, _ in fields(kind)}
     assert {*LEAST, *POSITIVE, *FRACTIONS} <= names
+
+
+def test_a_plan_says_what_it_wrote_and_counts_in_units_that_suit(tmp_path, monkeypatch):
+    asked = ["plan", "--context", "64", "--layers", "2", "--heads", "2", "--head-dim", "16", "--budget", "16"]
+    code, out, err = called([*asked, "--out", tmp_path / "plan.yaml"], monkeypatch)
+    assert (code, err) == (0, "") and "kFLOP a layer forward" in out
+    assert f"written: {tmp_path / 'plan.yaml'}, for a model of 2 layers and 32 features (2 heads of 16)" in out
+    assert [in_flops(operations) for operations in (999, 1e3, 2.5e9)] == ["999 FLOP", "1.00 kFLOP", "2.50 GFLOP"]
+
+
+def test_the_help_of_the_command_names_its_version(monkeypatch):
+    code, out, _ = called(["--help"], monkeypatch)
+    assert code == 0 and "pi-attention --version" in out

@@ -246,6 +246,7 @@ def test_command_converts_fine_tunes_saves_and_generates(tmp_path, monkeypatch, 
     assert run(*command) == 0
     printed = capsys.readouterr().out
     assert "dense: perplexity" in printed and "after 3 steps of gates: perplexity" in printed
+    assert "step 3/3  loss " in printed and "{" not in printed
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "pi")
     assert saved.config.patterns() == [PiPattern(8, 8, 4, sinks=4, phase=(0, 2, 4, 6))] * 3
     gates = [p for name, p in saved.named_parameters() if "pi_gate.fc_out.weight" in name]
@@ -253,6 +254,7 @@ def test_command_converts_fine_tunes_saves_and_generates(tmp_path, monkeypatch, 
     llama = LlamaForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
     assert all(torch.equal(saved.model.state_dict()[name], weight) for name, weight in llama.items())
     assert run("generate", tmp_path / "pi", "--max-new-tokens", 5) == 0
+    assert run("inspect", tmp_path / "pi") == 0 and "the first 4" in capsys.readouterr().out
     assert run(*command) == 2  # the folder holds a model
     assert "holds a model already" in " ".join(capsys.readouterr().err.split())
     assert run("convert") == 2

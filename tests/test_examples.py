@@ -56,7 +56,10 @@ def test_a_book_through_a_cache_that_stops_growing(tmp_path):
 
 
 def test_patterns_compared_for_a_context(tmp_path):
-    told = run("choose_pattern.py", "--context", 1024, "--heads", 4, "--budget", 32, folder=tmp_path)
+    asked = ["--context", 1024, "--heads", 4, "--budget", 32]
+    run("choose_pattern.py", *asked, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+    told = run("choose_pattern.py", *asked, "--out", "pattern.png", folder=tmp_path)
     assert "fewest keys" in told and (tmp_path / "pattern.png").stat().st_size > 10_000
 
 

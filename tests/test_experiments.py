@@ -153,7 +153,8 @@ def test_rows_are_lines_and_one_that_was_cut_off_is_measured_again(tmp_path):
     append("toy", {"settings": 2}, tmp_path)
     path = tmp_path / "toy.jsonl"
     path.write_bytes(path.read_bytes()[:-3])
-    assert load("toy", tmp_path) == [{"settings": 1}]
+    with pytest.warns(UserWarning, match=r"toy\.jsonl: the last line is incomplete"):
+        assert load("toy", tmp_path) == [{"settings": 1}]
     append("toy", {"settings": 3}, tmp_path)
     (tmp_path / "toy.json").write_text('{"experiment": "toy", "rows": [{"settings": 0}]}')  # the older form
     assert [row["settings"] for row in load("toy", tmp_path)] == [0, 1, 3]
@@ -244,7 +245,12 @@ def test_the_command_lists_runs_and_names_what_is_wrong(made_up, tmp_path, capsy
         (["recall", "--seeds", "0"], "seeds must be at least 1"),
         (["--dataset", "a/b"], "dataset needs the name"),
         (["recall", "--dataset", "a/b"], "trains on no corpus"),
+        (["recall", "--results", __file__], "cannot be a folder"),
+        (["recall", "--data", __file__], "is no folder"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["run", *wrong])
         assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["list", "--results", __file__])
+    assert "is no folder" in capsys.readouterr().err

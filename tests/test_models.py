@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from pi_attention import PiPattern, coordinated_heads
 from pi_attention.masks import dense_mask
 from pi_attention.models import PiCache, PiConfig, PiForCausalLM, PiForMaskedLM, PiModel
+from pi_attention.models.cache_argument import CACHE, takes_cache
 from pi_attention.segments import segments_of_batch
 
 ROTARY_ROUNDING = {"rtol": 1e-4, "atol": 1e-4}  # rotary embedding is relative, but its angles are fp32
@@ -413,3 +414,15 @@ def test_a_cache_that_holds_keys_is_initialized():
     assert not cache.is_initialized
     model(torch.randint(model.config.vocab_size, (1, 9)), past_key_values=cache, use_cache=True)
     assert cache.is_initialized
+
+
+def test_a_cache_goes_by_the_library_s_name_too(monkeypatch):
+    small = make("pi")
+    cache = small.new_cache()
+    out = small(prompt(1, 9), use_cache=True, **{CACHE: cache})
+    assert getattr(out, CACHE) is cache and cache.get_seq_length() == 9
+    monkeypatch.setattr("pi_attention.models.cache_argument.CACHE", "cache")
+    named = takes_cache(lambda self, past_key_values=None: past_key_values)
+    assert named(small, cache=cache) is named(small, past_key_values=cache) is named(small, cache) is cache
+    with pytest.raises(TypeError, match="are one argument"):
+        named(small, cache=cache, past_key_values=cache)

@@ -102,7 +102,9 @@ def test_a_torn_last_line_of_metrics_is_dropped_with_a_warning(tmp_path):
         lines.write('{"step": 3, "lo')
     with pytest.warns(UserWarning, match=r"metrics\.jsonl: the last line is incomplete"):
         drop_metrics_after(tmp_path, 2)
-    append_metrics(tmp_path, 3, {"loss": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 3, "lo')
+    append_metrics(tmp_path, 3, {"loss": 0.5})  # and never glued to what was cut off
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 

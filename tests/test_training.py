@@ -66,6 +66,8 @@ def test_a_run_folder_holds_everything(finished):
     losses = [float(line["loss"]) for line in metrics if "loss" in line]
     assert losses[-1] < losses[0]
     assert [line["step"] for line in metrics if "eval_loss" in line] == [5, 10, 12]
+    steps = [line["step"] for line in metrics]
+    assert len(steps) == len(set(steps)) and "loss" in metrics[-1]  # a line a step, the last step's loss in it
     assert {"grad_norm", "learning_rate", "epoch"} <= metrics[0].keys()
     assert "tokens/s" in printed and "s left" in printed
     assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]

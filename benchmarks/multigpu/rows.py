@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pi_attention.json_lines import append_json_line, read_json_lines
+
 Row = dict[str, Any]
 
 OUT_OF_MEMORY = "out of memory"
@@ -60,11 +62,8 @@ class Machine:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a file; none where it is missing. A last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+    """Rows of a file; none where it is missing."""
+    return [row for _, row in read_json_lines(path)]
 
 
 class Rows:
@@ -91,8 +90,6 @@ class Rows:
         row = self.machine.versions() | row
         self.known.append(row)
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        with self.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+        append_json_line(self.out, row)
         said = {name: value for name, value in row.items() if name not in self.machine.versions()}
         print(json.dumps(said, ensure_ascii=False), flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.multigpu.rows import Row
+from pi_attention.training.metrics import read_metrics
 
 SIZES = "--context 2048 --hidden-size 256 --layers 4 --heads 4 --window 64 --period 64 --skips 16 --warmup-steps 4"
 TOY = "--context 128 --hidden-size 32 --layers 2 --heads 4 --window 16 --period 16 --skips 4 --warmup-steps 1"
@@ -44,8 +44,7 @@ def launched(folder: Path, layout: str, *options: str, toy: bool, first: int = 0
 
 def losses_of(folder: Path) -> dict[int, float]:
     """Training losses by step."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line["loss"] for line in read_metrics(folder) if "loss" in line}
 
 
 def finished(process: subprocess.Popen[str]) -> None:

@@ -12,7 +12,19 @@ from rich.table import Table
 from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks
 from pi_attention.training.config import pattern_of
 
-LABELS = {"bytes": "memory at the peak", "received": "received, a layer", "keys": "keys of others, a layer"}
+LABELS = {
+    "state": "parameters and optimizer",
+    "gradients": "gradients",
+    "gathered": "gathered parameters, in bf16",
+    "activations": "hidden states between layers",
+    "layer": "activations of one layer",
+    "logits": "logits",
+    "keys": "keys of other GPUs, a layer",
+    "received": "received, a layer",
+    "flops": "operations",
+    "bytes": "memory at the peak of the step",
+}
+"""What the rows of the table are called."""
 
 
 @dataclass
@@ -73,7 +85,11 @@ class Bill:
             f"the {self.model} model ({sizes.num_hidden_layers} layers, {sizes.num_attention_heads} heads, "
             f"{sizes.num_key_value_heads} key heads)"
         )
-        table = Table(title=f"A training step of {shape}, {self.context:,} tokens over {self.gpus} GPUs, a rank")
+        table = Table(
+            title=f"What one of {self.gpus} GPUs holds in a training step of {self.context:,} tokens: {shape}",
+            caption="halo: a GPU receives the keys that its pattern sees; all-gather: all keys; dense ring: all keys "
+            "in turn, for dense attention. The parts are not all there at once, so the peak is less than their sum.",
+        )
         for name in ("", *bills):
             table.add_column(name, justify="left" if not name else "right")
         for name in next(iter(bills.values())):

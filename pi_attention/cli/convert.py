@@ -85,7 +85,7 @@ class Convert:
         converted = convert(model, PiPattern(self.context, 1, 0), gate=False)  # every key of a block
         report("dense")
         converted = convert(model, pattern, gate=self.gate)
-        report(f"{pattern}, untrained")
+        report("π-Attention, untrained")
         if self.finetune_steps:
             with TemporaryDirectory() as folder:
                 finetune(
@@ -96,6 +96,7 @@ class Convert:
                     learning_rate=self.learning_rate or LEARNING_RATES[self.part],
                     out=Path(folder),
                     seed=self.seed,
+                    tell=console.print,
                 )
             report(f"after {self.finetune_steps} steps of {self.part}")
         with replacing_folder(self.out, "config.json") as partial:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi_attention.cli.runs import model_folder, need_ours
+from pi_attention.cli.units import in_flops
 from pi_attention.paths import need_folder
 from pi_attention.pattern import PiPattern
 from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density, keys_read, receptive_field
@@ -123,12 +124,15 @@ class Inspect:
             pattern.check_heads(self.heads)
             kv_heads = self.kv_heads or self.heads
             return [pattern] * self.layers, self.context, self.heads, kv_heads, self.head_dim
-        from pi_attention.models import PiConfig
+        from transformers import AutoConfig
 
-        need_ours(self.run, ("pi",))
-        config = PiConfig.from_pretrained(model_folder(self.run))
-        sizes = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        return config.patterns(), config.max_position_embeddings, *sizes
+        import pi_attention.convert  # noqa: F401  registers our configurations
+
+        need_ours(self.run, ("pi",) if self.empirical else ("pi", "pi_converted"))
+        config = AutoConfig.from_pretrained(model_folder(self.run), trust_remote_code=False)
+        text, heads = config.get_text_config(), config.get_text_config().num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return config.patterns(), text.max_position_embeddings, heads, text.num_key_value_heads, head_dim
 
     @staticmethod
     def _table(pattern: PiPattern, title: str, context: int, heads: int, kv_heads: int, head_dim: int) -> Table:
@@ -147,7 +151,7 @@ class Inspect:
         table.add_row("reach of a layer", "everything before" if reach is None else f"{reach:,} tokens back")
         for name, words in _of_one_layer(pattern, context):
             table.add_row(name, words)
-        table.add_row("attention FLOPs", f"{flops / 1e9:,.2f} GFLOP forward a layer, {flops / dense:.2%} of dense")
+        table.add_row("attention FLOPs", f"{in_flops(flops)} forward a layer, {flops / dense:.2%} of dense")
         if pattern.skips is None:
             table.add_row(
                 "all skips, beside dense", f"{flops / dense:.1%} of the products; they grow with the context squared"
@@ -196,7 +200,8 @@ def _of_the_stack(field: ReceptiveField) -> Table:
     table.add_row(
         "first hole", f"lags {holes[0][0]:,} to {holes[0][1]:,}, of {len(holes):,} holes" if holes else "none"
     )
-    table.add_row("sees everything through", "more layers than these" if hops is None else f"{hops} layers")
+    through = "more layers than these" if hops is None else "1 layer" if hops == 1 else f"{hops} layers"
+    table.add_row("sees everything through", through)
     return table
 
 

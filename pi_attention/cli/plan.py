@@ -19,6 +19,7 @@ from pi_attention.accounting import (
     dense_flops,
     roofline_seconds,
 )
+from pi_attention.cli.units import in_flops
 from pi_attention.devices import DEVICES
 from pi_attention.files import write_text
 from pi_attention.paths import need_new_file
@@ -76,10 +77,7 @@ class Plan:
         figures = self.figures(found)
         words = {name: value for name, value in figures["pattern"].items() if hasattr(ModelSettings, name)}
         if self.out is not None:
-            sizes = {"layers": self.layers, "heads": self.heads, "kv_heads": self.kv_heads or self.heads}
-            model = sizes | {"hidden_size": self.heads * self.head_dim} | words
-            settings = {"data": {"context": self.context}, "model": model}
-            write_text(self.out, yaml.safe_dump(settings, sort_keys=False))
+            self._write(self.out, words)
         if self.json:
             console.print_json(json.dumps(figures))
             return 0
@@ -89,7 +87,20 @@ class Plan:
         console.print(table)
         arguments = ", ".join(f"{name}={value}" for name, value in words.items())
         console.print(f"PiConfig({arguments})", highlight=False, soft_wrap=True)
+        if self.out is not None:
+            console.print(
+                f"written: {self.out}, for a model of {self.layers} layers and {self.heads * self.head_dim:,} features "
+                f"({self.heads} heads of {self.head_dim}). Next: pi-attention train --config {self.out}",
+                soft_wrap=True,
+            )
         return 0
+
+    def _write(self, path: Path, pattern: dict[str, Any]) -> None:
+        """The settings of a training run."""
+        sizes = {"layers": self.layers, "heads": self.heads, "kv_heads": self.kv_heads or self.heads}
+        model = sizes | {"hidden_size": self.heads * self.head_dim} | pattern
+        settings = {"data": {"context": self.context}, "model": model}
+        write_text(path, yaml.safe_dump(settings, sort_keys=False))
 
     def found(self) -> Found:
         """The plan for what was asked."""
@@ -159,7 +170,7 @@ class Plan:
             ("keys of a query", f"{found.keys:,} (dense: up to {self.context:,})"),
             ("reach of a layer", f"{figures['reach of a layer']:,} tokens back"),
             ("sees the whole context through", f"{through} {self.layers} layers"),
-            ("attention FLOPs", f"{figures['attention flops a layer'] / 1e9:,.2f} GFLOP a layer forward, "
+            ("attention FLOPs", f"{in_flops(figures['attention flops a layer'])} a layer forward, "
                                 f"{figures['of dense']:.2%} of dense"),
             ("decoding cache", f"{figures['cache bytes a layer'] / 2**20:,.1f} MiB a layer, "
                                f"dense {figures['dense cache bytes a layer'] / 2**20:,.1f} MiB, "

@@ -16,6 +16,7 @@ from pi_attention.convert.gates import GATE, add_gates, initialise_gates_of, tak
 from pi_attention.convert.interface import NAME, ConvertedCall, register_names
 from pi_attention.convert.rotary import layer_frequencies, rotary_modules
 from pi_attention.convert.undo import undone_on_failure
+from pi_attention.models.cache_argument import CACHE, OURS, takes_cache
 from pi_attention.models.caching import BoundedCache, PiCache, PiStaticCache
 from pi_attention.models.card import WithCard
 from pi_attention.models.generation import BoundedGeneration
@@ -36,7 +37,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = False
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = [OURS, CACHE]
 
     def __init__(self, config: PiConvertedConfig, model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -134,6 +135,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             )
         return super()._prepare_static_cache(cache_implementation, batch_size, max_cache_len, *args, **kwargs)
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -182,11 +184,11 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             pi_call=ConvertedCall(self._patterns, segment_ids, past_key_values, near),
+            **{CACHE: past_key_values},
             **kwargs,
         )
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from pi_attention.accounting import Sizes
+from pi_attention.models.cache_argument import CACHE
 from pi_attention.models.settings import check_settings, warn_of_unknown
 from pi_attention.nn.gate import GATE_WIDTH
 from pi_attention.ops.api import Fusion
@@ -46,7 +47,7 @@ class PiConfig(PretrainedConfig):
     """
 
     model_type = "pi"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE]
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
+from pi_attention.models.cache_argument import CACHE
 from pi_attention.models.caching import PiCache, PiStaticCache
 from pi_attention.models.continuous import need_known_version
 from pi_attention.ops.checks import check_layout
@@ -96,13 +97,13 @@ class BoundedGeneration:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         if given is None and generation_config.cache_implementation == "offloaded":
             raise NotImplementedError(
                 "cache_implementation='offloaded': a cache is bounded, keep it on the device (leave the option out)."
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
-            model_kwargs["past_key_values"] = self.new_cache()
+        if given is None and type(model_kwargs.get(CACHE)) is DynamicCache:
+            model_kwargs[CACHE] = self.new_cache()
             if getattr(generation_config, "is_assistant", False):
-                model_kwargs["past_key_values"].activate_past_recording()
+                model_kwargs[CACHE].activate_past_recording()

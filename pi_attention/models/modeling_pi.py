@@ -16,6 +16,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from pi_attention.models.attention_map import AttentionMap, PiSelfAttention
+from pi_attention.models.cache_argument import CACHE, OURS, takes_cache
 from pi_attention.models.caching import BoundedCache, PiCache
 from pi_attention.models.card import WithCard
 from pi_attention.models.configuration_pi import PiConfig
@@ -56,6 +57,7 @@ class PiDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -83,7 +85,7 @@ class PiPreTrainedModel(WithCard, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["PiDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = [OURS, CACHE]
     _supports_sdpa = True
     _supports_attention_backend = False
     _can_compile_fullgraph = True
@@ -124,6 +126,7 @@ class PiModel(PiPreTrainedModel):
         for attention in self._attentions():
             attention.impl = IMPLEMENTATION_OF[name]
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -179,11 +182,11 @@ class PiModel(PiPreTrainedModel):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 segment_ids=segment_ids,
-                past_key_values=cache,
+                **{CACHE: cache},  # the name under which gradient checkpointing leaves it out
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values if use_cache else None}
         )
 
 
@@ -206,6 +209,7 @@ class PiForCausalLM(BoundedGeneration, PiPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -250,7 +254,7 @@ class PiForCausalLM(BoundedGeneration, PiPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )

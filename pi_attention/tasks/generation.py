@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer, set_seed
 
+from pi_attention.models.cache_argument import CACHE
+
 
 @dataclass
 class Generation:
@@ -71,5 +73,5 @@ def generate_text(
         text=tokenizer.decode(out.sequences[0], skip_special_tokens=True),
         new_tokens=out.sequences.shape[1] - inputs["input_ids"].shape[1],
         seconds=seconds,
-        cache_bytes=out.past_key_values.nbytes,
+        cache_bytes=getattr(out, CACHE).nbytes,
     )

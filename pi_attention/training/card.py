@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pi_attention import plots
 from pi_attention.models.card import write_card
 from pi_attention.pattern import PiPattern
-from pi_attention.training.config import TrainConfig, load_yaml
+from pi_attention.training.config import TrainConfig
 
 PICTURE = "pattern.png"
 
 
-def write_run_card(run: Path, config: Any) -> None:
-    """Write card and picture into `run/model`, once the run's settings and summary are written.
+def write_run_card(folder: Path, config: Any, settings: TrainConfig, summary: dict[str, Any]) -> None:
+    """Write card and picture of a run's model.
 
     Args:
-        run: folder with train.yaml, summary.json and model/.
+        folder: of the model.
         config: of the model.
+        settings: of the run.
+        summary: its last step, loss and eval_loss.
     """
-    settings = load_yaml(TrainConfig, run / "train.yaml")
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     data, optimizer = settings.data, settings.optimizer
     facts = {
         "data": f"{data.data}, {data.validation_fraction:.0%} held out",
@@ -35,8 +34,8 @@ def write_run_card(run: Path, config: Any) -> None:
     for name, words in (("loss", "training loss"), ("eval_loss", "validation loss")):
         if name in summary:
             facts[words] = f"{float(summary[name]):.3f} nats a token"
-    picture = save_picture(run / "model", config.patterns(), data.context)
-    write_card(run / "model", config, facts, picture=picture)
+    picture = save_picture(folder, config.patterns(), data.context)
+    write_card(folder, config, facts, picture=picture)
 
 
 def save_picture(folder: Path, patterns: list[PiPattern], context: int) -> str:

@@ -126,8 +126,7 @@ class RunSettings:
     push_to_hub: str = ""
     """Repository of the Hugging Face hub, user/name, that takes the finished model; made private if it is new."""
     parallel: str = ""
-    """Under torchrun, "dp=2,tp=1,cp=4": ranks with other sequences (dp), that share heads (tp), that share one (cp). By
-    default all have other sequences. A run resumes at any layout."""
+    """Under torchrun, "dp=2,tp=1,cp=4": ranks with other sequences (dp, by default), heads (tp), parts of one (cp)."""
     patience: int = 600
     """Under torchrun: seconds that a rank waits for the others before the run ends with an error."""
     zero: Literal[1, 2, 3] = 3

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pi_attention.accelerator import best_device, has_bf16
 from pi_attention.data.packing import PackedBlocks
@@ -14,6 +15,17 @@ Part = Literal["gates", "lora", "all"]
 
 LEARNING_RATES: dict[Part, float] = {"gates": 3e-3, "lora": 2e-4, "all": 2e-5}
 """Peak learning rates that serve a short fine-tune."""
+
+
+class _Lines(TrainerCallback):
+    """Tells the mean loss since the last line, where the Trainer would print a dict."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.tell(f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}")
 
 
 def _adapted(model: Any) -> Any:
@@ -34,7 +46,15 @@ def _adapted(model: Any) -> Any:
 
 
 def finetune(
-    model: Any, blocks: PackedBlocks, *, steps: int, part: Part, learning_rate: float, out: Path, seed: int = 0
+    model: Any,
+    blocks: PackedBlocks,
+    *,
+    steps: int,
+    part: Part,
+    learning_rate: float,
+    out: Path,
+    seed: int = 0,
+    tell: Callable[[str], None] = print,
 ) -> None:
     """Train a converted model in place by transformers.Trainer, one block a step.
 
@@ -47,6 +67,7 @@ def finetune(
         learning_rate: peak; it decays to zero along a cosine.
         out: folder for the Trainer's files.
         seed: of the order of the blocks.
+        tell: is given a line with step and loss, about twenty times.
 
     Raises:
         ValueError: part="gates" and the model has none, or part="lora" without PEFT.
@@ -67,6 +88,7 @@ def finetune(
         lr_scheduler_type="cosine",
         max_grad_norm=1.0,
         bf16=has_bf16(best_device()),
+        dataloader_pin_memory=best_device().type != "cpu",
         save_strategy="no",
         logging_steps=max(1, steps // 20),
         report_to=[],
@@ -74,7 +96,9 @@ def finetune(
         remove_unused_columns=False,
         seed=seed,
     )
-    Trainer(model=trained, args=arguments, train_dataset=blocks).train()
+    trainer = Trainer(model=trained, args=arguments, train_dataset=blocks, callbacks=[_Lines(tell)])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     if part == "lora":
         trained.merge_and_unload()
     for name, parameter in model.named_parameters():

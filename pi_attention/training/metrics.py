@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 from pi_attention.files import write_text
+from pi_attention.json_lines import append_json_line, read_json_lines
 
 METRICS = "metrics.jsonl"
 
@@ -18,23 +18,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is no JSON object with a step; the message names file and line.
     """
-    file = run / METRICS
-    if not file.exists():
-        return []
-    *lines, torn = file.read_bytes().split(b"\n")  # each line ends in one, so what follows the last was cut off
-    if torn:
-        warnings.warn(f"{file}: the last line is incomplete, as a crash leaves it, and dropped.", stacklevel=2)
-    return [_entry(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line]
-
-
-def _entry(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is no JSON ({error}): delete the line.") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-        raise ValueError(f"{where} is no object with a step: delete the line.")
-    return entry
+    entries = read_json_lines(run / METRICS)
+    for where, entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise ValueError(f"{where} is no object with a step: delete the line.")
+    return [entry for _, entry in entries]
 
 
 def drop_metrics_after(run: Path, step: int) -> None:
@@ -45,6 +33,4 @@ def drop_metrics_after(run: Path, step: int) -> None:
 
 def append_metrics(run: Path, step: int, values: dict[str, Any]) -> None:
     """Add a line, in one write."""
-    line = json.dumps({"step": step} | values) + "\n"
-    with (run / METRICS).open("ab", buffering=0) as lines:
-        lines.write(line.encode())
+    append_json_line(run / METRICS, {"step": step} | values)

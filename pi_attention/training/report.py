@@ -24,8 +24,8 @@ SUMMARY = "summary.json"
 @torch.no_grad()
 def write_report(
     config: TrainConfig, model: PiForCausalLM, tokenizer: Any, validation: PackedBlocks, console: Console
-) -> None:
-    """Pictures of loss, pattern and gate, a sample of text, and a summary of the last metrics."""
+) -> dict[str, Any]:
+    """Write pictures, a sample of text, and a summary of the last metrics, which it returns."""
     out = config.run.out
     model.eval()
     metrics = read_metrics(out)
@@ -48,3 +48,4 @@ def write_report(
     last = {key: value for line in metrics for key, value in line.items() if key in ("loss", "eval_loss", "step")}
     write_text(out / SUMMARY, json.dumps(last, indent=2))
     console.print(f"validation loss {last.get('eval_loss', float('nan')):.3f} nats a token; the run is in {out}/")
+    return last

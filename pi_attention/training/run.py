@@ -80,12 +80,15 @@ class Run:
                 losses.append(loss)
                 bar.step_ends()
                 last = step == o.steps
-                if step == 1 or step % run.log_every == 0:
+                figures: dict[str, float] = {}
+                if step == 1 or last or step % run.log_every == 0:
                     epoch = step * self.blocks / len(self.training)
-                    reports.add(step, loss=fmean(losses), grad_norm=norm, learning_rate=rate, epoch=epoch)
+                    figures = {"loss": fmean(losses), "grad_norm": norm, "learning_rate": rate, "epoch": epoch}
                     losses.clear()
                 if last or step % run.eval_every == 0:
-                    reports.add(step, eval_loss=self._validate())
+                    figures["eval_loss"] = self._validate()
+                if figures:
+                    reports.add(step, **figures)
                 if last or stop or step % run.save_every == 0:
                     save(run.out, step, self.parallel.model, self.optimizer, run.keep_checkpoints)
                 if stop:

@@ -85,8 +85,8 @@ def train(asked: TrainConfig, console: Console) -> bool:
         whole = model if mesh is None else whole_model(model, parallel, model_config(config, tokenizer))
     if whole is not None:
         publish_model(out, whole, tokenizer)
-        write_report(config, whole.to(device), tokenizer, validation, console)
-        write_run_card(out, whole.config)
+        summary = write_report(config, whole.to(device), tokenizer, validation, console)
+        write_run_card(out / MODEL, whole.config, config, summary)
         if config.run.push_to_hub:
             console.print(f"The model is at {push(out / MODEL, config.run.push_to_hub)}")
     return True

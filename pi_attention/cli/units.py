@@ -1,0 +1,13 @@
+"""Figures with the unit that suits their size."""
+
+from __future__ import annotations
+
+PREFIXES = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+
+
+def in_flops(operations: float) -> str:
+    """12_300_000 as "12.30 MFLOP"."""
+    for prefix, size in PREFIXES.items():
+        if operations >= size:
+            return f"{operations / size:,.2f} {prefix}FLOP"
+    return f"{operations:,.0f} FLOP"
