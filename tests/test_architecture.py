@@ -92,6 +92,7 @@ WITHIN = {
         "heads",
     ],
     "convert": ["config", "interface", "gates", "rotary", "undo", "model"],
+    "plots": ["style", "lines", "pattern", "reach", "network"],
     "training": [
         "values",
         "config",
