@@ -63,6 +63,7 @@ WITHIN = {
         "fused.hopper.launch",
         "fused.hopper",
         "fused.launch",
+        "fused.decoding",
         "fused.operators",
         "fused.attention",
         "dense",
