@@ -59,6 +59,12 @@ def losses(model: PiForCausalLM, held_out: Tensor) -> Tensor:
     return torch.cat(found)
 
 
+def by_document(found: Tensor, owners: list[int]) -> list[float]:
+    """The mean loss of each document, of losses [N, length − 1] of blocks and the number of each block's document."""
+    owner = torch.tensor(owners)
+    return [float(found[owner == number].mean()) for number in sorted(set(owners))]
+
+
 def class_of(text: str) -> str:
     """What kind of token this is, by its first character that is no space."""
     kept = text.lstrip(" ")
@@ -119,10 +125,12 @@ def measure(settings: Settings, data: Path) -> Result:
     batches = ({"input_ids": ids, "labels": ids} for ids in drawn)
     last = fit(model, batches, steps=settings["steps"], rate=settings["rate"])
     held_out = {part: blocks(parts[part], context, settings["blocks"]) for part in ("validation", "test")}
-    test = losses(model, held_out["test"])
+    found = {part: losses(model, ids) for part, (ids, _) in held_out.items()}
+    test = found["test"]
     result: Result = {
-        "validation": math.exp(float(losses(model, held_out["validation"]).mean())),
+        "validation": math.exp(float(found["validation"].mean())),
         "test": math.exp(float(test.mean())),
+        "loss by document": {part: by_document(found[part], owners) for part, (_, owners) in held_out.items()},
         "by position": [math.exp(float(part.mean())) for part in test.tensor_split(BUCKETS, dim=1)],
         "training loss": last,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -132,7 +140,7 @@ def measure(settings: Settings, data: Path) -> Result:
         result["wikitext-103 word perplexity"] = math.exp(float(losses(model, other).mean()) * ratio)
     if model.config.gate:
         tokenizer = bpe(settings["corpus"], settings["vocabulary"], data)
-        result["gate"] = gates(model, held_out["test"][0], tokenizer)
+        result["gate"] = gates(model, held_out["test"][0][0], tokenizer)
     return result
 
 

@@ -117,13 +117,17 @@ def windows(pieces: Documents, length: int, batch: int, generator: torch.Generat
         yield torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def blocks(pieces: Documents, length: int, most: int) -> Tensor:
-    """The first `most` consecutive blocks [N, length] inside single documents, at most four of each."""
+def blocks(pieces: Documents, length: int, most: int) -> tuple[Tensor, list[int]]:
+    """The first `most` blocks [N, length] of single documents, at most four of each; and the documents' numbers.
+
+    Raises:
+        ValueError: no document is as long as a block.
+    """
     found = [
-        piece[start : start + length]
-        for piece in pieces
+        (piece[start : start + length], number)
+        for number, piece in enumerate(pieces)
         for start in range(0, min(len(piece), 4 * length) - length + 1, length)
-    ]
+    ][:most]
     if not found:
         raise ValueError(f"no held-out document has context={length} tokens: take a shorter context.")
-    return torch.from_numpy(np.stack(found[:most]).astype(np.int64))
+    return torch.from_numpy(np.stack([block for block, _ in found]).astype(np.int64)), [number for _, number in found]

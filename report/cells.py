@@ -10,6 +10,7 @@ from experiments.registry import EXPERIMENTS
 from experiments.rows import Row, load
 from experiments.runner import Experiment, Result, Settings, best_rate, without
 from experiments.variants import BASELINE
+from report.keys import mean_keys
 from report.markdown import NOTHING, table
 
 Cell = tuple[Settings, list[Row]]
@@ -50,41 +51,54 @@ def measured_on(rows: list[Row]) -> str:
     return "; ".join(f"{device}, {', '.join(sorted(dates))}" for device, dates in sorted(days.items()))
 
 
-def compared(
-    name: str, columns: dict[str, Column] | None = None, digits: int = 3, by: tuple[str, ...] = ("variant",)
-) -> str:
-    """A table for each group of cells that differ in `by` alone: the metric, and its difference from the baseline."""
-    experiment, columns = EXPERIMENTS[name], columns or {}
-    cells = measured_cells(experiment)
-    if not cells:
-        return NOTHING
+def grouped(name: str, by: tuple[str, ...] = ("variant",)) -> list[tuple[Settings, list[Cell]]]:
+    """The cells of an experiment, those together that differ in `by` alone; and what they have in common."""
     groups: list[tuple[Settings, list[Cell]]] = []
-    for cell, rows in cells:
+    for cell, rows in measured_cells(EXPERIMENTS[name]):
         common = without(cell, *by, "lags")
         group = next((members for settings, members in groups if settings == common), None)
         if group is None:
             group = []
             groups.append((common, group))
         group.append((cell, rows))
+    return groups
+
+
+def heading(common: Settings, members: list[Cell]) -> str:
+    """What stands above the table of a group."""
+    said = ", ".join(f"{key} {value}" for key, value in common.items())
+    return f"{said}. {measured_on([row for _, rows in members for row in rows])}."
+
+
+def by_seed(members: list[Cell], variant: str, part: str = "test") -> dict[int, float]:
+    """The metric of a variant of a group on one part of the data; empty if it has no row."""
+    rows = next((rows for cell, rows in members if cell.get("variant") == variant), [])
+    return {row["settings"]["seed"]: row["result"][part] for row in rows}
+
+
+def compared(
+    name: str, columns: dict[str, Column] | None = None, digits: int = 3, by: tuple[str, ...] = ("variant",)
+) -> str:
+    """A table for each group of cells that differ in `by` alone: the metric, and its difference from the baseline."""
+    experiment, columns = EXPERIMENTS[name], columns or {}
     parts = []
-    for common, members in groups:
-        baseline = next((rows for cell, rows in members if cell.get("variant") == BASELINE), [])
-        base = {row["settings"]["seed"]: row["result"]["test"] for row in baseline}
+    for common, members in grouped(name, by):
+        base = by_seed(members, BASELINE)
         lines = []
         for cell, rows in members:
             results = [row["result"] for row in rows]
             gaps = [r["result"]["test"] - base[r["settings"]["seed"]] for r in rows if r["settings"]["seed"] in base]
-            line = [*(str(cell.get(name, "–")) for name in by), shown([r["test"] for r in results], digits)]
+            line = [*(str(cell.get(name, "–")) for name in by), f"{mean_keys(name, cell):,.1f}"]
+            line.append(shown([r["test"] for r in results], digits))
             if base:
                 line.append("–" if cell["variant"] == BASELINE or not gaps else shown(gaps, digits))
             line.append(str(len(rows)))
             line += [column(results) for column in columns.values()]
             lines.append([*line, f"{rows[0]['settings']['rate']:g}"])
-        said = ", ".join(f"{key} {value}" for key, value in common.items())
         gap = [f"minus {BASELINE}"] if base else []
-        head = [*by, experiment.metric, *gap, "seeds", *columns, "learning rate"]
-        parts.append(f"{said}. {measured_on([row for _, rows in members for row in rows])}.\n\n" + table(head, lines))
-    return "\n\n".join(parts)
+        head = [*by, "keys a query", experiment.metric, *gap, "seeds", *columns, "learning rate"]
+        parts.append(heading(common, members) + "\n\n" + table(head, lines))
+    return "\n\n".join(parts) or NOTHING
 
 
 def mean_of(key: str, digits: int) -> Column:

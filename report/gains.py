@@ -12,13 +12,14 @@ from experiments.registry import EXPERIMENTS
 from experiments.runner import Result, Settings
 from experiments.variants import BASELINE, COORDINATED_HEADS, DILATED_HEADS
 from pi_attention import plots
-from report.cells import measured_cells
+from report.cells import grouped, measured_cells
+from report.language_models import is_too_early
 
 Lines = dict[str, list[tuple[float, float]]]
 """Points by label."""
 
 COMPARED: dict[str, tuple[str, Settings]] = {
-    "C, 2,048 tokens": ("language_modelling", {"corpus": "linux", "context": 2048}),
+    "C, 2,048 tokens, 16 M of training": ("language_modelling", {"corpus": "linux", "context": 2048}),
     "C, 2,048 tokens, 131 M of training": ("language_modelling_long", {"corpus": "linux"}),
     "C, 16,384 tokens": ("language_modelling", {"corpus": "linux", "context": 16384}),
     "prose, 8,192 tokens": ("language_modelling", {"corpus": "prose"}),
@@ -44,11 +45,17 @@ def rows_of(name: str, chosen: Settings) -> dict[str, list[dict[str, Any]]]:
 def gains(
     variants: Iterable[str] = ("pi", "pi, coprime heads", DILATED_HEADS, COORDINATED_HEADS),
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """Percent by which variants are better than the baseline, by task: mean over paired seeds and half-width."""
+    """Percent by which variants are better than the baseline, by task: mean over paired seeds and half-width.
+
+    A † marks training that is too short to rank patterns.
+    """
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for label, (name, chosen) in COMPARED.items():
         sign = 1 if EXPERIMENTS[name].better == "higher" else -1
         rows = rows_of(name, chosen)
+        if name.startswith("language_modelling"):
+            group = next(members for common, members in grouped(name) if chosen.items() <= common.items())
+            label += " †" if is_too_early(group) else ""
         base = {row["settings"]["seed"]: row["result"]["test"] for row in rows[BASELINE]}
         for variant in (variant for variant in variants if variant in rows):
             test = {row["settings"]["seed"]: row["result"]["test"] for row in rows[variant]}

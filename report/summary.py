@@ -8,9 +8,9 @@ from experiments.rows import Row
 from experiments.variants import BASELINE, COORDINATED_HEADS
 from report.cells import shown
 from report.gains import rows_of
+from report.keys import PLANNED
 from report.markdown import read, table
 
-PLANNED = "pi, planned"
 CURRICULA = {8192: [1024, 2048, 4096], 32768: [1024, 2048, 4096, 8192, 16384]}
 """Contexts in which passkeys were asked for, and the shorter ones that training began with."""
 

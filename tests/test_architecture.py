@@ -65,6 +65,7 @@ WITHIN = {
         "fused.hopper.launch",
         "fused.hopper",
         "fused.launch",
+        "fused.decoding",
         "fused.operators",
         "fused.attention",
         "dense",
@@ -96,6 +97,7 @@ WITHIN = {
         "heads",
     ],
     "convert": ["config", "interface", "gates", "rotary", "undo", "model"],
+    "plots": ["style", "lines", "pattern", "reach", "network"],
     "training": [
         "values",
         "config",

@@ -7,15 +7,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.intervals import interval
 from experiments import runner
 from experiments.__main__ import main
+from experiments.language_modelling import by_document
 from experiments.registry import EXPERIMENTS
 from experiments.rows import append, load
 from experiments.span_finders import pattern_of
+from experiments.texts import blocks
 from experiments.variants import (
     BASELINE,
     COORDINATED,
@@ -183,6 +186,13 @@ def test_workers_take_the_visible_gpus_in_turn(tmp_path, monkeypatch):
     rows = runner.run(toy(seen_gpu), "smoke", tmp_path, folder=tmp_path, workers=2)
     assert {row["result"]["test"] for row in rows} == {3, 5}
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
+def test_losses_are_kept_by_document():
+    pieces = [np.arange(7), np.arange(100, 102), np.arange(200, 260)]  # the second is too short for a block
+    ids, owners = blocks(pieces, 3, 5)
+    assert ids[:, 0].tolist() == [0, 3, 200, 203, 206] and owners == [0, 0, 2, 2, 2]
+    assert by_document(ids[:, 1:].double(), owners) == [3.0, 204.5]
 
 
 def test_interval_is_student_s():

@@ -9,6 +9,7 @@ from problems import cases
 from pi_attention import PiPattern, plots
 from pi_attention.masks import dense_masks
 from pi_attention.pattern import coordinated_heads, dilated_heads
+from pi_attention.plots.pattern import heads_alike, seen_by
 
 
 @settings(max_examples=60, deadline=None)
@@ -21,9 +22,9 @@ def test_cells_of_the_picture_are_those_of_the_masks(case, cell):
     length = cells * cell
     if length == 0 or (pattern.ring and length != case.S):
         return
-    seen = plots._seen_by(unsunk, length, cell)
+    seen = seen_by(unsunk, length, cell)
     local, skip = dense_masks(unsunk, length, length)
-    heads = [alike[0] for alike in plots._heads_alike(unsunk).values()]
+    heads = [alike[0] for alike in heads_alike(unsunk).values()]
     masks = torch.cat([local[0], skip[0, heads]])
     blocks = masks.reshape(-1, cells, cell, cells, cell).any(4).any(2)
     diagonal = torch.arange(cells)[:, None] - torch.arange(cells)

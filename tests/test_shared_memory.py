@@ -14,7 +14,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pi_attention import PiPattern, coordinated_heads
-from pi_attention.ops.fused import launch
+from pi_attention.ops.fused import decoding, launch
 from pi_attention.ops.fused.kernels import backward, decode, forward, sinks
 from pi_attention.ops.fused.kernels import one_pass as one_pass_file
 from pi_attention.ops.fused.tiling import Problem, plan_one_pass, plan_tiles
@@ -70,7 +70,7 @@ for dim, (dtype, element) in [(d, t) for d in DIMS for t in TYPES]:
     if one_pass is not None:
         print(shared_memory(one_pass_file.skip_backward_kernel, one_pass.constants, element), dim, element, "one pass")
     for pattern in (LONE, coordinated_heads(16, 64, 16)):
-        constants = launch.decode_constants(problem(pattern, 16))
+        constants = decoding.decode_constants(problem(pattern, 16))
         print(shared_memory(decode.decode_kernel, constants, element), dim, element, "decode", pattern)
     kernels = (sinks.sink_backward_kernel, sinks.sink_sum_kernel)
     for step, kernel in zip(launch.sink_steps(problem(LONE), (0,) * 16)[0], kernels):

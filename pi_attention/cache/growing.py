@@ -41,6 +41,7 @@ class LayerCache:
         if not pattern.causal:
             raise ValueError("a decoding cache needs a causal pattern: with causal=False every token sees later ones.")
         self.pattern = pattern
+        self._reach = pattern.reach  # asked for at every step
         self.recording = False
         self.reset()
 
@@ -87,7 +88,7 @@ class LayerCache:
             ValueError: key and value do not have one shape [B, G, T, D], or another B, G or D than those kept.
         """
         self._check(key, value)
-        new, reach, slots = torch.stack([key, value]), self.pattern.reach, self.pattern.sinks
+        new, reach, slots = torch.stack([key, value]), self._reach, self.pattern.sinks
         self._allocate(new)
         forgotten = 0 if reach is None else max(0, self._end - self._first - reach)
         starts = self._starts_with(segment_ids, len(key), key.shape[2])
@@ -133,7 +134,7 @@ class LayerCache:
             value: like key.
             length: tokens seen.
         """
-        reach, sinks = self.pattern.reach, self.pattern.sinks
+        reach, sinks = self._reach, self.pattern.sinks
         last = length if reach is None else min(length, reach)
         slots = min(sinks, length - last)
         empty = key.new_zeros(2, *key.shape[:2], sinks - slots, key.shape[3])
@@ -147,7 +148,7 @@ class LayerCache:
         Raises:
             ValueError: tokens that the pattern sees from there are gone; call `record` before the updates.
         """
-        kept, reach = self._end - self._first, self.pattern.reach
+        kept, reach = self._end - self._first, self._reach
         left = self.length - tokens
         needed = left if reach is None else min(left, reach)
         if not 0 <= tokens <= self.length or kept - tokens < needed:

@@ -273,9 +273,7 @@ class PiStaticCache(BoundedCache, StaticCache):
         """See `BoundedCache.library_mask`; of four dimensions, so that transformers makes none for its own caches."""
         return like.new_ones(len(like), 1, 1, 1)
 
-    def _later_segments(self, attention_mask: Tensor | None, position_ids: Tensor | None, tokens: int) -> Tensor | None:
-        if attention_mask is None and position_ids is None:
-            return None
+    def _later_segments(self, attention_mask: Tensor | None, position_ids: Tensor | None, tokens: int) -> Tensor:
         storage = self.layers[0].storage
         last, length = storage.ids[:, -1:], storage.length.to(torch.int32)
         new = torch.where(last < 0, length, last).expand(-1, tokens)

@@ -1,4 +1,7 @@
-"""Launch the kernels: allocate, and pass what the plan says. No arithmetic on the host, no synchronisation."""
+"""Launch the kernels of whole sequences, forward and backward: allocate, and pass what the plan says.
+
+No arithmetic on the host, no synchronisation.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -18,7 +20,6 @@ from pi_attention.ops.fused.kernels.backward import (
     band_backward_key_kernel,
     band_backward_query_kernel,
 )
-from pi_attention.ops.fused.kernels.decode import decode_kernel, join_kernel
 from pi_attention.ops.fused.kernels.forward import band_forward_kernel
 from pi_attention.ops.fused.kernels.one_pass import skip_backward_kernel
 from pi_attention.ops.fused.kernels.sinks import sink_backward_kernel, sink_sum_kernel
@@ -31,7 +32,6 @@ from pi_attention.ops.fused.tiling import (
     heads_differ,
     key_classes,
     member_table,
-    multiprocessors,
     one_pass_rows,
     padded,
     plan_one_pass,
@@ -48,8 +48,6 @@ backward_key = Kernel(band_backward_key_kernel)
 skip_backward = Kernel(skip_backward_kernel)
 sink_backward = Kernel(sink_backward_kernel)
 sink_sum = Kernel(sink_sum_kernel)
-decode = Kernel(decode_kernel)
-join = Kernel(join_kernel)
 
 
 def on_device(device: torch.device) -> Any:
@@ -84,7 +82,7 @@ class ForwardPlan(NamedTuple):
     """Of the local band's tensor descriptors."""
 
 
-def _table(problem: Problem) -> Tensor | None:
+def table_of(problem: Problem) -> Tensor | None:
     if not heads_differ(problem.pattern):
         return None
     return band_table(problem.pattern, problem.key[2], problem.device)
@@ -105,9 +103,9 @@ def forward_plan(problem: Problem) -> ForwardPlan:
     if serves("forward", problem):
         from pi_attention.ops.fused.hopper.launch import Forward
 
-        return ForwardPlan(skip, Forward(problem), _table(problem), None)
+        return ForwardPlan(skip, Forward(problem), table_of(problem), None)
     local, plan = step(False)
-    return ForwardPlan(skip, local, _table(problem), _block(plan))
+    return ForwardPlan(skip, local, table_of(problem), _block(plan))
 
 
 def run_forward(
@@ -117,14 +115,14 @@ def run_forward(
     plan = forward_plan(problem)
     absent = query  # a pointer that no kernel reads
     starts = absent if starts is None else starts
-    out, skip_out, skip_lse = _empty_like(query), None, None
+    out, skip_out, skip_lse = empty_as(query), None, None
     if plan.skip is None:
         lse = _rows_like(query)
     else:
-        lse, skip_lse = _pair_of_rows_like(query)
+        lse, skip_lse = pair_of_rows_like(query)
     with on_device(problem.device):
         if plan.skip is not None:
-            skip_out = _empty_like(query)
+            skip_out = empty_as(query)
             heads = absent if plan.bands is None else plan.bands
             nothing = (skip_lse, skip_out, skip_lse, absent, absent)  # to fuse with, and no sinks
             plan.skip((query, key, value, starts, heads, *nothing, skip_out, skip_lse))
@@ -139,7 +137,7 @@ def _rows_like(query: Tensor) -> Tensor:
     return torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
 
 
-def _pair_of_rows_like(query: Tensor) -> tuple[Tensor, Tensor]:
+def pair_of_rows_like(query: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors [B, H, T] of one allocation, if both then start at multiples of 16 bytes."""
     batch, heads, length, _ = query.shape
     if batch * heads * length % 4:
@@ -148,7 +146,7 @@ def _pair_of_rows_like(query: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _empty_like(x: Tensor) -> Tensor:
+def empty_as(x: Tensor) -> Tensor:
     """Contiguous, as the kernels write; `empty_like` takes half the host time of `empty`."""
     return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -227,7 +225,7 @@ def backward_plan(
         key = Key(problem)
     else:
         key = of_key(False, 1)
-    return BackwardPlan(query, one_pass, skip, key, sinks, _table(problem), members, classes, chunks, block)
+    return BackwardPlan(query, one_pass, skip, key, sinks, table_of(problem), members, classes, chunks, block)
 
 
 def sink_steps(problem: Problem, strides: tuple[int, ...]) -> tuple[tuple[Step, Step], int]:
@@ -288,7 +286,7 @@ def run_backward(
     skip_lse = lse if saved.skip_lse is None else saved.skip_lse
     terms = torch.empty(4, *lse.shape, dtype=torch.float32, device=query.device)
     grad_gate = None if gate is None else torch.empty(lse.shape, dtype=gate.dtype, device=lse.device)
-    grad_query, grad_key, grad_value = _empty_like(query), _empty_like(key), _empty_like(value)
+    grad_query, grad_key, grad_value = empty_as(query), empty_as(key), empty_as(value)
     of_rows = (
         *(out, skip_out, skip_lse, lse if grad_lse is None else grad_lse),
         *(lse if grad_skip_lse is None else grad_skip_lse, lse if gate is None else gate),
@@ -325,69 +323,3 @@ def run_backward(
             add((query, key, value, starts, grad_out, lse, terms, grad_key, grad_value, *share))
             together((*share, starts, grad_key, grad_value))
     return grad_query, grad_key, grad_value, grad_gate
-
-
-class DecodePlan(NamedTuple):
-    """The two launches of a decoding step: parts of the keys, and their joining."""
-
-    parts: Step
-    join: Step
-    splits: int
-    bands: Tensor | None
-
-
-def decode_constants(problem: Problem) -> Constants:
-    """Compile-time constants of the decoding kernel."""
-    queries, dim = problem.query[2:]
-    per_head = heads_differ(problem.pattern)
-    wide = padded(dim) * problem.dtype.itemsize >= 1024  # 64 such query rows fill two thirds of a small shared memory
-    return Constants(
-        {"num_warps": 4, "num_stages": 1 if wide else 2},
-        GROUP=problem.group,
-        D=dim,
-        BD=padded(dim),
-        BM=padded((1 if per_head else problem.group) * queries),
-        BN=16 if wide else 32,
-        SEGMENTS=problem.segments,
-        PER_HEAD=per_head,
-        PRECISION=problem.precision,
-    )
-
-
-@lru_cache(maxsize=1024)
-def decode_plan(problem: Problem) -> DecodePlan:
-    """Two programs a multiprocessor, each with at least 32 keys of the window; a second kernel joins their parts."""
-    batch, heads, queries, dim = problem.query
-    keys, pattern = problem.key[2], problem.pattern
-    window = min(pattern.window, keys)
-    programs = batch * (heads if heads_differ(pattern) else heads // problem.group)
-    splits = min(cdiv(2 * multiprocessors(problem.device), programs), cdiv(window + queries - 1, 32), 64)
-    lags = row_lags(pattern, True, 0, keys)
-    numbers = (splits, heads, queries, keys, *lags, problem.sinks, window, problem.scale * LOG2E)
-    parts = Step(decode, programs * splits, problem.strides, numbers, decode_constants(problem))
-    constants = Constants(
-        {"num_warps": 4},
-        **{"D": dim, "BD": padded(dim), "BS": triton.next_power_of_2(splits)},
-        **{"MASS": problem.mass, "GATED": problem.gate is not None},
-    )
-    rows = batch * heads * queries
-    together = Step(join, rows, (), (*problem.gate_strides, rows, heads, queries, splits), constants)
-    return DecodePlan(parts, together, splits, _table(problem))
-
-
-def run_decode(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, starts: Tensor | None, problem: Problem
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, H, T, D] of both bands with sinks, log-sum-exps [B, H, T] of the local and of the skip band."""
-    plan = decode_plan(problem)
-    parts = torch.empty(2, plan.splits, *query.shape, dtype=torch.float32, device=query.device)
-    part_lse = torch.empty(2, plan.splits, *query.shape[:3], dtype=torch.float32, device=query.device)
-    out = _empty_like(query)
-    lse, skip_lse = _pair_of_rows_like(query)
-    absent = query
-    with on_device(problem.device):
-        starts = absent if starts is None else starts
-        bands = absent if plan.bands is None else plan.bands
-        plan.parts((query, key, value, starts, bands, parts, part_lse))
-        plan.join((parts, part_lse, lse if gate is None else gate, out, lse, skip_lse))
-    return out, lse, skip_lse

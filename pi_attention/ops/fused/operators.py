@@ -201,7 +201,7 @@ def run_decoding(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, H, T, D] of the fused bands; log-sum-exps [B, H, T] of the local band with sinks, of the skip band."""
-    from pi_attention.ops.fused.launch import run_decode
+    from pi_attention.ops.fused.decoding import run_decode
     from pi_attention.ops.fused.tiling import problem_of
 
     problem = problem_of(query, key, value, gate, starts, PiPattern.from_ints(pattern), mass, scale)

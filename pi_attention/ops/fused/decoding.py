@@ -1,0 +1,85 @@
+"""Launch the kernels of a decoding step: parts of the keys, then their joining."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import cdiv
+
+from pi_attention.ops.fused.compiled import Constants, Kernel, Step
+from pi_attention.ops.fused.kernels.decode import decode_kernel, join_kernel
+from pi_attention.ops.fused.launch import LOG2E, empty_as, on_device, pair_of_rows_like, table_of
+from pi_attention.ops.fused.tiling import Problem, heads_differ, multiprocessors, padded, row_lags
+
+decode = Kernel(decode_kernel)
+join = Kernel(join_kernel)
+
+
+class DecodePlan(NamedTuple):
+    """The two launches of a decoding step: parts of the keys, and their joining."""
+
+    parts: Step
+    join: Step
+    splits: int
+    bands: Tensor | None
+
+
+def decode_constants(problem: Problem) -> Constants:
+    """Compile-time constants of the decoding kernel."""
+    queries, dim = problem.query[2:]
+    per_head = heads_differ(problem.pattern)
+    wide = padded(dim) * problem.dtype.itemsize >= 1024  # 64 such query rows fill two thirds of a small shared memory
+    return Constants(
+        {"num_warps": 4, "num_stages": 1 if wide else 2},
+        GROUP=problem.group,
+        D=dim,
+        BD=padded(dim),
+        BM=padded((1 if per_head else problem.group) * queries),
+        BN=16 if wide else 32,
+        SEGMENTS=problem.segments,
+        PER_HEAD=per_head,
+        PRECISION=problem.precision,
+    )
+
+
+@lru_cache(maxsize=1024)
+def decode_plan(problem: Problem) -> DecodePlan:
+    """Two programs a multiprocessor, each with at least 32 keys of the window; a second kernel joins their parts."""
+    batch, heads, queries, dim = problem.query
+    keys, pattern = problem.key[2], problem.pattern
+    window = min(pattern.window, keys)
+    programs = batch * (heads if heads_differ(pattern) else heads // problem.group)
+    splits = min(cdiv(2 * multiprocessors(problem.device), programs), cdiv(window + queries - 1, 32), 64)
+    lags = row_lags(pattern, True, 0, keys)
+    numbers = (splits, heads, queries, keys, *lags, problem.sinks, window, problem.scale * LOG2E)
+    parts = Step(decode, programs * splits, problem.strides, numbers, decode_constants(problem))
+    constants = Constants(
+        {"num_warps": 4},
+        **{"D": dim, "BD": padded(dim), "BS": triton.next_power_of_2(splits)},
+        **{"MASS": problem.mass, "GATED": problem.gate is not None},
+    )
+    rows = batch * heads * queries
+    together = Step(join, rows, (), (*problem.gate_strides, rows, heads, queries, splits), constants)
+    return DecodePlan(parts, together, splits, table_of(problem))
+
+
+def run_decode(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, starts: Tensor | None, problem: Problem
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, H, T, D] of both bands with sinks, log-sum-exps [B, H, T] of the local and of the skip band."""
+    plan = decode_plan(problem)
+    parts = torch.empty(2, plan.splits, *query.shape, dtype=torch.float32, device=query.device)
+    part_lse = torch.empty(2, plan.splits, *query.shape[:3], dtype=torch.float32, device=query.device)
+    out = empty_as(query)
+    lse, skip_lse = pair_of_rows_like(query)
+    absent = query
+    with on_device(problem.device):
+        starts = absent if starts is None else starts
+        bands = absent if plan.bands is None else plan.bands
+        plan.parts((query, key, value, starts, bands, parts, part_lse))
+        plan.join((parts, part_lse, lse if gate is None else gate, out, lse, skip_lse))
+    return out, lse, skip_lse
