@@ -72,7 +72,7 @@ WITHIN = {
         "checks",
         "api",
     ],
-    "cache": ["contract", "near", "growing", "fixed"],
+    "cache": ["contract", "near", "held", "growing", "fixed"],
     "nn": ["gate", "layers", "sources", "attention"],
     "distributed": ["plan", "exchange", "context", "sharding", "tensor_parallel", "layout"],
     "models": [
@@ -84,6 +84,8 @@ WITHIN = {
         "caching",
         "inputs",
         "library_cache",
+        "fingerprint",
+        "prompt_cache",
         "continuous",
         "ragged",
         "paged",

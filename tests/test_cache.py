@@ -66,6 +66,58 @@ def storages(pattern, length):
     return LayerCache(pattern), StaticLayerCache(pattern, length)
 
 
+STORAGES = {"growing": LayerCache, "static": lambda pattern: StaticLayerCache(pattern, 200)}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@settings(max_examples=20, deadline=None)
+@given(
+    before=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    behind=st.lists(st.integers(1, 10), min_size=1, max_size=5),
+    pads=st.tuples(st.integers(0, 40), st.integers(0, 9), st.integers(0, 3)),
+    documents=st.booleans(),
+    kinds=st.tuples(st.sampled_from(list(STORAGES)), st.sampled_from(list(STORAGES))),
+)
+def test_what_is_held_goes_on_in_another_cache(pattern, before, behind, pads, documents, kinds):
+    """Padding on the left, a document that ends anywhere, and padding on the right of the first tokens."""
+    first, length = sum(before), sum(before) + sum(behind)
+    ids = torch.zeros(2, length, dtype=torch.int32)
+    if documents:
+        ids[0, length // 2 :] = 1
+        ids[1, first - min(pads[2], first - 1) : first] = -1
+        ids[1, first:] = 2
+    for row, pad in enumerate(pads[:2]):
+        ids[row, : min(pad, first - 1)] = -1
+    query, key, value = tokens(length)
+    whole = pi_attention(query, key, value, pattern, segment_ids=ids, impl="reference")
+    one, other = (STORAGES[kind](pattern) for kind in kinds)
+    starts, done, outs = segment_starts(ids), 0, []
+    for chunk in [*before, *behind]:
+        if done == first:
+            held = one.held()
+            assert held.length == first and held.states.shape[3] <= pattern.sinks + max(1, pattern.reach or first)
+            other.hold(held)
+        end = done + chunk
+        new = [x[:, :, done:end] for x in (key, value)]
+        keys, values, seen = (one if done < first else other).extend(*new, starts[:, done:end])
+        outs.append(pi_attention(query[:, :, done:end], keys, values, pattern, segment_ids=seen))
+        done = end
+    torch.testing.assert_close(torch.cat(outs, dim=2), whole)
+
+
+def test_nothing_is_held_by_an_empty_cache_and_a_short_one_takes_none():
+    pattern = PATTERNS[1]
+    for storage in (LayerCache(pattern), StaticLayerCache(pattern, 9)):
+        with pytest.raises(ValueError, match="cache is empty"):
+            storage.held()
+        storage.extend(*tokens(8)[:2])
+        with pytest.raises(ValueError, match="max_length=8 leaves no room beside the 8 tokens"):
+            StaticLayerCache(pattern, 8).hold(storage.held())
+    storage.extend(*tokens(2)[:2])
+    with pytest.raises(ValueError, match="seen 10 tokens, more than its max_length=9"):
+        storage.held()
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @settings(max_examples=6, deadline=None)
 @given(

@@ -7,9 +7,11 @@ address that never changes. Segment ids of −1 mark the empty slots.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pi_attention.cache.contract import sink_places, starts_of_new, take
+from pi_attention.cache.held import Held, held
 from pi_attention.pattern import PiPattern, need_int, need_pattern
 
 
@@ -70,6 +72,43 @@ class StaticLayerCache:
     def resume(self, key: Tensor, value: Tensor, length: int) -> None:
         """Refused: see `LayerCache.resume`."""
         raise ValueError("a sharded sequence fills a growing cache only: pass model.new_cache() or use_cache=False.")
+
+    def held(self) -> Held:
+        """What later tokens can see, copied.
+
+        Raises:
+            ValueError: no token has come, or more than max_length.
+        """
+        length = int(self.length)
+        if self.keys is None or self.values is None or self.ids is None or self.is_empty:
+            raise ValueError("the cache is empty: let it see tokens first.")
+        if length > self.max_length:
+            raise ValueError(f"the cache has seen {length} tokens, more than its max_length={self.max_length}.")
+        room = self.pattern.sinks  # a short cache has slots for fewer
+        states = F.pad(torch.stack([self.keys, self.values]), (0, 0, room, 0))
+        return held(states, F.pad(self.ids, (room, 0), value=-1), length, self.pattern)
+
+    def hold(self, what: Held) -> None:
+        """Go on from what another cache of this pattern held, in place of what is here.
+
+        Raises:
+            ValueError: it has seen as many tokens as max_length, or more.
+        """
+        if what.length >= self.max_length:
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room beside the {what.length} tokens seen: set a larger one."
+            )
+        self.reset()
+        keys, values = what.states
+        if self.keys is None or self.ids is None or len(self.ids) != len(keys):
+            self._allocate(keys, values)
+        assert self.keys is not None and self.values is not None and self.ids is not None
+        slots = min(self.slots, what.starts.shape[1])  # those left out are empty
+        for mine, theirs in ((self.keys, keys), (self.values, values)):
+            mine[:, :, self.slots - slots :] = theirs[:, :, theirs.shape[2] - slots :]
+        self.ids[:, self.slots - slots :] = what.starts[:, what.starts.shape[1] - slots :]
+        self.length.fill_(what.length)
+        self.is_empty = False
 
     def reset(self) -> None:
         """Forget everything, and keep the tensors."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pi_attention.cache.contract import sink_places, starts_of_new, take
+from pi_attention.cache.held import Held, held
 from pi_attention.pattern import PiPattern, need_pattern
 
 
@@ -142,6 +143,25 @@ class LayerCache:
         self._buffer = torch.cat([empty, torch.stack([key, value])], dim=3)
         self._end, self.length = sinks + last, length
 
+    def held(self) -> Held:
+        """What later tokens can see, copied.
+
+        Raises:
+            ValueError: no token has come.
+        """
+        if self._buffer is None:
+            raise ValueError("the cache is empty: let it see tokens first.")
+        states = self._buffer[:, :, :, self._first - self.pattern.sinks : self._end]
+        return held(states, self._known_starts(states.shape[1], states.device), self.length, self.pattern)
+
+    def hold(self, what: Held) -> None:
+        """Go on from what another cache of this pattern held, in place of what is here."""
+        self.reset()
+        sinks = self.pattern.sinks
+        self._buffer, self._end, self.length = what.states, what.states.shape[3], what.length
+        one_segment = bool((what.starts[:, sinks:] == 0).all())
+        self._starts = None if one_segment else what.starts
+
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens.
 
@@ -213,11 +233,16 @@ class LayerCache:
                 f"so far, the {self.length} cached ones included; or {tokens}, the starts of the new ones."
             )
         new = starts_of_new(segment_ids, tokens, self.length == 0).expand(batch, -1)
-        if known is None:  # until now each row was one segment, whose sinks fill the slots from the right
-            sinks, kept = self.pattern.sinks, self._end - self._first
-            known = new.new_zeros(batch, sinks + kept)
-            known[:, : sinks - min(sinks, self.length - kept)] = -1
-        return torch.cat([known, new], dim=1)
+        return torch.cat([self._known_starts(batch, new.device), new], dim=1)
+
+    def _known_starts(self, batch: int, device: torch.device) -> Tensor:
+        """Where the segments of the sink slots and the kept tokens start, [B, sinks + kept]."""
+        if self._starts is not None:
+            return self._starts
+        sinks, kept = self.pattern.sinks, self._end - self._first  # each row is one segment; slots fill from the right
+        starts = torch.zeros(batch, sinks + kept, dtype=torch.int32, device=device)
+        starts[:, : sinks - min(sinks, self.length - kept)] = -1
+        return starts
 
     def _sinks_after_forgetting(
         self, forgotten: int, starts: Tensor | None, tokens: int

@@ -26,6 +26,8 @@ class Generate:
     """Sample among this many of the likeliest tokens. 0 samples among all."""
     seed: int = 0
     """Seed of the sampling."""
+    prompt_cache: Path | None = None
+    """File that keeps what the model remembers of the prompt. A later prompt that begins with it goes on from there."""
 
     def execute(self, console: Console) -> int:
         """Run the command; the exit code."""
@@ -44,6 +46,7 @@ class Generate:
             top_k=self.top_k,
             seed=self.seed,
             stream=True,
+            prompt_cache=self.prompt_cache,
         )
         most = max(cache_tokens(pattern, 10**9) for pattern in model.config.patterns())
         bound = (

@@ -5,6 +5,7 @@ import transformers
 from pi_attention.models.caching import PiCache, PiStaticCache
 from pi_attention.models.configuration_pi import PiConfig
 from pi_attention.models.modeling_pi import PiForCausalLM, PiModel, PiPreTrainedModel
+from pi_attention.models.prompt_cache import PromptCache, load_prompt_cache, save_prompt_cache
 
 transformers.AutoConfig.register("pi", PiConfig, exist_ok=True)
 transformers.AutoModel.register(PiConfig, PiModel, exist_ok=True)  # before the heads, which build on it
@@ -33,4 +34,7 @@ __all__ = [
     "PiModel",
     "PiPreTrainedModel",
     "PiStaticCache",
+    "PromptCache",
+    "load_prompt_cache",
+    "save_prompt_cache",
 ]

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TextStreamer, set_seed
 
+from pi_attention.models import PiCache, PiStaticCache, load_prompt_cache, save_prompt_cache
 from pi_attention.models.cache_argument import CACHE
+from pi_attention.paths import need_new_file, status_of
+
+CHUNK = 4096
+"""Tokens of a prompt that are read at once before it is saved."""
 
 
 @dataclass
@@ -37,11 +44,15 @@ def generate_text(
     top_k: int = 50,
     seed: int = 0,
     stream: bool = False,
+    prompt_cache: Path | None = None,
 ) -> Generation:
     """Continue `prompt`; temperature 0 is greedy.
 
+    Args:
+        prompt_cache: a file of `save_prompt_cache`, with which the prompt begins; written where there is none.
+
     Raises:
-        ValueError: the prompt is empty, or a setting is out of range.
+        ValueError: the prompt is empty, or a setting is out of range, or the file is not of this model or this prompt.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
@@ -56,6 +67,7 @@ def generate_text(
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("prompt is empty: give at least one character.")
+    cache = None if prompt_cache is None else _read_before(model, inputs["input_ids"], prompt_cache)
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
@@ -63,6 +75,7 @@ def generate_text(
     out = model.generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
+        **({} if cache is None else {CACHE: cache}),
         max_new_tokens=max_new_tokens,
         streamer=streamer,
         return_dict_in_generate=True,
@@ -75,3 +88,31 @@ def generate_text(
         seconds=seconds,
         cache_bytes=getattr(out, CACHE).nbytes,
     )
+
+
+def _read_before(model: Any, input_ids: Tensor, path: Path) -> PiCache | PiStaticCache:
+    """The cache of a prompt [1, T] without its last tokens: of the file, which is written where there is none."""
+    if status_of("prompt_cache", path) is not None:
+        saved = load_prompt_cache(path, model)
+        known = saved.input_ids.shape[1]
+        if known >= input_ids.shape[1] or not torch.equal(input_ids[:, :known], saved.input_ids):
+            raise ValueError(
+                f"prompt_cache={str(path)!r} is of another text: let the prompt begin with the {known} tokens in it "
+                "and go on behind them, or name a new file."
+            )
+        return saved.cache
+    need_new_file("prompt_cache", path)
+    first = input_ids[:, :-1]  # the last token is what generation begins with
+    if not first.shape[1]:
+        raise ValueError("prompt has one token, and a prompt cache saves those before the last: give a longer one.")
+    begun = model.generate(
+        first,
+        attention_mask=torch.ones_like(first),
+        max_new_tokens=1,
+        do_sample=False,
+        prefill_chunk_size=CHUNK,
+        return_dict_in_generate=True,
+    )
+    cache = getattr(begun, CACHE)
+    save_prompt_cache(cache, path, model, first)
+    return cache

@@ -1,0 +1,50 @@
+"""What a decoding cache of one layer holds for later tokens, in a form that every storage gives and takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pi_attention.cache.contract import sink_places, take
+from pi_attention.pattern import PiPattern
+
+
+class Held(NamedTuple):
+    """The tokens that later queries can see: the sinks of each row's last segment, then the last tokens."""
+
+    states: Tensor
+    """Keys and values [2, B, G, sinks + last, D]; the sink slots are filled from the right."""
+    starts: Tensor
+    """[B, sinks + last] int32, where the segment of each starts; −1 for padding and empty slots."""
+    length: int
+    """Tokens seen, these included."""
+
+
+def last_tokens(pattern: PiPattern, length: int) -> int:
+    """How many of the last tokens are held: those in reach, and the newest, whose segment goes on."""
+    return length if pattern.reach is None else min(length, max(pattern.reach, 1))
+
+
+def held(states: Tensor, starts: Tensor, length: int, pattern: PiPattern) -> Held:
+    """Leave out what no later query can see.
+
+    Args:
+        states: keys and values [2, B, G, n, D] in their order, at least `pattern.sinks` slots before the last tokens.
+        starts: [B, n] int32, as in `Held`.
+        length: tokens seen.
+        pattern: of the layer.
+    """
+    last = last_tokens(pattern, length)
+    before = starts.shape[1] - last
+    sinks, of_sinks = states[:, :, :, :0], starts[:, :0]
+    if pattern.sinks:
+        place = sink_places(starts[:, :before], starts[:, -1:], pattern.sinks)
+        sinks = take(states, place[None, :, None, :, None], 3)
+        of_sinks = torch.where(place < 0, -1, starts[:, -1:])
+    return Held(
+        torch.cat([sinks, states[:, :, :, before:]], dim=3),
+        torch.cat([of_sinks, starts[:, before:]], dim=1).to(torch.int32),
+        length,
+    )
