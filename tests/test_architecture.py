@@ -71,6 +71,7 @@ WITHIN = {
         "dense",
         "checks",
         "api",
+        "paged",
     ],
     "cache": ["contract", "near", "held", "growing", "fixed"],
     "nn": ["gate", "layers", "sources", "attention"],

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pi_attention import PiPattern, pi_attention
 from pi_attention.nn import PiAttention
+from pi_attention.ops.paged import Pages, paged_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -126,3 +127,45 @@ def test_activation_checkpointing_gives_the_same_gradients(compiled, reentrant):
         x.grad = None
     run(*inputs).backward()
     assert all(torch.equal(x.grad, g) for x, g in zip(inputs, want, strict=True))
+
+
+def paged_requests(lengths, slots, heads, groups, dim, dtype=torch.bfloat16):
+    """Queries, gates, keys and values that lie anywhere among the slots, and where."""
+    query = torch.randn(len(lengths), heads, 1, dim, device="cuda", dtype=dtype)
+    gate = torch.randn(len(lengths), heads, 1, device="cuda", dtype=dtype)
+    key, value = (torch.empty(slots, groups, dim, device="cuda", dtype=dtype).normal_() for _ in range(2))
+    return query, gate, key, value, Pages.of(lengths, torch.randperm(slots, device="cuda")[: sum(lengths)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 80, 256])
+@pytest.mark.parametrize("pattern", [pattern for pattern in PATTERNS if pattern.causal], ids=str)
+def test_pages_are_read_where_they_lie(pattern, dim, dtype):
+    lengths = [1, 4000, 77, 1500, 4001, 16, 300, 2]
+    for groups in (4, 1):
+        query, gate, key, value, pages = paged_requests(lengths, 12000, 4, groups, dim, dtype)
+        got, want = (
+            paged_attention(query, key, value, pages, pattern, gate=gate, impl=impl) for impl in ("triton", "blocked")
+        )
+        assert relative_error(got, want) < (1e-2 if dtype != torch.float32 else 1e-4)
+
+
+def test_pages_lie_beyond_2_to_the_31_elements():
+    query, gate, key, value, pages = paged_requests([900, 1200], 2**21 + 5000, 8, 8, 128)
+    assert key.numel() > 2**31
+    got, want = (
+        paged_attention(query, key, value, pages, PiPattern(256, 256, 4, sinks=4), gate=gate, impl=impl)
+        for impl in ("auto", "blocked")
+    )
+    assert relative_error(got, want) < 1e-2
+
+
+def test_a_batch_that_decodes_compiles_nothing_for_other_lengths():
+    from pi_attention.ops.fused.kernels.decode import decode_kernel
+
+    compiled = []
+    for lengths in ([500, 600], [501, 601], [37, 2000], [5, 6]):
+        query, gate, key, value, pages = paged_requests(lengths, 4000, 4, 2, 64)
+        paged_attention(query, key, value, pages, PiPattern(64, 64, 8, sinks=4), gate=gate, impl="triton")
+        compiled.append(sum(len(cache[0]) for cache in decode_kernel.device_caches.values()))
+    assert compiled[0] > 0 and len(set(compiled)) == 1

@@ -7,6 +7,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import need_triton
 from transformers import (
     ContinuousBatchingConfig,
     Gemma3ForCausalLM,
@@ -20,10 +21,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from benchmarks.paged import served
 from pi_attention import PiPattern
 from pi_attention.convert import convert
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.models.continuous import KNOWN
+from pi_attention.ops import paged
+from pi_attention.ops.fused.attention import paged_decoding, why_not_triton
 
 known = pytest.mark.skipif(
     ".".join(transformers.__version__.split(".")[:2]) not in KNOWN, reason="continuous batching of another transformers"
@@ -168,6 +172,44 @@ def test_any_order_of_arrival_gives_the_same_texts(name, lengths, tokens, late, 
             got[result.request_id] = result
     for number, prompt in enumerate(prompts):
         assert got[str(number)].generated_tokens == wanted(model, prompt, tokens[number])
+
+
+@known
+@pytest.mark.parametrize("name", ["pi: sinks", "llama: periods and phases of heads", "pi: skips without end"])
+def test_requests_that_lose_their_pages_begin_anew_and_give_the_same_texts(name):
+    model, prompts = model_of(name), prompts_of([9, 4, 20, 7, 12, 5, 16, 8])
+    watch, found = served(model, prompts, 40, pages=10)
+    assert watch.evictions > 0
+    assert watch.most <= watch.allocated
+    assert [found[str(number)] for number in range(8)] == [wanted(model, prompt, 40) for prompt in prompts]
+
+
+@known
+def test_a_request_of_5000_tokens_holds_the_bytes_of_a_short_one():
+    model = model_of("pi: sinks")
+    watch, _ = served(model, prompts_of([4990]), 10, pages=12)
+    held = {bytes_held for bytes_held, _ in watch.by_length.values()}
+    slots = 3 + model.config.pattern.reach + 1
+    assert held == {3 * -(-slots // 16) * 16 * 2 * 2 * 8 * 4}  # layers, pages of 16, keys and values, G, D, fp32
+    assert max(watch.by_length) > 4990 and watch.most == max(held)
+
+
+@known
+@pytest.mark.parametrize("name", ["pi: periods and phases of heads, sinks", "llama: sinks", "pi: skips without end"])
+def test_the_kernels_read_the_pages_where_they_lie(name, monkeypatch):
+    """As on a GPU: a batch in which every request decodes is one launch a layer."""
+    need_triton()
+    model, prompts = model_of(name), prompts_of([5, 50, 17])
+    want, launches = [wanted(model, prompt, 6) for prompt in prompts], []
+
+    def counted(query, *arguments, **options):
+        launches.append(len(query))
+        return paged_decoding(query, *arguments, **options)
+
+    monkeypatch.setattr(paged, "paged_decoding", counted)
+    monkeypatch.setattr(paged, "why_not_auto", why_not_triton)
+    assert texts(model, prompts, 6, small(max_batch_tokens=100)) == want
+    assert launches == [3] * (5 * model.config.get_text_config().num_hidden_layers)
 
 
 @known

@@ -50,9 +50,9 @@ class RaggedKeys:
         """The operator, each request for itself: [1, H, ΣT, D].
 
         Args:
-            operator: output of query, key, value, gate and segment ids of the keys.
+            operator: output of query, key, value, gate, segment ids of the keys, and perhaps `ops.paged.Pages` of them.
             query: [1, H, ΣT, D], the new tokens of every request.
-            key: [1, G, ΣS, D] of `extend`, like value.
+            key: of `extend`, like value.
             value: like key.
             gate: logits [1, H, ΣT], or None.
         """

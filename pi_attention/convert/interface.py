@@ -16,6 +16,7 @@ from pi_attention.models.caching import BoundedCache
 from pi_attention.models.continuous import refuse_continuous_batching
 from pi_attention.nn.sources import Operator
 from pi_attention.ops.api import pi_attention
+from pi_attention.ops.paged import Pages, paged_attention
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segments_of_batch
 
@@ -171,7 +172,11 @@ def attention_forward(
         ids = segments_of_batch(padding, position_ids, past, query.shape[0], query.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
-    def operator(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, ids: Tensor | None) -> Tensor:
+    def operator(
+        query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, ids: Tensor | None, pages: Pages | None = None
+    ) -> Tensor:
+        if pages is not None:
+            return paged_attention(query, key, value, pages, pattern, gate=gate, fusion="mass", scale=scale)
         return pi_attention(query, key, value, pattern, gate=gate, fusion="mass", segment_ids=ids, scale=scale)
 
     if pi_call is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pi_attention.nn.attention import PiAttention
+from pi_attention.ops.paged import Pages
 from pi_attention.ops.reference import reference_attention
 from pi_attention.segments import segment_starts
 
@@ -24,10 +25,18 @@ class PiSelfAttention(PiAttention):
         self.map = AttentionMap()
 
     def operator(
-        self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, segment_ids: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor | None,
+        segment_ids: Tensor | None,
+        pages: Pages | None = None,
     ) -> Tensor:
         if self.impl != "reference" or self.aux is not None:
-            return super().operator(query, key, value, gate, segment_ids)
+            return super().operator(query, key, value, gate, segment_ids, pages)
+        if pages is not None:
+            key, value, segment_ids = pages.gathered(key, value)
         unit = torch.eye(key.shape[2], dtype=value.dtype, device=value.device).expand(*key.shape[:2], -1, -1)
         attention_map, _, _ = reference_attention(
             query,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
 from pi_attention.models.ragged import RaggedCall, RaggedLayer, Requests
+from pi_attention.ops.paged import Pages
 from pi_attention.pattern import PiPattern
 
 __all__ = [
@@ -109,22 +111,54 @@ def install_allocator() -> None:
         kinds[SLIDING] = _Allocators(kinds[SLIDING])
 
 
+class PagedBatch:
+    """What the layers of one allocator share in a forward: which keys each request has, and where they lie."""
+
+    def __init__(self, allocator: Any, arguments: dict[str, Any], queries: list[int]) -> None:
+        self.allocator = allocator
+        ends = arguments["cu_seq_lens_k"][allocator.layer_type]
+        self.requests = Requests(queries, [end - start for start, end in pairwise(ends.tolist())])
+        self.written, slots = (arguments[name][allocator.index] for name in ("write_index", "read_index"))
+        self.pages: Pages | None = None  # where every request decodes one token
+        if slots.numel() and set(queries) == {1}:
+            # A ring's new key takes the slot of one that is out of reach, so it may be written before they are read.
+            slots = slots.index_copy(0, ends[1:].long() - 1, self.written)
+            self.pages = Pages.of(self.requests.keys, slots)
+
+
 class PagedLayer(RaggedLayer):
     """transformers' paged cache of one layer in one forward."""
 
     def __init__(
-        self, layer: int, pattern: PiPattern, cache: Any, arguments: dict[str, Any], queries: list[int]
+        self, layer: int, pattern: PiPattern, cache: Any, arguments: dict[str, Any], batch: PagedBatch
     ) -> None:
-        self._layer, self._cache, self._arguments = layer, cache, arguments
-        kind = cache.layer_to_allocator[layer].layer_type
-        ends = arguments["cu_seq_lens_k"][kind].tolist()
-        super().__init__(pattern, Requests(queries, [end - start for start, end in pairwise(ends)]))
+        super().__init__(pattern, batch.requests)
+        self._layer, self._cache, self._arguments, self._batch = layer, cache, arguments, batch
 
     def extend(self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
-        """See `RaggedLayer`."""
+        """See `RaggedLayer`; where every request decodes one token, the keys and values of the whole cache.
+
+        These are [slots, G, D].
+        """
+        if self._batch.pages is not None:
+            stores = self._batch.allocator._kv_token_views[self._layer]
+            for store, new in zip(stores, (key, value), strict=True):
+                store.index_copy_(0, self._batch.written, new[0].transpose(0, 1))
+            return *stores, None
         arguments = dict(self._arguments)  # which the cache changes
         key, value = self._cache.update(key_states=key, value_states=value, layer_idx=self._layer, kwargs=arguments)
         return key, value, None
+
+    def attend(
+        self, operator: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None
+    ) -> Tensor:
+        """See `RaggedKeys`; keys and values as `extend` returns them."""
+        if self._batch.pages is None:
+            return super().attend(operator, query, key, value, gate)
+        queries = query[0].transpose(0, 1)[:, :, None]  # [requests, H, 1, D]
+        of_gate = None if gate is None else gate[0].T[:, :, None]
+        out = operator(queries, key, value, of_gate, None, self._batch.pages)
+        return out[:, :, 0].transpose(0, 1)[None]
 
 
 def paged_call(cache: Any, arguments: dict[str, Any], patterns: list[PiPattern]) -> RaggedCall:
@@ -137,7 +171,13 @@ def paged_call(cache: Any, arguments: dict[str, Any], patterns: list[PiPattern])
     """
     ends = arguments["cu_seq_lens_q"].tolist()
     queries = [end - start for start, end in pairwise(ends)]
-    return RaggedCall([PagedLayer(layer, pattern, cache, arguments, queries) for layer, pattern in enumerate(patterns)])
+    batches = {kind: PagedBatch(allocator, arguments, queries) for kind, allocator in cache.cache_allocators.items()}
+    return RaggedCall(
+        [
+            PagedLayer(layer, pattern, cache, arguments, batches[cache.layer_to_allocator[layer].layer_type])
+            for layer, pattern in enumerate(patterns)
+        ]
+    )
 
 
 def page_bytes(config: Any, dtype: torch.dtype, page_size: int) -> int:

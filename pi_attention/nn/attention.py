@@ -15,6 +15,7 @@ from pi_attention.nn.rope import apply_rotary, rotary_angles
 from pi_attention.nn.sources import KeySource, NewKeys
 from pi_attention.ops.api import Fusion, Impl, PiAux, pi_attention
 from pi_attention.ops.checks import FUSIONS
+from pi_attention.ops.paged import Pages, paged_attention
 from pi_attention.pattern import PiPattern, need_int, need_pattern
 
 
@@ -152,10 +153,20 @@ class PiAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def operator(
-        self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, segment_ids: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor | None,
+        segment_ids: Tensor | None,
+        pages: Pages | None = None,
     ) -> Tensor:
         """The attention itself, an `Operator`: [B, H, T, D] of query, key, value, gate logits and ids of the keys."""
         pattern, fusion, impl = self.pattern, self.fusion, self.impl
+        if pages is not None and self.aux is None:
+            return paged_attention(query, key, value, pages, pattern, gate=gate, fusion=fusion, impl=impl)
+        if pages is not None:
+            key, value, segment_ids = pages.gathered(key, value)
         if self.aux is None:
             return pi_attention(
                 query, key, value, pattern, gate=gate, fusion=fusion, segment_ids=segment_ids, impl=impl

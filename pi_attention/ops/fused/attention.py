@@ -125,6 +125,30 @@ def fused_attention(
     return out, lse, torch.full_like(lse, -torch.inf) if pattern.skips == 0 else lse_skip
 
 
+def paged_decoding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    longest: int,
+    pattern: PiPattern,
+    *,
+    gate: Tensor | None,
+    mass: bool,
+    scale: float,
+) -> Tensor:
+    """out [N, H, T, D] of N requests whose keys a table finds among the slots [slots, G, D]; see `ops.paged`."""
+    from pi_attention.ops.fused.decoding import run_decode
+    from pi_attention.ops.fused.tiling import problem_of
+
+    if scale <= 0:
+        query, scale = query * scale, 1.0
+    keys, values = (x.transpose(0, 1)[None].expand(len(query), -1, -1, -1) for x in (key, value))
+    problem = problem_of(query, keys, values, gate, None, pattern, mass, scale)
+    problem = problem._replace(key=(*keys.shape[:2], longest, keys.shape[3]), paged=True)
+    return run_decode(query, keys, values, gate, table, problem)[0]
+
+
 @lru_cache(maxsize=256)
 def _ints_of(pattern: PiPattern) -> list[int]:
     return pattern.to_ints()

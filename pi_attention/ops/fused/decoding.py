@@ -43,6 +43,7 @@ def decode_constants(problem: Problem) -> Constants:
         SEGMENTS=problem.segments,
         PER_HEAD=per_head,
         PRECISION=problem.precision,
+        PAGED=problem.paged,
     )
 
 
@@ -70,7 +71,11 @@ def decode_plan(problem: Problem) -> DecodePlan:
 def run_decode(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, starts: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, H, T, D] of both bands with sinks, log-sum-exps [B, H, T] of the local and of the skip band."""
+    """out [B, H, T, D] of both bands with sinks, log-sum-exps [B, H, T] of the local and of the skip band.
+
+    Where keys are paged, `starts` is the table of the kernel, and key and value are [B, G, slots, D] with a stride of 0
+    along B.
+    """
     plan = decode_plan(problem)
     parts = torch.empty(2, plan.splits, *query.shape, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(2, plan.splits, *query.shape[:3], dtype=torch.float32, device=query.device)

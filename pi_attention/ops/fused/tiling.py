@@ -37,6 +37,8 @@ class Problem(NamedTuple):
     precision: str
     aligned: bool
     """Whether query, key and value start at multiples of 16 bytes."""
+    paged: bool = False
+    """Whether a table says where the keys of each batch row lie; S is then the most that a row has."""
 
     @property
     def group(self) -> int:

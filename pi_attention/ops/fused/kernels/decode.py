@@ -2,6 +2,9 @@
 
 The keys that T queries can see are three lists, each cut into equal parts, one a program: the window of all queries
 (w + T − 1 keys), and for each query its m skips and its sinks. Query rows are the heads of a group times T.
+
+PAGED: the keys of all batch rows lie in one tensor of slots, K [slots, G, D], and Starts is a table [B + 1 + ΣS]: where
+the slots of each batch row begin in the table, then the slots of its keys, in order. S is a batch row's own then.
 """
 
 import triton
@@ -23,9 +26,11 @@ from pi_attention.ops.fused.kernels.steps import (
 
 @triton.jit
 def _attend(
-    q, acc, m, l, K, V, sk_t, sk_d, sv_t, sv_d, position, present, seen, scale_log2,
-    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    q, acc, m, l, K, V, Slots, sk_t, sk_d, sv_t, sv_d, position, present, seen, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
+    if PAGED:
+        position = tl.load(Slots + position, mask=present, other=0)
     k = load_rows(K, sk_t, sk_d, position, present, D, BD)
     v = load_rows(V, sv_t, sv_d, position, present, D, BD)
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
@@ -49,7 +54,7 @@ def decode_kernel(
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d,
     splits, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, window, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys, for the query heads of one group: PartOut [2, splits, B, H, T, D] and PartLse without D.
 
@@ -63,7 +68,12 @@ def decode_kernel(
     period, phase, first, last, mirror_first, mirror_last = band_of_head(
         Bands, head0, period, phase, first, last, mirror_first, mirror_last, PER_HEAD
     )
-    Starts += batch * S
+    if PAGED:
+        begin, end = tl.load(Starts + batch), tl.load(Starts + batch + 1)
+        Starts += begin
+        S = end - begin
+    else:
+        Starts += batch * S
     K += batch * sk_b + (head0 // GROUP).to(tl.int64) * sk_h
     V += batch * sv_b + (head0 // GROUP).to(tl.int64) * sv_h
 
@@ -89,8 +99,9 @@ def decode_kernel(
         lag = at[:, None] - position[None, :]
         seen = (lag >= 0) & (lag < window) & (query_tag[:, None] == key_tag[None, :])
         acc, m, l = _attend(
-            q, acc, m, l, K, V, sk_t, sk_d, sv_t, sv_d, position, number < end, seen, scale_log2, D, BD, PRECISION
-        )
+            q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d, position, number < end, seen, scale_log2,
+            D, BD, PRECISION, PAGED,
+        )  # fmt: skip
     begin, end = _part(T * sinks, split, splits)
     for start in tl.range(begin, end, BN):
         number = start + tl.arange(0, BN)
@@ -102,8 +113,9 @@ def decode_kernel(
         present = (number < end) & (origin >= 0) & (position <= S - T + owner - window)  # beyond its query's window
         seen = present[None, :] & (owner[None, :] == query[:, None]) & asked[:, None]
         acc, m, l = _attend(
-            q, acc, m, l, K, V, sk_t, sk_d, sv_t, sv_d, position, present, seen, scale_log2, D, BD, PRECISION
-        )
+            q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d, position, present, seen, scale_log2,
+            D, BD, PRECISION, PAGED,
+        )  # fmt: skip
     part = ((split * batches + batch) * H + head0) * T
     _store_part(PartOut, PartLse, part, line, asked, acc, m, l, D, BD)
 
@@ -120,8 +132,9 @@ def decode_kernel(
         key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, True)
         seen = (query_tag[:, None] == key_tag[None, :]) & (owner[None, :] == query[:, None])
         acc, m, l = _attend(
-            q, acc, m, l, K, V, sk_t, sk_d, sv_t, sv_d, position, present, seen, scale_log2, D, BD, PRECISION
-        )
+            q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d, position, present, seen, scale_log2,
+            D, BD, PRECISION, PAGED,
+        )  # fmt: skip
     part += splits * batches * H * T
     _store_part(PartOut, PartLse, part, line, asked, acc, m, l, D, BD)
 

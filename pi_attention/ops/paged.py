@@ -1,0 +1,106 @@
+"""Decoding over a paged cache: the keys of many requests lie anywhere in one tensor, and a table says where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pi_attention.ops.api import Fusion, Impl, pi_attention
+from pi_attention.ops.fused.attention import is_decoding, note_failure, paged_decoding, why_not_auto, why_not_triton
+from pi_attention.pattern import PiPattern
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where the keys of N requests lie, each with one query, that of its last key.
+
+    Args:
+        table: [N + 1 + ΣS] int32. First where the slots of each request begin in the table, and where the last ends;
+            then the slot of every key, request by request, in the order of the text.
+        lengths: how many keys each request has.
+    """
+
+    table: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], slots: Tensor) -> Pages:
+        """Of the number of keys of each request, and the slots [ΣS] of all keys."""
+        first = len(lengths) + 1
+        ends = torch.tensor([*accumulate(lengths, initial=first)], dtype=torch.int32, device=slots.device)
+        return cls(torch.cat([ends, slots.to(torch.int32)]), tuple(lengths))
+
+    @property
+    def longest(self) -> int:
+        """The most keys that a request has."""
+        return max(self.lengths)
+
+    def gathered(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [N, G, longest, D] of slots [slots, G, D], padded on the left, and their segment ids."""
+        ends = self.table[: len(self.lengths) + 1].long()
+        place = ends[1:, None] - torch.arange(self.longest, 0, -1, device=ends.device)
+        slots = self.table[torch.maximum(place, ends[:-1, None])].long()  # padding repeats the first key
+        keys, values = (x[slots].transpose(1, 2) for x in (key, value))
+        if len(set(self.lengths)) == 1:
+            return keys, values, None
+        return keys, values, torch.where(place < ends[:-1, None], -1, 0).to(torch.int32)
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pages: Pages,
+    pattern: PiPattern,
+    *,
+    gate: Tensor | None = None,
+    fusion: Fusion = "gate",
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """`pi_attention` of one new token of each of N requests, [N, H, 1, D].
+
+    The kernels read keys and values where they lie, in one launch for all requests. Where they do not serve, keys and
+    values are gathered first.
+
+    Args:
+        query: [N, H, 1, D].
+        key: [slots, G, D], like value.
+        value: like key.
+        pages: where the keys of each request lie.
+        pattern: causal.
+        gate: logits [N, H, 1], or None.
+        fusion, scale, impl: see `pi_attention`; "reference" and "blocked" gather.
+
+    Raises:
+        NotImplementedError: impl="triton" cannot serve this call; the message says why.
+    """
+    options: Any = {"gate": gate, "fusion": fusion, "scale": scale, "impl": impl}
+    if _kernels_serve(query, key, value, gate, pattern, impl):
+        fused: Any = {"gate": gate, "mass": gate is None or fusion == "mass"}
+        fused["scale"] = query.shape[-1] ** -0.5 if scale is None else scale
+        try:
+            return paged_decoding(query, key, value, pages.table, pages.longest, pattern, **fused)
+        except Exception as error:
+            if impl == "triton" or not note_failure(query, error):
+                raise
+    keys, values, ids = pages.gathered(key, value)
+    return pi_attention(query, keys, values, pattern, segment_ids=ids, **options)
+
+
+def _kernels_serve(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, pattern: PiPattern, impl: Impl
+) -> bool:
+    if impl not in ("auto", "triton") or torch.is_autocast_enabled(query.device.type):
+        return False
+    reason = why_not_triton(query) if impl == "triton" else why_not_auto(query)
+    decodes = is_decoding(query, key.transpose(0, 1)[None], value, gate, pattern)
+    if impl == "triton" and (reason is not None or not decodes):
+        reason = reason or "many heads of a group, or gradients, are asked for"
+        raise NotImplementedError(f'impl="triton" cannot serve this call: {reason}. Use impl="auto" or "blocked".')
+    return reason is None and decodes

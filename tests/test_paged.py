@@ -1,0 +1,104 @@
+"""Decoding over a table of slots: each request as if its keys lay in order, wherever they lie."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import DEVICE, assert_close, need_triton
+
+from pi_attention import PiPattern, pi_attention
+from pi_attention.ops.paged import Pages, paged_attention
+
+PATTERNS = [
+    PiPattern(4, 5, 3),
+    PiPattern(4, 5, 3, sinks=2),
+    PiPattern(7, (3, 11, 5, 4), 2, sinks=3),
+    PiPattern(1, 1, 0),
+    PiPattern(3, 4, None, sinks=1),
+    PiPattern(5, 4, 3, sinks=1, phase=(3, 2, 0, 1)),
+]
+
+
+def requests(lengths, dim=8, heads=4, groups=2, seed=0):
+    """Queries, gates, and keys in order of each request; and the slots where they lie, with NaN in all others."""
+    random = torch.Generator().manual_seed(seed)
+    query, gate = (torch.randn(len(lengths), heads, 1, *d, generator=random, dtype=torch.float64) for d in ([dim], []))
+    slots = torch.randperm(2 * sum(lengths) + 3, generator=random)[: sum(lengths)]
+    stores = torch.full((2, 2 * sum(lengths) + 3, groups, dim), torch.nan, dtype=torch.float64)
+    stores[:, slots] = torch.randn(2, len(slots), groups, dim, generator=random, dtype=torch.float64)
+    return query, gate, stores, slots
+
+
+def one_by_one(query, gate, stores, slots, lengths, pattern, **options):
+    outs, done = [], 0
+    for row, length in enumerate(lengths):
+        key, value = (x[slots[done : done + length]].transpose(0, 1)[None] for x in stores)
+        of_gate = None if gate is None else gate[row : row + 1]
+        outs.append(pi_attention(query[row : row + 1], key, value, pattern, gate=of_gate, impl="reference", **options))
+        done += length
+    return torch.cat(outs)
+
+
+def together(impl, query, gate, stores, slots, lengths, pattern, **options):
+    device, dtype = ("cpu", torch.float64) if impl != "triton" else (DEVICE, torch.float32)
+    query, gate, (key, value) = (None if x is None else x.to(device, dtype) for x in (query, gate, stores))
+    pages = Pages.of(lengths, slots.to(device))
+    return paged_attention(query, key, value, pages, pattern, gate=gate, impl=impl, **options).to("cpu", torch.float64)
+
+
+@pytest.fixture(params=["blocked", "triton", "auto"])
+def way(request):
+    if request.param == "triton":
+        need_triton()
+    return request.param
+
+
+@pytest.mark.parametrize("lengths", [(1,), (37,), (3, 40, 1, 111, 19), (20, 20, 20)], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_each_request_is_as_if_alone(pattern, lengths, way, poisoned_memory):
+    problem = requests(lengths)
+    assert_close(together(way, *problem, lengths, pattern), one_by_one(*problem, lengths, pattern), way)
+
+
+@pytest.mark.parametrize("options", [{"fusion": "mass"}, {"scale": 0.3}, {"scale": -0.2}, {"gate": None}], ids=str)
+def test_options_are_those_of_the_operator(options, way):
+    lengths, (query, gate, *keys) = (30, 9, 50), requests((30, 9, 50))
+    gate = options.pop("gate", gate)
+    got = together(way, query, gate, *keys, lengths, PATTERNS[1], **options)
+    assert_close(got, one_by_one(query, gate, *keys, lengths, PATTERNS[1], **options), way)
+
+
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 1, 24), (3, 3, 16), (6, 2, 80)])
+def test_any_group_and_head_dim(heads, groups, dim, way):
+    lengths, problem = (30, 9), requests((30, 9), dim, heads, groups)
+    assert_close(together(way, *problem, lengths, PATTERNS[1]), one_by_one(*problem, lengths, PATTERNS[1]), way)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=5), pattern=st.sampled_from(PATTERNS))
+def test_gathered_keys_give_the_same_for_any_lengths(lengths, pattern):
+    problem = requests(lengths)
+    assert_close(together("blocked", *problem, lengths, pattern), one_by_one(*problem, lengths, pattern))
+
+
+def test_the_kernels_find_the_same_in_keys_that_are_ordered_and_in_a_table():
+    need_triton()
+    pattern, (query, gate, *_) = PATTERNS[2], requests((64,))
+    query, gate = (x.to(DEVICE, torch.float32) for x in (query, gate))
+    key, value = torch.randn(2, 64, 2, 8, device=DEVICE)
+    pages = Pages.of([64], torch.arange(64, device=DEVICE))
+    got = paged_attention(query, key, value, pages, pattern, gate=gate, impl="triton")
+    keys, values = (x.transpose(0, 1)[None] for x in (key, value))
+    with torch.no_grad():
+        assert torch.equal(got, pi_attention(query, keys, values, pattern, gate=gate, impl="triton"))
+
+
+def test_kernels_that_are_named_and_cannot_serve_are_refused():
+    need_triton()
+    problem, pages = requests((9,), heads=128, groups=1), Pages.of([9], torch.arange(9))
+    query, key, value = problem[0].float().requires_grad_(), *torch.randn(2, 9, 1, 8)
+    for given_query in (query, query.detach()):
+        with pytest.raises(NotImplementedError, match='impl="triton" cannot serve this call: many heads of a group'):
+            paged_attention(given_query, key, value, pages, PiPattern(4, 4, 2), impl="triton")
+    with pytest.raises(NotImplementedError, match="float64"):
+        paged_attention(problem[0], key, value, pages, PiPattern(4, 4, 2), impl="triton")
