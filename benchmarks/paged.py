@@ -19,7 +19,9 @@ from benchmarks.timing import machine, write
 from pi_attention.models import PiConfig, PiForCausalLM
 
 TOKENS = 100_000
-POINTS = (1_000, 10_000, TOKENS)
+OF_DENSE = 10_000
+"""Tokens of the dense model, whose time grows with their square."""
+POINTS = (1_000, OF_DENSE, TOKENS)
 DECODED = 500
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2 * TOKENS}
@@ -103,13 +105,13 @@ def served(model: Any, prompts: list[list[int]], new: int, pages: int) -> tuple[
     return watch, found
 
 
-def growing(name: str, pages: int, **settings: Any) -> list[dict[str, Any]]:
-    """One request of `TOKENS` tokens, in a cache of so many pages: bytes where it had as many tokens as `POINTS`."""
+def growing(name: str, tokens: int, pages: int, **settings: Any) -> list[dict[str, Any]]:
+    """One request of so many tokens, in a cache of so many pages: bytes where it had as many tokens as `POINTS`."""
     generator = torch.Generator().manual_seed(1)
-    prompt = torch.randint(3, 99, (TOKENS - DECODED,), generator=generator).tolist()
+    prompt = torch.randint(3, 99, (tokens - DECODED,), generator=generator).tolist()
     watch, _ = served(model_of(**settings), [prompt], DECODED, pages)
     rows = []
-    for point in POINTS:
+    for point in [point for point in POINTS if point <= tokens]:
         at = min(length for length in watch.by_length if length >= min(point, max(watch.by_length)))
         bytes_held, process = watch.by_length[at]
         rows.append({"layers": name, "tokens": at, "bytes held": bytes_held, "bytes allocated": watch.allocated})
@@ -139,7 +141,8 @@ def main() -> None:
     print(machine(), flush=True)
     torch.set_num_threads(1)  # beside the manager's own thread
     shared = evicted()
-    rows = growing("pi", PAGES_SHARED) + growing("dense", TOKENS // PAGE + 8, layer_patterns=["dense"])
+    rows = growing("pi", TOKENS, PAGES_SHARED)
+    rows += growing("dense", OF_DENSE, OF_DENSE // PAGE + 8, layer_patterns=["dense"])
     head = {"model": SIZES | PATTERN, "page": PAGE, "dtype": "float32"}
     print(write("paged", head | {"growing": rows, "evicted": shared}))
 

@@ -24,6 +24,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving": pretrained.serving,
     "speed": pretrained.speed,
     "support": pretrained.support,
+    "paged": pretrained.paged,
     "memory": ranks.memory,
     "multigpu": ranks.multigpu,
     "pieces": ranks.pieces,

@@ -96,3 +96,20 @@ def support() -> str:
 
     rows = [[feature, *(cell(r["features"].get(feature, {})) for r in results)] for feature in results[-1]["features"]]
     return table(["", *(f"transformers {result['transformers']}" for result in results)], rows)
+
+
+def paged() -> str:
+    """Bytes of continuous batching: one request as it grows, and many that share few pages."""
+    result = read("paged")
+    rows = [
+        [row["layers"], f"{row['tokens']:,}", f"{row['bytes held']:,}", f"{row['bytes allocated']:,}"]
+        for row in result["growing"]
+    ]
+    shared = result["evicted"]
+    return (
+        f"A tiny model of {result['model']['num_hidden_layers']} layers; CPU, {version(result)}.\n\n"
+        + table(["layers", "tokens", "bytes of the request", "of the paged cache"], rows)
+        + f"\n\n{shared['requests']} requests of together {shared['tokens']:,} tokens shared "
+        f"{shared['bytes allocated']:,} bytes. Pages were taken from a request {shared['evictions']} times. "
+        f"{shared['equal texts']} texts were those of `generate`."
+    )
