@@ -48,7 +48,7 @@ class Bench:
         *self.inputs, self.grad = tensors
         self.skip = skip
         self.problem = problem_of(*self.inputs, None, None, PATTERN, True, dim**-0.5)
-        self.outputs = run_forward(*self.inputs, None, None, self.problem)
+        self.outputs = run_forward(*self.inputs, None, None, None, self.problem)
         self.terms = torch.randn(4, *self.outputs[1].shape, device="cuda")
         self.grads = [torch.empty_like(x) for x in self.inputs]
 
@@ -59,14 +59,14 @@ class Bench:
             plan = forward_plan(self.problem)
             step, other = (plan.skip, (out, lse)) if self.skip else (plan.local, (skip_out, skip_lse))
             keys = (key, value) if self.skip else described_keys(key, value, plan.block)
-            step((query, *keys, query, query, lse, *other, key, value, out, lse))
+            step((query, *keys, query, query, lse, *other, key, value, out, lse, None))
             return
         plan = backward_plan(self.problem, self.grad.stride(), False, False)
         rows = (self.grad, skip_lse if self.skip else lse, self.terms)
         if kernel == "backward query":
             step = plan.skip[0] if self.skip else plan.query
             keys = (key, value) if self.skip else described_keys(key, value, plan.block)
-            of_rows = (out, skip_out, skip_lse, lse, lse, lse, self.terms)
+            of_rows = (out, skip_out, skip_lse, lse, lse, lse, self.terms, None, None)
             step((query, *keys, query, query, *rows, key, value, self.grads[0], *of_rows))
         else:
             step = plan.skip[1] if self.skip else plan.key

@@ -54,6 +54,8 @@ class Case:
     fusion: str = "gate"
     gated: bool = True
     segments: tuple[tuple[int, ...], ...] | None = field(default=None, repr=False)
+    sink_logit: bool = False
+    softcap: float | None = None
 
     def __str__(self) -> str:
         p = self.pattern
@@ -62,12 +64,15 @@ class Case:
         packed = "-packed" if self.segments else ""
         heads = f"B{self.B}-H{self.H}-G{self.G}-T{self.T}-S{self.S}-D{self.D}"
         phase = f"-f{p.phase}" if p.phase else ""
-        return f"{heads}-w{p.window}-p{p.period}{phase}-m{p.skips}{flags}{sinks}{packed}-{self.fusion}".replace(" ", "")
+        scores = ("-z" if self.sink_logit else "") + (f"-cap{self.softcap}" if self.softcap else "")
+        name = f"{heads}-w{p.window}-p{p.period}{phase}-m{p.skips}{flags}{sinks}{packed}-{self.fusion}{scores}"
+        return name.replace(" ", "")
 
     def tensors(self, dtype: torch.dtype = torch.float64, grad: bool = True, seed: int = 0) -> tuple[Tensor, ...]:
-        """query, key, value and gate logits; drawn in `dtype`, so that only arithmetic differs between precisions."""
+        """query, key, value and gate logits, and a sink logit; drawn in `dtype`, so that only arithmetic differs."""
         random = torch.Generator().manual_seed(seed)
         shapes = [(self.B, self.H, self.T, self.D), *[(self.B, self.G, self.S, self.D)] * 2, (self.B, self.H, self.T)]
+        shapes += [(self.H,)] * self.sink_logit
         drawn = [torch.randn(shape, generator=random, dtype=torch.float64).to(dtype) for shape in shapes]
         return tuple(x.requires_grad_(grad) for x in drawn)
 
@@ -75,8 +80,9 @@ class Case:
         return None if self.segments is None else torch.tensor(self.segments, dtype=torch.int32)
 
     def run(self, impl: str, inputs: tuple[Tensor, ...], **more):
-        query, key, value, gate = inputs
-        options = {"fusion": self.fusion, "segment_ids": self.segment_ids(), "impl": impl} | more
+        query, key, value, gate, *sink_logit = inputs
+        options = {"fusion": self.fusion, "segment_ids": self.segment_ids(), "impl": impl, "softcap": self.softcap}
+        options |= {"sink_logit": sink_logit[0] if sink_logit else None} | more
         return attend(query, key, value, self.pattern, gate=gate if self.gated else None, **options)
 
 
@@ -146,6 +152,8 @@ def cases(draw: st.DrawFn, dims: tuple[int, ...] = (1, 3, 8)) -> Case:
         fusion=draw(st.sampled_from(["gate", "mass"])),
         gated=draw(st.booleans()),
         segments=draw(st.none() | segment_rows(B, S)),
+        sink_logit=draw(st.booleans()),
+        softcap=draw(st.sampled_from([None, 0.7, 30.0])),
     )
 
 
@@ -171,3 +179,21 @@ CASES = [
     Case(PiPattern(4, 4, None, phase=(0, 3, 1, 2)), segments=((-1,) * 9 + (0,) * 28, (0,) * 20 + (1,) * 17)),
 ]
 """The corners, by hand: sizes that divide nothing, below the window, below the period, T < S, padding, packing."""
+
+SCORES = [
+    Case(PiPattern(8, 8, 3), sink_logit=True),
+    Case(PiPattern(8, 3, 5), fusion="mass", sink_logit=True),
+    Case(PiPattern(5, 7, 4, sinks=2), T=63, S=63, fusion="mass", softcap=1.5),
+    Case(PiPattern(6, (5, 10, 12, 20), 4, causal=False, ring=True), T=60, S=60, softcap=1.5, sink_logit=True),
+    Case(PiPattern(8, 4, 0), T=63, S=63, H=2, G=2, sink_logit=True, softcap=4.0),
+    Case(PiPattern(8, 3, 5), fusion="mass", gated=False, sink_logit=True, G=4, softcap=1.5),
+    Case(
+        PiPattern(8, 8, 3, sinks=1),
+        segments=((-1,) * 9 + (0,) * 28, (0,) * 20 + (1,) * 12 + (-1,) * 5),
+        fusion="mass",
+        sink_logit=True,
+        softcap=1.5,
+    ),
+    Case(PiPattern(64, 64, 2), sink_logit=True, softcap=4.0),
+]
+"""Cases with a sink logit, with soft-capped scores, and with both."""

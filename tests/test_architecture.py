@@ -42,6 +42,7 @@ ORDER = [
 WITHIN = {
     "ops": [
         "transforms",
+        "scores",
         "fusion",
         "reference",
         "sinks",

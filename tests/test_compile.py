@@ -1,28 +1,29 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from problems import Case
+from problems import DEVICE, Case, need_triton
 
 from pi_attention import PiPattern, pi_attention
 from pi_attention.ops.blocked.operator import band, band_backward
+from pi_attention.ops.fused.operators import decode, fused, fused_backward
 from pi_attention.segments import segment_starts
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_compiled_operator_agrees_and_does_not_recompile_for_each_length(impl):
+@pytest.mark.parametrize("scores", [{}, {"sink_logit": True, "softcap": 1.5}], ids=["plain", "capped"])
+def test_compiled_operator_agrees_and_does_not_recompile_for_each_length(impl, scores):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(pi_attention, fullgraph=True, backend=counter)
     for length in (40, 41, 57, 64, 90):
-        case = Case(PiPattern(4, (5, 6, 7, 9), 3, sinks=1), T=length, S=length, fusion="mass")
-        query, key, value, gate = case.tensors()
-        out = compiled(query, key, value, case.pattern, gate=gate, fusion="mass", impl=impl)
-        want = case.run("reference", (query, key, value, gate))
+        case = Case(PiPattern(4, (5, 6, 7, 9), 3, sinks=1), T=length, S=length, fusion="mass", **scores)
+        query, key, value, gate, *sink_logit = inputs = case.tensors()
+        more = {"softcap": case.softcap, "sink_logit": sink_logit[0] if sink_logit else None}
+        out = compiled(query, key, value, case.pattern, gate=gate, fusion="mass", impl=impl, **more)
+        want = case.run("reference", inputs)
         torch.testing.assert_close(out, want)
         for got, expected in zip(
-            torch.autograd.grad(out.sum(), (query, key, value, gate)),
-            torch.autograd.grad(want.sum(), (query, key, value, gate)),
-            strict=True,
+            torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(want.sum(), inputs), strict=True
         ):
             torch.testing.assert_close(got, expected)
     assert counter.frame_count <= 2  # the first length, then any length
@@ -43,12 +44,13 @@ def test_compiled_by_inductor():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_registered_operators_pass_opcheck(packed):
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_registered_operators_pass_opcheck(packed, softcap):
     case = Case(PiPattern(4, 5, 3), T=17, S=19)
     query, key, value, _ = case.tensors()
     starts = segment_starts(torch.zeros(case.B, case.S, dtype=torch.int32)) if packed else None
     for skip in (False, True):
-        arguments = (query, key, value, starts, case.pattern.to_ints(), skip, 0.5)
+        arguments = (query, key, value, starts, case.pattern.to_ints(), skip, 0.5, softcap)
         torch.library.opcheck(band, arguments)
         with torch.no_grad():
             out, lse = band(*arguments)
@@ -56,13 +58,33 @@ def test_registered_operators_pass_opcheck(packed):
         torch.library.opcheck(band_backward, (*tensors, *arguments[3:]))
 
 
-def test_export_gives_the_same_result():
+@pytest.mark.parametrize("sink_logit", [False, True])
+def test_export_gives_the_same_result(sink_logit):
     class Attend(torch.nn.Module):
-        def forward(self, query, key, value, gate):
-            return pi_attention(query, key, value, PiPattern(4, 5, 3), gate=gate)
+        def forward(self, query, key, value, gate, sink_logit=None):
+            more = {} if sink_logit is None else {"sink_logit": sink_logit, "softcap": 1.5}
+            return pi_attention(query, key, value, PiPattern(4, 5, 3), gate=gate, **more)
 
-    inputs = Case(PiPattern(4, 5, 3)).tensors(torch.float32, grad=False)
+    inputs = Case(PiPattern(4, 5, 3), sink_logit=sink_logit).tensors(torch.float32, grad=False)
     tokens = torch.export.Dim("tokens", min=8, max=4096)
-    program = torch.export.export(Attend(), inputs, dynamic_shapes=[{2: tokens}] * 4)
-    longer = Case(PiPattern(4, 5, 3), T=77, S=77).tensors(torch.float32, grad=False)
+    shapes = [{2: tokens}] * 4 + [None] * sink_logit
+    program = torch.export.export(Attend(), inputs, dynamic_shapes=shapes)
+    longer = Case(PiPattern(4, 5, 3), T=77, S=77, sink_logit=sink_logit).tensors(torch.float32, grad=False)
     torch.testing.assert_close(program.module()(*longer), Attend()(*longer))
+
+
+@pytest.mark.parametrize("sink_logit", [False, True])
+def test_registered_kernels_pass_opcheck(sink_logit):
+    need_triton()
+    # an odd number of rows a head, so that the two log-sum-exps do not share an allocation, which opcheck dislikes
+    case = Case(PiPattern(4, 5, 3), T=17, S=19, B=1, H=2, G=2, sink_logit=sink_logit)
+    drawn = [x.to(DEVICE) for x in case.tensors(torch.float32, grad=False)]
+    query, key, value, gate, *logit = drawn
+    sink = logit[0] if logit else None
+    starts = segment_starts(torch.zeros(case.B, case.S, dtype=torch.int32, device=DEVICE))
+    rest = (case.pattern.to_ints(), True, 0.5)
+    torch.library.opcheck(fused, (query, key, value, gate, starts, *rest, sink, 1.5))
+    torch.library.opcheck(decode, (query[:, :, -1:], key, value, gate[:, :, -1:], starts, *rest, sink, 1.5))
+    saved = fused(query, key, value, gate, starts, *rest, sink, 1.5)
+    grads = torch.randn_like(query), None, None
+    torch.library.opcheck(fused_backward, (*grads, query, key, value, gate, starts, *saved, *rest, sink, 1.5))

@@ -49,6 +49,33 @@ def test_long_sequences_agree_with_the_blocked_implementation(pattern, dim, grou
         assert relative_error(got, want) < 1e-2
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("fusion", ["gate", "mass"])
+@pytest.mark.parametrize(
+    "pattern", [PiPattern(128, 1, 0), PiPattern(256, 256, 16), PiPattern(64, 64, 8, sinks=4), PATTERNS[6]], ids=str
+)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("length", [3333, 1 << 16])  # the longer one's keys are loaded by descriptors, or on Hopper
+def test_sink_logits_and_soft_caps_agree_with_the_blocked_implementation(length, softcap, pattern, fusion, dim):
+    inputs = qkv(1, 4, length, dim)
+    gate = torch.randn(1, 4, length, device="cuda", requires_grad=True)
+    sink_logit = torch.randn(4, device="cuda", requires_grad=True)
+    grad = torch.randn(1, 4, length, dim, device="cuda", dtype=torch.bfloat16)
+    wanted = (*inputs, gate, sink_logit) if pattern.skips else (*inputs, sink_logit)
+    options = {"gate": gate, "fusion": fusion, "sink_logit": sink_logit, "softcap": softcap}
+    results = []
+    for impl in ("triton", "blocked"):
+        out = pi_attention(*inputs, pattern, impl=impl, **options)
+        results.append([out, *torch.autograd.grad(out, wanted, grad)])
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) < 1e-2
+    step = [x[:, :, -1:].detach() for x in (inputs[0], gate)]
+    out = results[0][0][:, :, -1:]
+    with torch.no_grad():  # the decoding kernel
+        last = pi_attention(step[0], *inputs[1:], pattern, **options | {"gate": step[1]})
+    assert relative_error(last, out) < 1e-2
+
+
 def test_gpu_default_is_the_kernels_and_bitwise_repeatable():
     inputs = qkv(2, 8, 2048, 64)
     pattern = PiPattern(64, 64, 8)

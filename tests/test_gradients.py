@@ -19,6 +19,8 @@ SMALL = [
     ),
     Case(PiPattern(2, 3, 2, causal=False, phase=(2, 0)), T=9, S=9, B=1, H=2, G=1, D=2, fusion="mass"),
     Case(PiPattern(2, 3, 2, causal=False, ring=True), T=9, S=9, B=1, H=2, G=1, D=2),
+    Case(PiPattern(3, 4, 2), T=11, S=11, B=1, H=2, G=1, D=2, sink_logit=True, softcap=1.5),
+    Case(PiPattern(2, (3, 4), 2, sinks=1), T=9, S=11, B=1, H=2, D=2, fusion="mass", sink_logit=True, softcap=1.5),
 ]
 
 

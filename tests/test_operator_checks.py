@@ -20,6 +20,7 @@ def tensors(**shapes):
         (tensors() | {"key": torch.randn(2, 2, 8, 16).half()}, TypeError, "cast"),
         (tensors() | {"query": torch.ones(2, 4, 8, 16, dtype=torch.int64)}, TypeError, "query has dtype"),
         (tensors(value=(2, 2, 9, 16)), ValueError, "value"),
+        (tensors(value=(2, 2, 8, 24)), ValueError, "must have one shape"),
         (tensors(key=(1, 2, 8, 16), value=(1, 2, 8, 16)), ValueError, "batch"),
         (tensors(key=(2, 3, 8, 16), value=(2, 3, 8, 16)), ValueError, "divide the query heads"),
         (tensors(key=(2, 2, 7, 16), value=(2, 2, 7, 16)), ValueError, "at least as many keys"),
@@ -33,6 +34,14 @@ def tensors(**shapes):
         (tensors() | {"segment_ids": torch.zeros(2, 9, dtype=torch.int32)}, ValueError, "segment_ids must be"),
         (tensors() | {"segment_ids": torch.zeros(2, 8)}, TypeError, "int32"),
         (tensors() | {"impl": "cuda"}, ValueError, "impl"),
+        (tensors() | {"sink_logit": torch.zeros(2)}, ValueError, r"sink_logit must be \[H\] = \(4,\), got \(2,\)"),
+        (tensors() | {"sink_logit": torch.zeros(4, dtype=torch.int64)}, TypeError, "sink_logit must be a floating"),
+        (tensors() | {"sink_logit": 0.5}, TypeError, "sink_logit must be a floating"),
+        (tensors() | {"sink_logit": torch.zeros(4, device="meta")}, ValueError, "sink_logit is on meta"),
+        (tensors() | {"softcap": 0.0}, ValueError, "softcap must be finite and above 0, got 0.0"),
+        (tensors() | {"softcap": -3.0}, ValueError, "softcap must be finite and above 0"),
+        (tensors() | {"softcap": float("inf")}, ValueError, "None leaves scores as they are"),
+        (tensors() | {"softcap": torch.tensor(3.0)}, TypeError, "softcap must be a float or None, got Tensor"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, words):

@@ -43,6 +43,7 @@ def together(impl, query, gate, stores, slots, lengths, pattern, **options):
     device, dtype = ("cpu", torch.float64) if impl != "triton" else (DEVICE, torch.float32)
     query, gate, (key, value) = (None if x is None else x.to(device, dtype) for x in (query, gate, stores))
     pages = Pages.of(lengths, slots.to(device))
+    options = {name: x.to(device, dtype) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     return paged_attention(query, key, value, pages, pattern, gate=gate, impl=impl, **options).to("cpu", torch.float64)
 
 
@@ -60,7 +61,14 @@ def test_each_request_is_as_if_alone(pattern, lengths, way, poisoned_memory):
     assert_close(together(way, *problem, lengths, pattern), one_by_one(*problem, lengths, pattern), way)
 
 
-@pytest.mark.parametrize("options", [{"fusion": "mass"}, {"scale": 0.3}, {"scale": -0.2}, {"gate": None}], ids=str)
+SCORES = {"sink_logit": torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64), "softcap": 1.5}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"fusion": "mass"}, {"scale": 0.3}, {"scale": -0.2}, {"gate": None}, SCORES, SCORES | {"fusion": "mass"}],
+    ids=str,
+)
 def test_options_are_those_of_the_operator(options, way):
     lengths, (query, gate, *keys) = (30, 9, 50), requests((30, 9, 50))
     gate = options.pop("gate", gate)

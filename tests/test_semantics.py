@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import CASES, Case, assert_close, attend, cases, need_triton, outputs_and_gradients
+from problems import CASES, SCORES, Case, assert_close, attend, cases, need_triton, outputs_and_gradients
 
 from pi_attention import PiPattern, coordinated_heads, segments_from_mask
 from pi_attention.masks import dense_mask
@@ -16,12 +16,12 @@ FAST = ["blocked", "triton"]
 
 
 def assert_equal_results(got, want, impl):
-    names = ["out", "lse_local", "lse_skip", "g", "dquery", "dkey", "dvalue", "dgate"]
-    for name, a, b in zip(names, got, want, strict=True):
+    names = ["out", "lse_local", "lse_skip", "g", "dquery", "dkey", "dvalue", "dgate", "dsink_logit"]
+    for name, a, b in zip(names[: len(want)], got, want, strict=True):
         assert_close(a, b, impl, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + SCORES, ids=str)
 def test_equals_the_reference(case, fast, poisoned_memory):
     assert_equal_results(outputs_and_gradients(case, fast), outputs_and_gradients(case, "reference"), fast)
 
@@ -66,7 +66,7 @@ def assert_decodes(case):
 
 
 @pytest.mark.parametrize("queries", [1, 5, 16])
-@pytest.mark.parametrize("case", [c for c in CASES if c.pattern.causal], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES + SCORES if c.pattern.causal], ids=str)
 def test_decoding_equals_the_reference(case, queries, poisoned_memory):
     assert_decodes(replace(case, T=min(queries, case.S)))
 
@@ -79,7 +79,7 @@ def test_decoding_equals_the_reference_on_many_patterns_and_shapes(case, queries
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + SCORES, ids=str)
 def test_error_is_within_the_budget_of_eager_low_precision(case, dtype, fast, monkeypatch):
     """At most twice (output) and three times (gradients) the error of eager attention in that precision."""
     if fast == "triton" and not torch.cuda.is_available() and dtype != torch.float16:
@@ -98,9 +98,11 @@ def test_error_is_within_the_budget_of_eager_low_precision(case, dtype, fast, mo
         assert error <= budget * eager_error + rounding, f"result {index}: {error:.2e} against {eager_error:.2e}"
 
 
-def eager_band(query, key, value, visible, scale):
+def eager_band(query, key, value, visible, scale, softcap):
     """A band as eager attention computes it: products in the precision of the inputs, the softmax in fp32."""
-    scores = ((query @ key.transpose(-1, -2)).float() * scale).masked_fill(~visible, -torch.inf)
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
     empty = ~visible.any(dim=-1, keepdim=True)
     lse = torch.logsumexp(scores.masked_fill(empty, 0.0), dim=-1, keepdim=True)
     weights = torch.exp(scores - lse).masked_fill(~visible, 0.0)
@@ -347,3 +349,58 @@ def test_output_dtype_follows_the_query_and_log_sum_exps_stay_exact(impl):
     out, aux = case.run(impl, (query, key, value, gate.float()), return_aux=True)
     assert out.dtype == dtype and out.shape == query.shape
     assert {x.dtype for x in aux} == {torch.float32} and {x.shape for x in aux} == {gate.shape}
+
+
+def one_softmax(case, query, key, value, sink_logit):
+    """The softmax of capped scores over both bands and the sink logit, as transformers' eager attention spells it."""
+    share = case.H // case.G
+    key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+    scores = query @ key.transpose(-1, -2) * case.D**-0.5
+    scores = scores if case.softcap is None else case.softcap * torch.tanh(scores / case.softcap)
+    scores = scores.masked_fill(~dense_mask(case.pattern, case.T, case.S), -torch.inf)
+    column = sink_logit[None, :, None, None].expand(case.B, -1, case.T, 1)
+    return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1] @ value
+
+
+@pytest.mark.parametrize("pattern", [PiPattern(5, 7, 4, sinks=2), PiPattern(6, 9, 2, causal=False)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_sink_logit_is_one_more_term_of_the_softmax(pattern, softcap, impl):
+    case = Case(pattern, gated=False, sink_logit=True, softcap=softcap)
+    inputs = case.tensors()
+    query, key, value, _, sink_logit = inputs
+    out, want = case.run(impl, inputs), one_softmax(case, query, key, value, sink_logit)
+    assert_close(out, want, impl=impl)
+    wanted = (query, key, value, sink_logit)
+    weight = torch.randn_like(want)
+    grads = (torch.autograd.grad((x * weight).sum(), wanted) for x in (out, want))
+    for got, expected in zip(*grads, strict=True):
+        assert_close(got, expected, impl=impl)
+
+
+@pytest.mark.parametrize("fusion", ["gate", "mass"])
+def test_a_sink_logit_of_minus_infinity_is_none(fusion, impl):
+    case = Case(PiPattern(5, 7, 4, sinks=1), fusion=fusion, segments=((-1,) * 9 + (0,) * 28,) * 2)
+    inputs = case.tensors()
+    sink_logit = torch.full((case.H,), -torch.inf, dtype=torch.float64, requires_grad=True)
+    none, out = case.run(impl, inputs), case.run(impl, (*inputs, sink_logit))
+    assert_close(out, none, impl=impl)
+    (grad,) = torch.autograd.grad(out.sum(), sink_logit)
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_a_large_soft_cap_is_none_and_a_small_one_makes_scores_equal(impl):
+    case = Case(PiPattern(5, 7, 4))
+    query, key, value, gate = case.tensors(grad=False)
+    inputs = query, key, value, gate
+    assert_close(case.run(impl, inputs, softcap=1e6), case.run(impl, inputs), impl=impl, rtol=1e-4, atol=1e-4)
+    equal = case.run(impl, (torch.zeros_like(query), key, value, gate))
+    assert_close(case.run(impl, inputs, softcap=1e-6), equal, impl=impl, rtol=1e-4, atol=1e-4)
+
+
+def test_auto_takes_no_other_attention_where_scores_are_capped_or_there_is_a_sink_logit():
+    for more in ({"softcap": 1.5}, {"sink_logit": True}):
+        case = Case(PiPattern(64, 64, 2), **more)
+        inputs = case.tensors(grad=False)
+        out = case.run("auto", inputs)
+        assert_close(out, case.run("reference", inputs))
+        assert not torch.allclose(out, replace(case, softcap=None).run("auto", inputs[:4]))

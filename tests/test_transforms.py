@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from problems import CASES, Case, attend, cases, need_triton
+from problems import CASES, SCORES, Case, attend, cases, need_triton
 from test_gradients import SMALL, finite_results
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -43,7 +43,7 @@ def check_jvp(case, impl):
         assert got[1][0].abs().max() > 0
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + SCORES, ids=str)
 def test_tangents_are_the_reference_s(case, impl):
     check_jvp(case, impl)
 

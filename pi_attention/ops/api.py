@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from pi_attention.ops.blocked.attention import blocked_attention
-from pi_attention.ops.checks import check_arguments, check_scale, refuse_context_parallel
+from pi_attention.ops.checks import (
+    check_arguments,
+    check_scale,
+    check_sink_logit,
+    check_softcap,
+    refuse_context_parallel,
+)
 from pi_attention.ops.dense import covers_everything, dense_attention
 from pi_attention.ops.fused.attention import fused_attention, note_failure, why_not_auto, why_not_triton
 from pi_attention.ops.fusion import gate_values
@@ -30,11 +36,11 @@ class PiAux(NamedTuple):
     """What `return_aux=True` returns beside the output; all [B, H, T], fp32 (fp64 for fp64 inputs)."""
 
     lse_local: Tensor
-    """Log-sum-exp of the local band's scaled scores; −inf for a padding query."""
+    """Log-sum-exp of the local band's scaled (and capped) scores, without a sink logit; −inf for a padding query."""
     lse_skip: Tensor
-    """Log-sum-exp of the skip band's scaled scores; −inf where a query has no skip key."""
+    """Log-sum-exp of the skip band's scores, likewise; −inf where a query has no skip key."""
     gate: Tensor
-    """The weight g of the local band that was applied, in [0, 1]; 1 where a query has no skip key."""
+    """The weight g of the local band against the skip band, in [0, 1]; 1 where a query has no skip key."""
 
 
 @overload
@@ -48,6 +54,8 @@ def pi_attention(
     fusion: Fusion = ...,
     segment_ids: Tensor | None = ...,
     scale: float | None = ...,
+    sink_logit: Tensor | None = ...,
+    softcap: float | None = ...,
     return_aux: Literal[False] = ...,
     impl: Impl = ...,
 ) -> Tensor: ...
@@ -64,6 +72,8 @@ def pi_attention(
     fusion: Fusion = ...,
     segment_ids: Tensor | None = ...,
     scale: float | None = ...,
+    sink_logit: Tensor | None = ...,
+    softcap: float | None = ...,
     return_aux: Literal[True],
     impl: Impl = ...,
 ) -> tuple[Tensor, PiAux]: ...
@@ -79,6 +89,8 @@ def pi_attention(
     fusion: Fusion = "gate",
     segment_ids: Tensor | None = None,
     scale: float | None = None,
+    sink_logit: Tensor | None = None,
+    softcap: float | None = None,
     return_aux: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, PiAux]:
@@ -88,6 +100,9 @@ def pi_attention(
 
         out = g·ℓ + (1 − g)·s        g = sigmoid(a)            fusion="gate": the paper's dynamic fusion gate
                                      g = sigmoid(λ − μ + a)    fusion="mass": a = 0 is one softmax over both bands
+
+    With a sink logit z of the head, a softmax has a term exp(z) in its denominator that has no value. In "mass" it is
+    the one softmax, exp(λ + a) + exp(μ) + exp(z); in "gate" each band's own, exp(λ) + exp(z) and exp(μ) + exp(z).
 
     Under torch.autocast tensors of fp16, bf16 and fp32 are cast to its dtype first, as those of SDPA are.
 
@@ -103,6 +118,8 @@ def pi_attention(
         segment_ids: [B, S] int32. A query sees only keys of its own segment, a contiguous run of equal ids; negative
             ids are padding. See `segments_from_mask` and `segments_from_cu_seqlens`.
         scale: factor of the scores; 1/√D when None.
+        sink_logit: [H], any floating dtype, as in gpt-oss; −inf is no term. A query without keys still gets 0.
+        softcap: scores are cap·tanh(scaled score / cap), as in Gemma 2; None leaves them as they are.
         return_aux: also return a `PiAux` of log-sum-exps and gate weights; gradients flow through them.
         impl: "reference" (dense masks, O(T·S) memory), "blocked" (plain PyTorch, linear), "triton" (fused kernels), or
             "auto". An explicit choice never falls back to another.
@@ -117,6 +134,7 @@ def pi_attention(
     """
     if _under_autocast(query):
         options: Any = {"gate": gate, "fusion": fusion, "segment_ids": segment_ids, "scale": scale, "impl": impl}
+        options |= {"sink_logit": sink_logit, "softcap": softcap}
         with torch.autocast(query.device.type, enabled=False):
             cast = [_as_autocast(x, query) for x in (query, key, value)]
             attend_cast: Any = pi_attention  # no overload takes a return_aux that is not known
@@ -127,15 +145,30 @@ def pi_attention(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}.")
     scale = query.shape[-1] ** -0.5 if scale is None else check_scale(scale)
+    softcap = None if softcap is None else check_softcap(softcap)
+    if sink_logit is not None:
+        check_sink_logit(sink_logit, query)
     starts = None if segment_ids is None else segment_starts(segment_ids)
     fusion = "mass" if gate is None else fusion
 
-    if impl == "auto" and not return_aux and not transforming() and covers_everything(pattern, key.shape[2]):
+    plain = sink_logit is None and softcap is None  # what scaled_dot_product_attention computes
+    if impl == "auto" and plain and not return_aux and not transforming() and covers_everything(pattern, key.shape[2]):
         out = dense_attention(query, key, value, pattern, starts, scale)
         # An empty sum: the gate, which fuses nothing here, gets a zero gradient like everywhere, and not none at all.
         return out if gate is None or not gate.requires_grad else out + gate[..., :0].sum().to(out.dtype)
     attend = _implementation(impl, query)
-    out, lse_local, lse_skip = attend(query, key, value, pattern, gate=gate, fusion=fusion, starts=starts, scale=scale)
+    out, lse_local, lse_skip = attend(
+        query,
+        key,
+        value,
+        pattern,
+        gate=gate,
+        fusion=fusion,
+        starts=starts,
+        scale=scale,
+        sink_logit=sink_logit,
+        softcap=softcap,
+    )
     if not return_aux:
         return out
     return out, PiAux(lse_local, lse_skip, gate_values(lse_local, lse_skip, gate, fusion))

@@ -40,6 +40,31 @@ def check_scale(scale: Any) -> float:
     return float(scale)
 
 
+def check_softcap(softcap: Any) -> float | None:
+    """The cap of the scores, or None for none; TypeError or ValueError where it is no finite number above 0."""
+    if softcap is None:
+        return None
+    if isinstance(softcap, Tensor | str | bool):
+        raise TypeError(f"softcap must be a float or None, got {type(softcap).__name__}.")
+    if not torch.compiler.is_compiling() and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be finite and above 0, got {softcap}: None leaves scores as they are.")
+    return float(softcap)
+
+
+def check_sink_logit(sink_logit: Any, query: Tensor) -> None:
+    """Raise TypeError or ValueError where `sink_logit` is no floating-point tensor [H] beside the query."""
+    if not isinstance(sink_logit, Tensor) or not sink_logit.is_floating_point():
+        raise TypeError("sink_logit must be a floating-point Tensor [H], or None.")
+    check_layout("sink_logit", sink_logit, "[H]")
+    if sink_logit.shape != query.shape[1:2]:
+        raise ValueError(
+            f"sink_logit must be [H] = {tuple(query.shape[1:2])}, got {tuple(sink_logit.shape)}: "
+            "one for each query head."
+        )
+    if sink_logit.device != query.device:
+        raise ValueError(f"sink_logit is on {sink_logit.device} but query is on {query.device}: use one device.")
+
+
 def check_layout(name: str, x: Tensor, layout: str) -> None:
     """Raise TypeError for a nested (jagged), sparse or quantised tensor."""
     if x.is_nested or x.layout != torch.strided:

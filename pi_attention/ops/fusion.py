@@ -1,4 +1,8 @@
-"""Fusion of the two bands: out = g·ℓ + (1 − g)·s. Shared, unchanged, by every implementation in plain PyTorch."""
+"""Fusion of the two bands: out = g·ℓ + (1 − g)·s. Shared, unchanged, by every implementation in plain PyTorch.
+
+A sink logit z, one a head, is a term of a softmax that has no value: it leaves the keys sigmoid(lse − z) of the weight,
+lse being the log-sum-exp of all their scores.
+"""
 
 from __future__ import annotations
 
@@ -30,3 +34,41 @@ def gate_values(lse_local: Tensor, lse_skip: Tensor, gate: Tensor | None, fusion
 def fuse(local: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
     """g·ℓ + (1 − g)·s for outputs [B, H, T, D] and weights g [B, H, T], in the dtype of the outputs."""
     return torch.lerp(skip, local, weight[..., None].to(local.dtype))
+
+
+def without_sink(out: Tensor, lse: Tensor, sink_logit: Tensor | None) -> Tensor:
+    """Outputs [B, H, T, D] of softmaxes with log-sum-exp `lse` [B, H, T], after a sink logit [H] has its share."""
+    if sink_logit is None:
+        return out
+    safe = lse.masked_fill(lse == -torch.inf, 0.0)
+    share = torch.sigmoid(safe - sink_logit.to(lse.dtype)[:, None])
+    return out * share[..., None].to(out.dtype)
+
+
+def fuse_bands(
+    local: Tensor,
+    skip: Tensor,
+    lse_local: Tensor,
+    lse_skip: Tensor,
+    gate: Tensor | None,
+    fusion: str,
+    sink_logit: Tensor | None,
+) -> Tensor:
+    """The fused output [B, H, T, D].
+
+    fusion="mass": the sink logit is one more term of the one softmax, in which the gate logit raises local scores.
+    fusion="gate": it is one more term of each band's softmax.
+    """
+    weight = gate_values(lse_local, lse_skip, gate, fusion)
+    if fusion == "mass":
+        lse = lse_local if sink_logit is None else _lse_of_both(lse_local, lse_skip, gate)
+        return without_sink(fuse(local, skip, weight), lse, sink_logit)
+    local, skip = without_sink(local, lse_local, sink_logit), without_sink(skip, lse_skip, sink_logit)
+    return fuse(local, skip, weight)
+
+
+def _lse_of_both(lse_local: Tensor, lse_skip: Tensor, gate: Tensor | None) -> Tensor:
+    """log(exp(λ + a) + exp(μ)); λ where there is no skip key."""
+    no_skip = lse_skip == -torch.inf
+    raised = lse_local if gate is None else lse_local + gate.to(lse_local.dtype)
+    return torch.where(no_skip, lse_local, torch.logaddexp(raised, lse_skip.masked_fill(no_skip, 0.0)))

@@ -61,6 +61,8 @@ def paged_attention(
     gate: Tensor | None = None,
     fusion: Fusion = "gate",
     scale: float | None = None,
+    sink_logit: Tensor | None = None,
+    softcap: float | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """`pi_attention` of one new token of each of N requests, [N, H, 1, D].
@@ -75,14 +77,16 @@ def paged_attention(
         pages: where the keys of each request lie.
         pattern: causal.
         gate: logits [N, H, 1], or None.
-        fusion, scale, impl: see `pi_attention`; "reference" and "blocked" gather.
+        fusion, scale, sink_logit, softcap, impl: see `pi_attention`; "reference" and "blocked" gather.
 
     Raises:
         NotImplementedError: impl="triton" cannot serve this call; the message says why.
     """
     options: Any = {"gate": gate, "fusion": fusion, "scale": scale, "impl": impl}
-    if _kernels_serve(query, key, value, gate, pattern, impl):
+    options |= {"sink_logit": sink_logit, "softcap": softcap}
+    if _kernels_serve(query, key, value, gate, pattern, sink_logit, impl):
         fused: Any = {"gate": gate, "mass": gate is None or fusion == "mass"}
+        fused |= {"sink_logit": sink_logit, "softcap": softcap}
         fused["scale"] = query.shape[-1] ** -0.5 if scale is None else scale
         try:
             return paged_decoding(query, key, value, pages.table, pages.longest, pattern, **fused)
@@ -94,12 +98,18 @@ def paged_attention(
 
 
 def _kernels_serve(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, pattern: PiPattern, impl: Impl
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    pattern: PiPattern,
+    sink_logit: Tensor | None,
+    impl: Impl,
 ) -> bool:
     if impl not in ("auto", "triton") or torch.is_autocast_enabled(query.device.type):
         return False
     reason = why_not_triton(query) if impl == "triton" else why_not_auto(query)
-    decodes = is_decoding(query, key.transpose(0, 1)[None], value, gate, pattern)
+    decodes = is_decoding(query, key.transpose(0, 1)[None], value, gate, pattern, sink_logit)
     if impl == "triton" and (reason is not None or not decodes):
         reason = reason or "many heads of a group, or gradients, are asked for"
         raise NotImplementedError(f'impl="triton" cannot serve this call: {reason}. Use impl="auto" or "blocked".')

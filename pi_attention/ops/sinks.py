@@ -6,11 +6,18 @@ import torch
 from torch import Tensor
 
 from pi_attention.ops.fusion import compute_dtype, fuse, gate_values
+from pi_attention.ops.scores import soft_cap
 from pi_attention.pattern import PiPattern
 
 
 def sink_attention(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: PiPattern, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    pattern: PiPattern,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over the sinks of its segment that lie beyond its window.
 
@@ -35,7 +42,7 @@ def sink_attention(
         keys = "bgtsd"
 
     query = query.to(dtype).unflatten(1, (groups, heads // groups)) * scale
-    scores = torch.einsum(f"bghtd,{keys}->bghts", query, key).flatten(1, 2)
+    scores = soft_cap(torch.einsum(f"bghtd,{keys}->bghts", query, key).flatten(1, 2), softcap)
     empty = ~visible.any(dim=-1, keepdim=True)
     scores = scores.masked_fill(~visible, -torch.inf).masked_fill(empty, 0.0)
     weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
@@ -52,9 +59,10 @@ def join_sinks(
     starts: Tensor | None,
     pattern: PiPattern,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, T, D] and log-sum-exp [B, H, T] of the window, with the sinks taken into its softmax."""
-    out_sink, lse_sink = sink_attention(query, key, value, starts, pattern, scale)
+    out_sink, lse_sink = sink_attention(query, key, value, starts, pattern, scale, softcap)
     out = fuse(out, out_sink, gate_values(lse, lse_sink, None, "mass"))
     no_sink = lse_sink == -torch.inf
     return out, torch.where(no_sink, lse, torch.logaddexp(lse, lse_sink.masked_fill(no_sink, 0.0)))

@@ -85,19 +85,28 @@ def _lay_out_part(
     pattern: PiPattern,
     skip: bool,
     scale: float,
+    softcap: float | None,
 ) -> Rows | None:
     query = part.queries(tensors[0]).to(compute_dtype(tensors[0].dtype)) * scale
     starts = None if starts is None else starts[part.rows]
-    return lay_out(query, part.keys(tensors[1]), part.keys(tensors[2]), starts, pattern, skip, part.band)
+    return lay_out(query, part.keys(tensors[1]), part.keys(tensors[2]), starts, pattern, skip, part.band, softcap)
 
 
 def band_forward(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: PiPattern, skip: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    pattern: PiPattern,
+    skip: bool,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the ring-local window (sinks left out), or over the skip band.
 
     Args:
         query: [B, H, T, D]; key, value: [B, G, S, D]; starts: [B, S] from `segment_starts`, or None.
+        softcap: of the scaled scores; None for none.
 
     Returns:
         out [B, H, T, D], 0 where a query sees no key; log-sum-exp [B, H, T], −inf there. fp32, or fp64 for fp64.
@@ -110,10 +119,10 @@ def band_forward(
             one = part.queries(query).to(dtype) * scale
             of_rows = None if starts is None else starts[part.rows]
             first_key = pattern.sinks if skip else 0
-            result = band_of_one_query(one, part.keys(key), part.keys(value), of_rows, part.band, first_key)
+            result = band_of_one_query(one, part.keys(key), part.keys(value), of_rows, part.band, first_key, softcap)
             out[part.rows, part.heads], lse[part.rows, part.heads] = result
             continue
-        rows = _lay_out_part(part, (query, key, value), starts, pattern, skip, scale)
+        rows = _lay_out_part(part, (query, key, value), starts, pattern, skip, scale, softcap)
         if rows is not None:
             out_blocks, lse_blocks = _part_forward(rows)
             out[part.rows, part.heads] = give_blocks_back(out_blocks, rows.plan, rows.groups)
@@ -126,7 +135,7 @@ def _part_forward(rows: Rows) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(rows.query)
     lse = out.new_empty(*out.shape[:-1], 1)
     for chunk in rows.plan.chunks(len(rows.query), rows.heads):
-        weights, chunk_lse, _ = rows.weights(chunk)
+        weights, chunk_lse, _, _ = rows.weights(chunk)
         sides = zip(rows.split(weights), rows.value_windows(chunk), strict=True)
         # [heads · C, W] @ [W, D] -> [heads · C, D]
         chunk_out = reduce(torch.add, [torch.bmm(p, v) for p, v in sides])
@@ -146,15 +155,17 @@ def band_backward(
     pattern: PiPattern,
     skip: bool,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `band_forward` for query, key and value, in their dtypes; itself differentiable.
 
-    dS = P·(dO·vⱼ − ⟨dO, out⟩ + dλ), with the weights P computed again from query and key.
+    dS = P·(dO·vⱼ − ⟨dO, out⟩ + dλ), with the weights P computed again from query and key; with a soft cap, times the
+    derivative of the capped score.
     """
     dtype = compute_dtype(query.dtype)
     grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value)]
     for part in parts(query, key, pattern, skip):
-        rows = _lay_out_part(part, (query, key, value), starts, pattern, skip, scale)
+        rows = _lay_out_part(part, (query, key, value), starts, pattern, skip, scale, softcap)
         if rows is None:
             continue
         plan, groups = rows.plan, rows.groups
@@ -177,14 +188,17 @@ def _part_backward(rows: Rows, grad_out: Tensor, delta: Tensor) -> tuple[Tensor,
     grad_keys = [torch.zeros_like(k) for k in rows.keys]
     grad_values = [torch.zeros_like(v) for v in rows.values]
     for chunk in plan.chunks(len(rows.query), rows.heads):
-        weights, _, key_windows = rows.weights(chunk)
+        weights, _, key_windows, slope = rows.weights(chunk)
+        slopes = [None] * len(key_windows) if slope is None else rows.split(slope)
         query, d_out, d = (x[chunk].flatten(0, 1) for x in (rows.query, grad_out, delta))
         sides = zip(
-            plan.sides, rows.split(weights), key_windows, rows.value_windows(chunk), grad_keys, grad_values, strict=True
+            *(plan.sides, rows.split(weights), slopes, key_windows, rows.value_windows(chunk), grad_keys, grad_values),
+            strict=True,
         )
         d_query = []
-        for side, p, k, v, grad_k, grad_v in sides:
+        for side, p, slope, k, v, grad_k, grad_v in sides:
             d_score = torch.bmm(d_out, v.transpose(1, 2)).sub_(d).mul_(p)  # [heads · C, D] @ [D, W] -> [heads · C, W]
+            d_score = d_score if slope is None else d_score * slope
             d_query.append(torch.bmm(d_score, k))  # [heads · C, W] @ [W, D] -> [heads · C, D]
             # [W, heads · C] @ [heads · C, D] -> [W, D]
             add_windows(grad_k, torch.bmm(d_score.transpose(1, 2), query), plan, side, chunk)

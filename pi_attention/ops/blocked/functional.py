@@ -12,11 +12,19 @@ from torch import Tensor
 
 from pi_attention.ops.blocked.rows import PADDING_QUERY
 from pi_attention.ops.fusion import compute_dtype
+from pi_attention.ops.scores import soft_cap
 from pi_attention.pattern import Band, PiPattern
 
 
 def differentiable_band(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: list[int], skip: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    pattern: list[int],
+    skip: bool,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a band, as of `operator.band`, whose arguments it takes."""
     shape = PiPattern.from_ints(pattern)
@@ -26,15 +34,22 @@ def differentiable_band(
     query = query.to(dtype) * scale
     bands = shape.skip_bands() if skip else (shape.local_band,)
     if len(set(bands)) == 1:
-        return _attend(query, key, value, starts, shape, bands[0], skip)
+        return _attend(query, key, value, starts, shape, bands[0], skip, softcap)
     heads = zip(*(x.split(1, dim=1) for x in (query, key, value)), bands, strict=True)
-    of_heads = [_attend(q, k, v, starts, shape, band, skip) for q, k, v, band in heads]
+    of_heads = [_attend(q, k, v, starts, shape, band, skip, softcap) for q, k, v, band in heads]
     outs, lses = zip(*of_heads, strict=True)
     return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: PiPattern, band: Band, skip: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    pattern: PiPattern,
+    band: Band,
+    skip: bool,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over a band of distances; query [B, H, T, D] scaled, key and value [B, H, S, D]."""
     queries, length, dim = query.shape[2], key.shape[2], query.shape[3]
@@ -66,6 +81,7 @@ def _attend(
         visible = visible & (index >= sinks)
     # [T, D] @ [D, S] -> [T, S], or [T, 1, D] · [T, n, D] -> [T, n]
     scores = query @ key.transpose(-1, -2) if dense else (query[..., None, :] * key[:, :, index]).sum(dim=-1)
+    scores = soft_cap(scores, softcap)
     empty = ~visible.any(dim=-1, keepdim=True)
     scores = scores.masked_fill(~visible, -torch.inf).masked_fill(empty, 0.0)
     weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)

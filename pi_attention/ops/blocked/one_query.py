@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pi_attention.ops.scores import soft_cap
 from pi_attention.pattern import Band
 
 
 def band_of_one_query(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, band: Band, first_key: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    band: Band,
+    first_key: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of the last query over the keys at the lags of a causal band.
 
@@ -29,6 +36,7 @@ def band_of_one_query(
     seen = slice(last - lags[-1], last - lags[0] + 1, band.stride)
     query = query.unflatten(1, (groups, -1)).squeeze(3)  # [B, G, heads, D]
     scores = query @ key[:, :, seen].to(query.dtype).transpose(-1, -2)  # [heads, D] @ [D, n] -> [heads, n]
+    scores = soft_cap(scores, softcap)
     empty = None
     if starts is not None:
         own = starts[:, -1:]

@@ -18,15 +18,29 @@ from pi_attention.pattern import PiPattern
 
 @torch.library.custom_op("pi_attention::band", mutates_args=())
 def band(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: list[int], skip: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    pattern: list[int],
+    skip: bool,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One band of the encoded pattern: see `band.band_forward`."""
-    return band_forward(query, key, value, starts, PiPattern.from_ints(pattern), skip, scale)
+    return band_forward(query, key, value, starts, PiPattern.from_ints(pattern), skip, scale, softcap)
 
 
 @band.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: list[int], skip: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    pattern: list[int],
+    skip: bool,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(query.dtype)
     return query.new_empty(query.shape, dtype=dtype), query.new_empty(query.shape[:3], dtype=dtype)
@@ -44,10 +58,11 @@ def band_backward(
     pattern: list[int],
     skip: bool,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one band: see `band.band_backward`."""
     return eager_band_backward(
-        grad_out, grad_lse, query, key, value, out, starts, PiPattern.from_ints(pattern), skip, scale
+        grad_out, grad_lse, query, key, value, out, starts, PiPattern.from_ints(pattern), skip, scale, softcap
     )
 
 
@@ -63,27 +78,29 @@ def _(
     pattern: list[int],
     skip: bool,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _save_band(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, starts, ctx.pattern, ctx.skip, ctx.scale = inputs
+    query, key, value, starts, *ctx.rest = inputs
     ctx.save_for_backward(query, key, value, starts, *output)
 
 
 def _differentiate_band(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     query, key, value, starts, out, lse = ctx.saved_tensors
     grad_lse = torch.where(lse == -torch.inf, 0.0, grad_lse)  # a query without keys has no gradient, not NaN
-    grads = band_backward(grad_out, grad_lse, query, key, value, out, starts, ctx.pattern, ctx.skip, ctx.scale)
-    return *grads, None, None, None, None
+    grads = band_backward(grad_out, grad_lse, query, key, value, out, starts, *ctx.rest)
+    return *grads, None, None, None, None, None
 
 
 torch.library.register_autograd("pi_attention::band", _differentiate_band, setup_context=_save_band)
 
 
 def _save_band_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.pattern, ctx.skip, ctx.scale = inputs
+    *tensors, pattern, skip, scale, softcap = inputs
+    ctx.rest = pattern, skip, scale, softcap
     ctx.save_for_backward(*tensors)
 
 
@@ -96,13 +113,13 @@ def _differentiate_band_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     *tensors, starts = ctx.saved_tensors
     further = torch.is_grad_enabled()
     inputs = [x.view_as(x) if further and x.requires_grad else x.detach().requires_grad_() for x in tensors]
-    rest: tuple[Any, ...] = (starts, PiPattern.from_ints(ctx.pattern), ctx.skip, ctx.scale)
+    rest: tuple[Any, ...] = (starts, PiPattern.from_ints(ctx.rest[0]), *ctx.rest[1:])
     with torch.enable_grad():
         outputs = eager_band_backward(*inputs, *rest)
     if not any(x.requires_grad for x in outputs):  # no query has a key in this band
-        return None, None, None, None, None, None, None, None, None, None
+        return (None,) * (len(inputs) + 1 + len(ctx.rest))
     found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True, create_graph=further)
-    return *found, None, None, None, None
+    return *found, None, *[None] * len(ctx.rest)
 
 
 torch.library.register_autograd(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -221,6 +222,15 @@ class Visibility:
         return (self.outside | (torch.cat(keys, dim=-1) != query))[:, None]
 
 
+class Weights(NamedTuple):
+    """The softmax of a chunk."""
+
+    weights: Tensor  # [count, heads · C, columns]
+    lse: Tensor  # [count, heads · C]
+    key_windows: list[Tensor]  # of each side
+    slope: Tensor | None  # derivatives of soft-capped scores, like weights
+
+
 @dataclass
 class Rows:
     """One part in residue order, as forward and backward walk over it."""
@@ -233,15 +243,20 @@ class Rows:
     keys: list[Tensor]  # of each side, [N, rows, D]
     values: list[Tensor]
     finite: bool  # known to hold no NaN in query and key
+    softcap: float | None
 
-    def weights(self, chunk: tuple[slice, slice]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Softmax weights of a chunk [count, heads · C, columns], its log-sum-exp, and the key windows of each side."""
+    def weights(self, chunk: tuple[slice, slice]) -> Weights:
+        """Of the scores of a chunk."""
         sequences, blocks = chunk
         query = self.query[sequences, blocks].flatten(0, 1)
         key_windows = [windows(k, self.plan, s, *chunk) for k, s in zip(self.keys, self.plan.sides, strict=True)]
         # [heads · C, D] @ [D, W] -> [heads · C, W]
         scores = [torch.bmm(query, window.transpose(1, 2)) for window in key_windows]
         score = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).unflatten(1, (self.heads, -1))
+        slope = None
+        if self.softcap is not None:
+            capped = torch.tanh(score / self.softcap)
+            score, slope = capped * self.softcap, (1 - capped * capped).flatten(1, 2)
         empty = self.visibility.hide(score, chunk, self.groups * self.plan.residues, self.finite)
         weights = torch.softmax(score, dim=-1)
         # The largest weight is exp(largest score − log-sum-exp).
@@ -249,7 +264,7 @@ class Rows:
         if empty is not None:
             weights = weights.masked_fill(empty, 0.0)
             lse = lse.masked_fill(empty.squeeze(-1), -torch.inf)
-        return weights.flatten(1, 2), lse.flatten(1, 2), key_windows
+        return Weights(weights.flatten(1, 2), lse.flatten(1, 2), key_windows, slope)
 
     def split(self, columns: Tensor) -> tuple[Tensor, ...]:
         """The columns that belong to each side."""
@@ -260,7 +275,14 @@ class Rows:
 
 
 def lay_out(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, pattern: PiPattern, skip: bool, band: Band
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    pattern: PiPattern,
+    skip: bool,
+    band: Band,
+    softcap: float | None,
 ) -> Rows | None:
     """One part in residue order, in the dtype of the scaled query; None when the sequence is too short for its band."""
     length = key.shape[2]
@@ -284,4 +306,5 @@ def lay_out(
         keys=sides(key),
         values=sides(value),
         finite=finite,
+        softcap=softcap,
     )

@@ -88,10 +88,18 @@ MAX_ROWS = 64
 """Query rows of a program: the heads of a group times the queries."""
 
 
-def is_decoding(query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, pattern: PiPattern) -> bool:
+def is_decoding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    pattern: PiPattern,
+    sink_logit: Tensor | None = None,
+) -> bool:
     """Whether the decoding kernels serve this call: few causal queries, and nothing to differentiate."""
     differentiable = query.requires_grad or key.requires_grad or value.requires_grad
     differentiable = differentiable or (gate is not None and gate.requires_grad)
+    differentiable = differentiable or (sink_logit is not None and sink_logit.requires_grad)
     if not pattern.causal or (differentiable and torch.is_grad_enabled()):
         return False
     return query.shape[2] <= MAX_QUERIES and query.shape[1] // key.shape[1] * query.shape[2] <= MAX_ROWS
@@ -107,6 +115,8 @@ def fused_attention(
     fusion: str,
     starts: Tensor | None,
     scale: float,
+    sink_logit: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
     if scale <= 0:  # the kernels' running maximum takes a positive one
@@ -115,13 +125,14 @@ def fused_attention(
     mass = fusion == "mass"
     plain = is_plain(query, key, value)
     attend: Any
-    if is_decoding(query, key, value, gate, pattern):
+    if is_decoding(query, key, value, gate, pattern, sink_logit):
         attend = run_decoding if plain else decode
-        return attend(query, key, value, gate, starts, code, mass, scale)
+        return attend(query, key, value, gate, starts, code, mass, scale, sink_logit, softcap)
     if pattern.skips == 0:
         gate, mass = None, False
     attend = Fused.apply if torch.is_grad_enabled() else run_fused if plain else fused
-    out, lse, _, lse_skip = attend(query, key, value, gate, starts, code, mass, scale)
+    more = () if sink_logit is None and softcap is None else (sink_logit, softcap)
+    out, lse, _, lse_skip = attend(query, key, value, gate, starts, code, mass, scale, *more)
     return out, lse, torch.full_like(lse, -torch.inf) if pattern.skips == 0 else lse_skip
 
 
@@ -136,6 +147,8 @@ def paged_decoding(
     gate: Tensor | None,
     mass: bool,
     scale: float,
+    sink_logit: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """out [N, H, T, D] of N requests whose keys a table finds among the slots [slots, G, D]; see `ops.paged`."""
     from pi_attention.ops.fused.decoding import run_decode
@@ -144,9 +157,9 @@ def paged_decoding(
     if scale <= 0:
         query, scale = query * scale, 1.0
     keys, values = (x.transpose(0, 1)[None].expand(len(query), -1, -1, -1) for x in (key, value))
-    problem = problem_of(query, keys, values, gate, None, pattern, mass, scale)
+    problem = problem_of(query, keys, values, gate, None, pattern, mass, scale, sink_logit, softcap)
     problem = problem._replace(key=(*keys.shape[:2], longest, keys.shape[3]), paged=True)
-    return run_decode(query, keys, values, gate, table, problem)[0]
+    return run_decode(query, keys, values, gate, table, sink_logit, problem)[0]
 
 
 @lru_cache(maxsize=256)

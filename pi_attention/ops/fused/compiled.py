@@ -1,4 +1,4 @@
-"""Launch compiled kernels with little host time."""
+"""Launch compiled kernels with little host time. A tensor that is None is compiled out of its kernel."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Step:
     def _first(self, tensors: Sequence[Any]) -> None:
         """By Triton's own launch, unless the kernel was compiled for another length; remember its compiled form."""
         constants = self.constants
-        bases = [x if isinstance(x, Tensor) else x.base for x in tensors]
+        bases = [x if isinstance(x, Tensor) else x.base for x in tensors if x is not None]
         fit = (
             self.key is not None and not torch.compiler.is_compiling() and not _unaligned([x.data_ptr() for x in bases])
         )

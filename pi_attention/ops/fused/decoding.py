@@ -42,6 +42,7 @@ def decode_constants(problem: Problem) -> Constants:
         BN=16 if wide else 32,
         SEGMENTS=problem.segments,
         PER_HEAD=per_head,
+        SOFTCAP=problem.softcap,
         PRECISION=problem.precision,
         PAGED=problem.paged,
     )
@@ -61,7 +62,7 @@ def decode_plan(problem: Problem) -> DecodePlan:
     constants = Constants(
         {"num_warps": 4},
         **{"D": dim, "BD": padded(dim), "BS": triton.next_power_of_2(splits)},
-        **{"MASS": problem.mass, "GATED": problem.gate is not None},
+        **{"MASS": problem.mass, "GATED": problem.gate is not None, "SINK_LOGIT": problem.sink_logit},
     )
     rows = batch * heads * queries
     together = Step(join, rows, (), (*problem.gate_strides, rows, heads, queries, splits), constants)
@@ -69,7 +70,13 @@ def decode_plan(problem: Problem) -> DecodePlan:
 
 
 def run_decode(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, starts: Tensor | None, problem: Problem
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    starts: Tensor | None,
+    sink_logit: Tensor | None,
+    problem: Problem,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, H, T, D] of both bands with sinks, log-sum-exps [B, H, T] of the local and of the skip band.
 
@@ -86,5 +93,5 @@ def run_decode(
         starts = absent if starts is None else starts
         bands = absent if plan.bands is None else plan.bands
         plan.parts((query, key, value, starts, bands, parts, part_lse))
-        plan.join((parts, part_lse, lse if gate is None else gate, out, lse, skip_lse))
+        plan.join((parts, part_lse, lse if gate is None else gate, out, lse, skip_lse, sink_logit))
     return out, lse, skip_lse

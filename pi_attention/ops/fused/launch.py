@@ -95,6 +95,7 @@ def forward_plan(problem: Problem) -> ForwardPlan:
     def step(skip: bool) -> tuple[Step, TilePlan]:
         fuse = problem.both and not skip
         flags = {"FUSE": fuse, "MASS": fuse and problem.mass, "GATED": fuse and problem.gate is not None}
+        flags["SINK_LOGIT"] = problem.sink_logit and not skip
         plan = plan_tiles("forward", problem, skip, **flags, DESCRIBED=not skip and described(problem))
         numbers = (*problem.gate_strides, *plan.sizes, problem.scale * LOG2E)
         return Step(forward, plan.programs, problem.strides, numbers, plan.constants), plan
@@ -109,7 +110,13 @@ def forward_plan(problem: Problem) -> ForwardPlan:
 
 
 def run_forward(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, starts: Tensor | None, problem: Problem
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    starts: Tensor | None,
+    sink_logit: Tensor | None,
+    problem: Problem,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """out [B, H, T, D] and log-sum-exp [B, H, T]; then those of the skip band, None without one."""
     plan = forward_plan(problem)
@@ -125,11 +132,11 @@ def run_forward(
             skip_out = empty_as(query)
             heads = absent if plan.bands is None else plan.bands
             nothing = (skip_lse, skip_out, skip_lse, absent, absent)  # to fuse with, and no sinks
-            plan.skip((query, key, value, starts, heads, *nothing, skip_out, skip_lse))
+            plan.skip((query, key, value, starts, heads, *nothing, skip_out, skip_lse, None))
         gates = lse if gate is None else gate
         other = (out, lse) if skip_out is None else (skip_out, skip_lse)
         keys = described_keys(key, value, plan.block)
-        plan.local((query, *keys, starts, absent, gates, *other, key, value, out, lse))
+        plan.local((query, *keys, starts, absent, gates, *other, key, value, out, lse, sink_logit))
     return out, lse, skip_out, skip_lse
 
 
@@ -188,6 +195,7 @@ def backward_plan(
     scales, strides = (problem.scale, problem.scale * LOG2E), problem.strides + grad_strides
     rows, both = batch * heads * queries, problem.both
     flags = {"MASS": problem.mass, "GATED": problem.gate is not None, "LSE": lse, "SKIP_LSE": skip_lse}
+    flags["SINK_LOGIT"] = problem.sink_logit
 
     def of_query(skip: bool) -> tuple[Step, TilePlan]:
         plan = plan_tiles(
@@ -242,7 +250,7 @@ def sink_steps(problem: Problem, strides: tuple[int, ...]) -> tuple[tuple[Step, 
     constants = Constants(
         {"num_warps": 4, "num_stages": 1 if small else 2},
         **{"GROUP": problem.group, **shared, "BM": rows, "BS": size, "CHUNK": chunk},
-        **{"SEGMENTS": problem.segments, "PRECISION": problem.precision},
+        **{"SEGMENTS": problem.segments, "SOFTCAP": problem.softcap, "PRECISION": problem.precision},
     )
     scales = (problem.scale, problem.scale * LOG2E)
     numbers = (batch * heads * queries, chunks, heads, queries, keys, window, problem.sinks, *scales)
@@ -267,10 +275,11 @@ def run_backward(
     value: Tensor,
     gate: Tensor | None,
     starts: Tensor | None,
+    sink_logit: Tensor | None,
     saved: Saved,
     problem: Problem,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and gate logits, in their dtypes; None without a gate.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, gate logits and sink logit, in their dtypes; None without one of the last two.
 
     Args:
         grads: of the output and of both log-sum-exps, None where one has no gradient.
@@ -286,11 +295,12 @@ def run_backward(
     skip_lse = lse if saved.skip_lse is None else saved.skip_lse
     terms = torch.empty(4, *lse.shape, dtype=torch.float32, device=query.device)
     grad_gate = None if gate is None else torch.empty(lse.shape, dtype=gate.dtype, device=lse.device)
+    of_sink = None if sink_logit is None else torch.empty_like(lse)
     grad_query, grad_key, grad_value = empty_as(query), empty_as(key), empty_as(value)
     of_rows = (
         *(out, skip_out, skip_lse, lse if grad_lse is None else grad_lse),
         *(lse if grad_skip_lse is None else grad_skip_lse, lse if gate is None else gate),
-        terms if grad_gate is None else grad_gate,
+        *(terms if grad_gate is None else grad_gate, sink_logit, of_sink),
     )
     with on_device(problem.device):
         keys = described_keys(key, value, plan.block)
@@ -322,4 +332,5 @@ def run_backward(
             share = (share_key, share_value, owner)
             add((query, key, value, starts, grad_out, lse, terms, grad_key, grad_value, *share))
             together((*share, starts, grad_key, grad_value))
-    return grad_query, grad_key, grad_value, grad_gate
+    grad_sink = None if sink_logit is None or of_sink is None else of_sink.sum(dim=(0, 2)).to(sink_logit.dtype)
+    return grad_query, grad_key, grad_value, grad_gate, grad_sink

@@ -16,13 +16,13 @@ from pi_attention.pattern import PiPattern
 torch.library.define(
     "pi_attention::fused",
     "(Tensor query, Tensor key, Tensor value, Tensor? gate, Tensor? starts, int[] pattern, bool mass, "
-    "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float scale, Tensor? sink_logit=None, float? softcap=None) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "pi_attention::fused_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor? grad_skip_lse, Tensor query, Tensor key, Tensor value, Tensor? gate, "
     "Tensor? starts, Tensor out, Tensor lse, Tensor skip_out, Tensor skip_lse, int[] pattern, bool mass, "
-    "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float scale, Tensor? sink_logit=None, float? softcap=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 fused = torch.ops.pi_attention.fused.default
 fused_backward = torch.ops.pi_attention.fused_backward.default
@@ -37,13 +37,19 @@ def run_fused(
     pattern: list[int],
     mass: bool,
     scale: float,
+    sink_logit: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output and log-sum-exp, then those of the skip band (empty tensors without one)."""
+    """Output and log-sum-exp, then those of the skip band (empty tensors without one).
+
+    The log-sum-exps are of the scores alone; a sink logit [H] has its share of the output only.
+    """
     from pi_attention.ops.fused.launch import run_forward
     from pi_attention.ops.fused.tiling import problem_of
 
-    problem = problem_of(query, key, value, gate, starts, PiPattern.from_ints(pattern), mass, scale)
-    out, lse, skip_out, skip_lse = run_forward(query, key, value, gate, starts, problem)
+    shape = PiPattern.from_ints(pattern)
+    problem = problem_of(query, key, value, gate, starts, shape, mass, scale, sink_logit, softcap)
+    out, lse, skip_out, skip_lse = run_forward(query, key, value, gate, starts, sink_logit, problem)
     if skip_out is None or skip_lse is None:
         return out, lse, out.new_empty(0), lse.new_empty(0)
     return out, lse, skip_out, skip_lse
@@ -62,6 +68,8 @@ def _(
     pattern: list[int],
     mass: bool,
     scale: float,
+    sink_logit: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -70,7 +78,7 @@ def _(
     return out, lse, torch.empty_like(out), torch.empty_like(lse)
 
 
-def _fused_backward(
+def run_fused_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     grad_skip_lse: Tensor | None,
@@ -86,17 +94,24 @@ def _fused_backward(
     pattern: list[int],
     mass: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and gate logits, in their dtypes; empty without a gate."""
+    sink_logit: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, gate logits and sink logit, in their dtypes; None without one of the last two."""
     from pi_attention.ops.fused.launch import Saved, run_backward
     from pi_attention.ops.fused.tiling import problem_of
 
-    problem = problem_of(query, key, value, gate, starts, PiPattern.from_ints(pattern), mass, scale)
+    shape = PiPattern.from_ints(pattern)
+    problem = problem_of(query, key, value, gate, starts, shape, mass, scale, sink_logit, softcap)
     skip = (skip_out, skip_lse) if problem.both else (None, None)
     grads = (grad_out, grad_lse, grad_skip_lse if problem.both else None)
     saved = Saved(out, lse, *skip)
-    *found, grad_gate = run_backward(grads, query, key, value, gate, starts, saved, problem)
-    return found[0], found[1], found[2], lse.new_empty(0) if grad_gate is None else grad_gate
+    return run_backward(grads, query, key, value, gate, starts, sink_logit, saved, problem)
+
+
+def _fused_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The same; empty tensors without gate logits or sink logit."""
+    return tuple(arguments[0].new_empty(0) if x is None else x for x in run_fused_backward(*arguments))
 
 
 torch.library.impl("pi_attention::fused_backward", ("cpu", "cuda"), _fused_backward)
@@ -119,9 +134,14 @@ def _(
     pattern: list[int],
     mass: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_gate = lse.new_empty(0) if gate is None else lse.new_empty(lse.shape, dtype=gate.dtype)
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_gate
+    sink_logit: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    none = grad_out.new_empty(0)
+    grad_gate = none if gate is None else lse.new_empty(lse.shape, dtype=gate.dtype)
+    grad_sink = grad_out.new_empty(0) if sink_logit is None else sink_logit.new_empty(sink_logit.shape)
+    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    return *grads, grad_gate, grad_sink
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -145,11 +165,13 @@ class Fused(torch.autograd.Function):
         pattern: list[int],
         mass: bool,
         scale: float,
+        sink_logit: Tensor | None = None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         call = run_fused if is_plain(query, key, value) else fused
-        outputs = call(query, key, value, gate, starts, pattern, mass, scale)
-        ctx.save_for_backward(query, key, value, gate, starts, *outputs)
-        ctx.rest = (pattern, mass, scale)
+        outputs = call(query, key, value, gate, starts, pattern, mass, scale, sink_logit, softcap)
+        ctx.save_for_backward(query, key, value, gate, starts, *outputs, sink_logit)
+        ctx.rest = (pattern, mass, scale, softcap)
         ctx.mark_non_differentiable(outputs[2])
         if not torch.compiler.is_compiling():  # which knows no gradient that is left out
             ctx.set_materialize_grads(False)
@@ -159,15 +181,18 @@ class Fused(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Any, grad_skip_lse: Tensor | None
     ) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
+        *saved, sink_logit = ctx.saved_tensors
         query, gate = saved[0], saved[3]
+        *rest, softcap = ctx.rest
         if grad_out is None:
             grad_out = torch.zeros_like(query)
-        differentiate: Any = _fused_backward if is_plain(grad_out, query) else fused_backward
+        differentiate: Any = run_fused_backward if is_plain(grad_out, query) else fused_backward
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
             differentiate = FusedBackward.apply
-        *grads, grad_gate = differentiate(grad_out, grad_lse, grad_skip_lse, *saved, *ctx.rest)
-        return *grads, None if gate is None else grad_gate, None, None, None, None
+        arguments = grad_out, grad_lse, grad_skip_lse, *saved, *rest, sink_logit, softcap
+        *grads, grad_gate, grad_sink = differentiate(*arguments)
+        grad_gate = None if gate is None else grad_gate
+        return *grads, grad_gate, None, None, None, None, None if sink_logit is None else grad_sink, None
 
 
 class FusedBackward(torch.autograd.Function):
@@ -184,8 +209,8 @@ class FusedBackward(torch.autograd.Function):
 
 torch.library.define(
     "pi_attention::decode",
-    "(Tensor query, Tensor key, Tensor value, Tensor? gate, Tensor? starts, int[] pattern, bool mass, float scale) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, Tensor? gate, Tensor? starts, int[] pattern, bool mass, float scale, "
+    "Tensor? sink_logit=None, float? softcap=None) -> (Tensor, Tensor, Tensor)",
 )
 decode = torch.ops.pi_attention.decode.default
 
@@ -199,13 +224,16 @@ def run_decoding(
     pattern: list[int],
     mass: bool,
     scale: float,
+    sink_logit: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, H, T, D] of the fused bands; log-sum-exps [B, H, T] of the local band with sinks, of the skip band."""
     from pi_attention.ops.fused.decoding import run_decode
     from pi_attention.ops.fused.tiling import problem_of
 
-    problem = problem_of(query, key, value, gate, starts, PiPattern.from_ints(pattern), mass, scale)
-    return run_decode(query, key, value, gate, starts, problem)
+    shape = PiPattern.from_ints(pattern)
+    problem = problem_of(query, key, value, gate, starts, shape, mass, scale, sink_logit, softcap)
+    return run_decode(query, key, value, gate, starts, sink_logit, problem)
 
 
 torch.library.impl("pi_attention::decode", ("cpu", "cuda"), run_decoding)
@@ -221,6 +249,8 @@ def _(
     pattern: list[int],
     mass: bool,
     scale: float,
+    sink_logit: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     return query.new_empty(query.shape), lse, torch.empty_like(lse)

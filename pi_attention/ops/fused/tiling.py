@@ -37,6 +37,10 @@ class Problem(NamedTuple):
     precision: str
     aligned: bool
     """Whether query, key and value start at multiples of 16 bytes."""
+    sink_logit: bool = False
+    """Whether a sink logit has its share."""
+    softcap: float = 0.0
+    """Of the scores; 0 for none. A constant of the kernels."""
     paged: bool = False
     """Whether a table says where the keys of each batch row lie; S is then the most that a row has."""
 
@@ -70,6 +74,8 @@ def problem_of(
     pattern: PiPattern,
     mass: bool,
     scale: float,
+    sink_logit: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Problem:
     """The description of a call."""
     return Problem(
@@ -85,6 +91,8 @@ def problem_of(
         query.device,
         precision(query),
         not (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15,
+        sink_logit is not None,
+        softcap or 0.0,
     )
 
 
@@ -195,6 +203,7 @@ def plan_tiles(kernel: str, problem: Problem, skip: bool, **flags: bool) -> Tile
         PER_HEAD=skip and heads_differ(pattern),
         MIRROR=skip and not pattern.causal,
         **flags,
+        SOFTCAP=problem.softcap,
         PRECISION=problem.precision,
     )
     programs = count * batch * (groups * key_classes(problem, skip) if of_key else heads)
@@ -235,6 +244,7 @@ def plan_one_pass(problem: Problem) -> TilePlan:
         SEGMENTS=problem.segments,
         SINKS=problem.sinks > 0,
         PER_HEAD=heads_differ(pattern),
+        SOFTCAP=problem.softcap,
         PRECISION=problem.precision,
     )
     sizes = (count, heads, queries, keys, *row_lags(pattern, True, 0, keys), problem.sinks)

@@ -30,6 +30,8 @@ def serves(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) ->
     The tensor memory accelerator wants rows of neighbouring elements, and strides that are multiples of 16 bytes.
     """
     pattern, (batch, heads, queries, dim) = problem.pattern, problem.query
+    if problem.softcap or (problem.sink_logit and kernel != "key"):  # the key kernel finds it in the row terms
+        return False
     if not MEASURED or INTERPRETED or batch * heads * queries * dim < LEAST or dim not in HEAD_DIMS[kernel]:
         return False
     if not _is_hopper(problem.device) or problem.dtype.itemsize != 2 or not problem.aligned:

@@ -3,6 +3,8 @@
 With the weights P of the band, a row weight w and a row shift c (see `row_terms`):
 
     dS = P·(w·(dO·vⱼ) − c)      dQ = dS·K      dK = dSᵀ·Q      dV = (w·P)ᵀ·dO
+
+With a soft cap, dS is that of the capped score y, times 1 − (y / cap)².
 """
 
 import triton
@@ -13,31 +15,38 @@ from pi_attention.ops.fused.kernels.steps import (
     LOG2E,
     RUN_TIME,
     band_of_head,
+    band_weights,
     first_row,
     gate_weight,
     in_one_segment,
+    keep_share,
     last_row,
     load_key_tags,
     load_query_tags,
     load_rows,
     load_tile,
     next_start,
+    share_of,
+    soft_cap,
     store_rows,
+    through_soft_cap,
     visible,
 )
 
 
 @triton.jit
 def row_terms(
-    d_out, lse, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate, of_head, token, present, rows, sg_t,
+    d_out, lse, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate, SinkLogit, GradSinkLogit, of_head,
+    token, present, rows, sg_t,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BOTH: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
-    LSE: tl.constexpr, SKIP_LSE: tl.constexpr,
+    LSE: tl.constexpr, SKIP_LSE: tl.constexpr, SINK_LOGIT: tl.constexpr,
 ):  # fmt: skip
     """What the backward pass of each band needs of a query row; stored in Terms [4, B, H, T]: w and c, local and skip.
 
     With Δ = ⟨dO, out⟩, Δs = ⟨dO, s⟩ and β = 1 for "mass", 0 for "gate":
     da = (1 − g)(Δ − Δs), c = Δ − (1 − g)Δs − β·da − dλ and (1 − g)Δs + β·da − dμ, w = g and 1 − g.
-    LSE, SKIP_LSE: whether the log-sum-exps have a gradient. Returns w and c of the local band.
+    LSE, SKIP_LSE: whether the log-sum-exps have a gradient. SINK_LOGIT: see `terms_beside_sink`. Returns w and c of the
+    local band.
     """
     index = of_head + token
     grad = d_out.to(tl.float32)
@@ -58,18 +67,56 @@ def row_terms(
         logit = tl.zeros([BM], tl.float32)
         if GATED:
             logit += tl.load(Gate + token.to(tl.int64) * sg_t, mask=present, other=0.0).to(tl.float32)
-        weight = gate_weight(lse, lse_skip, logit, MASS)
-        grad_gate = tl.where(no_skip, 0.0, (1.0 - weight) * (delta - delta_skip))
-        through_mass = grad_gate if MASS else 0.0
-        shift = delta - (1.0 - weight) * delta_skip - through_mass - d_lse
-        skip_shift = (1.0 - weight) * delta_skip + through_mass - tl.where(no_skip, 0.0, d_lse_skip)
-        tl.store(Terms + 2 * rows + index, 1.0 - weight, mask=present)
+        if SINK_LOGIT:
+            weight, skip_weight, shift, skip_shift, grad_gate, grad_sink = terms_beside_sink(
+                delta, delta_skip, lse, lse_skip, logit, tl.load(SinkLogit).to(tl.float32), MASS
+            )
+            shift -= d_lse
+            skip_shift -= tl.where(no_skip, 0.0, d_lse_skip)
+            tl.store(GradSinkLogit + index, grad_sink, mask=present)
+        else:
+            weight = gate_weight(lse, lse_skip, logit, MASS)
+            skip_weight = 1.0 - weight
+            grad_gate = tl.where(no_skip, 0.0, (1.0 - weight) * (delta - delta_skip))
+            through_mass = grad_gate if MASS else 0.0
+            shift = delta - (1.0 - weight) * delta_skip - through_mass - d_lse
+            skip_shift = (1.0 - weight) * delta_skip + through_mass - tl.where(no_skip, 0.0, d_lse_skip)
+        tl.store(Terms + 2 * rows + index, skip_weight, mask=present)
         tl.store(Terms + 3 * rows + index, skip_shift, mask=present)
         if GATED:
             tl.store(GradGate + index, grad_gate.to(GradGate.dtype.element_ty), mask=present)
+    elif SINK_LOGIT:
+        sink_logit = tl.load(SinkLogit).to(tl.float32)
+        weight = keep_share(lse, sink_logit)
+        shift = weight * delta - d_lse
+        tl.store(GradSinkLogit + index, -share_of(sink_logit, lse, float("-inf")) * delta, mask=present)
     tl.store(Terms + index, weight, mask=present)
     tl.store(Terms + rows + index, shift, mask=present)
     return weight, shift
+
+
+@triton.jit
+def terms_beside_sink(delta, delta_skip, lse, lse_skip, logit, sink_logit, MASS: tl.constexpr):
+    """w and c of both bands without dλ and dμ, and the gradients of gate and sink logit z of a row.
+
+    "mass" is a softmax of three terms, λ + a, μ and z, with the values ℓ, s and 0: dλ = w(Δℓ − Δ), so c = w·Δ.
+    "gate" is two softmaxes of two terms; the bands' parts of Δ are Δ − ws·Δs and ws·Δs, of which each keeps its share.
+    """
+    no_skip = lse_skip == float("-inf")
+    weight, skip_weight = band_weights(lse, lse_skip, logit, sink_logit, MASS)
+    part_skip = skip_weight * delta_skip
+    part = delta - part_skip
+    if MASS:
+        shift, skip_shift = weight * delta, skip_weight * delta
+        grad_gate = part - shift
+        raised = lse + tl.where(no_skip, 0.0, logit)
+        grad_sink = -share_of(sink_logit, raised, lse_skip) * delta
+    else:
+        shift, skip_shift = keep_share(lse, sink_logit) * part, keep_share(lse_skip, sink_logit) * part_skip
+        grad_gate = delta - gate_weight(lse, lse_skip, logit, MASS) * delta - part_skip
+        none = float("-inf")
+        grad_sink = -share_of(sink_logit, lse, none) * part - share_of(sink_logit, lse_skip, none) * part_skip
+    return weight, skip_weight, shift, skip_shift, tl.where(no_skip, 0.0, grad_gate), grad_sink
 
 
 @triton.jit
@@ -84,7 +131,8 @@ def _tiles_of_query(
     q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
     begin, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, TAGS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, TAGS: tl.constexpr, DESCRIBED: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries through the key rows [begin, last_key], by tiles of BN."""
     for start in tl.range(begin, last_key + 1, BN):
@@ -100,16 +148,19 @@ def _tiles_of_query(
         if TAGS:
             key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, SINKS)
         seen = visible(row[:, None], key_row[None, :], query_tag[:, None], key_tag[None, :], first, last, TAGS)
-        dq = _add_to_query(q, d_out, dq, lse, weight, shift, k, v, seen, scale_log2, PRECISION)
+        dq = _add_to_query(q, d_out, dq, lse, weight, shift, k, v, seen, scale_log2, SOFTCAP, PRECISION)
     return dq
 
 
 @triton.jit
-def _add_to_query(q, d_out, dq, lse, weight, shift, k, v, seen, scale_log2, PRECISION: tl.constexpr):
+def _add_to_query(
+    q, d_out, dq, lse, weight, shift, k, v, seen, scale_log2, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
-    p = weights(score, lse[:, None], seen, scale_log2)
+    score, factor = soft_cap(score, scale_log2, SOFTCAP)
+    p = weights(score, lse[:, None], seen, factor)
     d_weight = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
-    d_score = p * (weight[:, None] * d_weight - shift[:, None])
+    d_score = through_soft_cap(p * (weight[:, None] * d_weight - shift[:, None]), score, SOFTCAP)
     return tl.dot(d_score.to(k.dtype), k, dq, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
 
 
@@ -118,7 +169,8 @@ def _side_of_query(
     q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
     row0, row_end, row, query_tag, origin, offset, period, S, first, last, sinks, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, DESCRIBED: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     begin = row0 - last + 1
     last_key = row_end - first
@@ -137,26 +189,29 @@ def _side_of_query(
         dq = _tiles_of_query(
             q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
             begin, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
-            D, BD, BN, RING, SEGMENTS, SINKS, False, DESCRIBED, PRECISION,
+            D, BD, BN, RING, SEGMENTS, SINKS, False, DESCRIBED, SOFTCAP, PRECISION,
         )  # fmt: skip
     else:
         dq = _tiles_of_query(
             q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
             begin, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
-            D, BD, BN, RING, SEGMENTS, SINKS, True, DESCRIBED, PRECISION,
+            D, BD, BN, RING, SEGMENTS, SINKS, True, DESCRIBED, SOFTCAP, PRECISION,
         )  # fmt: skip
     return dq
 
 
 @triton.jit
-def add_to_key(k, v, dk, dv, q, d_out, lse, weight, shift, seen, scale_log2, PRECISION: tl.constexpr):
+def add_to_key(
+    k, v, dk, dv, q, d_out, lse, weight, shift, seen, scale_log2, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Gradients dk and dv of a tile of keys, through one tile of queries; `seen` is [keys, queries]."""
     score = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
-    p = weights(score, lse[None, :], seen, scale_log2)
+    score, factor = soft_cap(score, scale_log2, SOFTCAP)
+    p = weights(score, lse[None, :], seen, factor)
     weighted = (p * weight[None, :]).to(d_out.dtype)
     dv = tl.dot(weighted, d_out, dv, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
     d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
-    d_score = p * (weight[None, :] * d_weight - shift[None, :])
+    d_score = through_soft_cap(p * (weight[None, :] * d_weight - shift[None, :]), score, SOFTCAP)
     dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
     return dk, dv
 
@@ -166,7 +221,7 @@ def _tiles_of_key(
     k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
     begin, last_query, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    TAGS: tl.constexpr, PRECISION: tl.constexpr,
+    TAGS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values through the query rows [begin, last_query], by tiles of BN."""
     for start in tl.range(begin, last_query + 1, BN):
@@ -185,7 +240,7 @@ def _tiles_of_key(
         if TAGS:
             query_tag = load_query_tags(Starts, position, present, SEGMENTS)
         seen = visible(row[None, :], key_row[:, None], query_tag[None, :], key_tag[:, None], first, last, TAGS)
-        dk, dv = add_to_key(k, v, dk, dv, q, d_out, lse, weight, shift, seen, scale_log2, PRECISION)
+        dk, dv = add_to_key(k, v, dk, dv, q, d_out, lse, weight, shift, seen, scale_log2, SOFTCAP, PRECISION)
     return dk, dv
 
 
@@ -194,7 +249,7 @@ def _side_of_key(
     k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
     row0, row_end, key_row, key_tag, origin, offset, period, T, S, first, last, sinks, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Key row 0 is at position `origin`, query row 0 at `offset`."""
     begin = row0 + first
@@ -214,13 +269,13 @@ def _side_of_key(
         dk, dv = _tiles_of_key(
             k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
             begin, last_query, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
-            D, BD, BN, RING, SEGMENTS, False, PRECISION,
+            D, BD, BN, RING, SEGMENTS, False, SOFTCAP, PRECISION,
         )  # fmt: skip
     else:
         dk, dv = _tiles_of_key(
             k, v, dk, dv, Q, GradOut, Starts, Lse, Weight, Shift, sq_t, sq_d, sd_t, sd_d,
             begin, last_query, key_row, key_tag, offset, period, T, S, first, last, scale_log2,
-            D, BD, BN, RING, SEGMENTS, True, PRECISION,
+            D, BD, BN, RING, SEGMENTS, True, SOFTCAP, PRECISION,
         )  # fmt: skip
     return dk, dv
 
@@ -228,7 +283,8 @@ def _side_of_key(
 @triton.jit
 def _sinks_of_query(
     q, d_out, dq, lse, weight, shift, K, V, sk_t, sk_d, sv_t, sv_d, start, position, query_tag, last_position,
-    S, window, sinks, scale_log2, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
+    S, window, sinks, scale_log2, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries through the sinks of the segment from `start` on that lie beyond the window."""
     end = tl.minimum(sinks, last_position - window - start + 1)
@@ -238,21 +294,22 @@ def _sinks_of_query(
         k = load_rows(K, sk_t, sk_d, sink, present, D, BD)
         v = load_rows(V, sv_t, sv_d, sink, present, D, BD)
         seen = present[None, :] & (position[:, None] - sink[None, :] >= window) & (query_tag[:, None] == start)
-        dq = _add_to_query(q, d_out, dq, lse, weight, shift, k, v, seen, scale_log2, PRECISION)
+        dq = _add_to_query(q, d_out, dq, lse, weight, shift, k, v, seen, scale_log2, SOFTCAP, PRECISION)
     return dq
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def band_backward_query_kernel(
     Q, K, V, Starts, Bands, GradOut, Lse, Terms, SinkK, SinkV, GradQ,
-    Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
+    Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, SinkLogit, GradSinkLogit,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
     sg_b, sg_h, sg_t, rows, tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks,
     scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
     MIRROR: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, BOTH: tl.constexpr, MASS: tl.constexpr,
-    GATED: tl.constexpr, LSE: tl.constexpr, SKIP_LSE: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, LSE: tl.constexpr, SKIP_LSE: tl.constexpr, SINK_LOGIT: tl.constexpr,
+    DESCRIBED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """GradQ [B, H, T, D] of one tile of BM query rows of one residue; added to what is there with ADD.
 
@@ -292,9 +349,12 @@ def band_backward_query_kernel(
             shift = tl.load(Terms + 3 * rows + of_head + token, mask=present, other=0.0)
         else:
             Gate += wide * sg_b + head.to(tl.int64) * sg_h
+            if SINK_LOGIT:
+                SinkLogit += head
             weight, shift = row_terms(
-                d_out, lse, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate, of_head, token, present,
-                rows, sg_t, D, BD, BM, BOTH, MASS, GATED, LSE, SKIP_LSE,
+                d_out, lse, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate,
+                SinkLogit, GradSinkLogit, of_head, token, present, rows, sg_t,
+                D, BD, BM, BOTH, MASS, GATED, LSE, SKIP_LSE, SINK_LOGIT,
             )  # fmt: skip
         query_tag = load_query_tags(Starts, S - T + token, present, SEGMENTS)
         row_end = tl.minimum(row0 + BM, rows_here) - 1
@@ -302,13 +362,13 @@ def band_backward_query_kernel(
         dq = _side_of_query(
             q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
             row0, row_end, row, query_tag, offset, offset - phase, period, S, first, last, sinks, scale_log2,
-            D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
+            D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, SOFTCAP, PRECISION,
         )  # fmt: skip
         if MIRROR:
             dq = _side_of_query(
                 q, d_out, dq, lse, weight, shift, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
                 row0, row_end, row, query_tag, offset, offset + phase, period, S, mirror_first, mirror_last, sinks,
-                scale_log2, D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
+                scale_log2, D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, SOFTCAP, PRECISION,
             )  # fmt: skip
         if BS:
             start = next_start(query_tag, -1)
@@ -316,7 +376,7 @@ def band_backward_query_kernel(
                 dq = _sinks_of_query(
                     q, d_out, dq, lse, weight, shift, SinkK + of_key, SinkV + of_value, sk_t, sk_d, sv_t, sv_d,
                     start, S - T + token, query_tag, offset + row_end, S, last, sinks, scale_log2,
-                    D, BD, BS, PRECISION,
+                    D, BD, BS, SOFTCAP, PRECISION,
                 )  # fmt: skip
                 start = next_start(query_tag, start)
         store_rows(GradQ + of_head * D, D, token, present, dq * scale, D, BD, ADD)
@@ -329,7 +389,7 @@ def band_backward_key_kernel(
     rows, tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, classes, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
-    MIRROR: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    MIRROR: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """GradK and GradV [B, classes, G, S, D] of one tile of BM key rows of one residue.
 
@@ -379,7 +439,7 @@ def band_backward_key_kernel(
                 k, v, dk, dv, q_of_head, d_of_head, Starts,
                 Lse + of_head, Terms + of_head, Terms + rows + of_head, sq_t, sq_d, sd_t, sd_d,
                 row0, row_end, key_row, key_tag, offset, offset + phase, period, T, S, first, last, sinks, scale_log2,
-                D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
+                D, BD, BN, RING, SEGMENTS, SINKS, SOFTCAP, PRECISION,
             )  # fmt: skip
             if MIRROR:
                 dk, dv = _side_of_key(
@@ -387,7 +447,7 @@ def band_backward_key_kernel(
                     Lse + of_head, Terms + of_head, Terms + rows + of_head, sq_t, sq_d, sd_t, sd_d,
                     row0, row_end, key_row, key_tag, offset, offset - phase, period, T, S, mirror_first, mirror_last,
                     sinks, scale_log2,
-                    D, BD, BN, RING, SEGMENTS, SINKS, PRECISION,
+                    D, BD, BN, RING, SEGMENTS, SINKS, SOFTCAP, PRECISION,
                 )  # fmt: skip
         of_group = unit.to(tl.int64) * S * D
         store_rows(GradK + of_group, D, position, present, dk * scale, D, BD, ADD)

@@ -14,12 +14,14 @@ from pi_attention.ops.fused.kernels.steps import (
     LN2,
     RUN_TIME,
     band_of_head,
+    band_weights,
     end_of_softmax,
     gate_weight,
     load_key_tags,
     load_query_tags,
     load_rows,
     online_softmax,
+    soft_cap,
     store_rows,
 )
 
@@ -27,13 +29,14 @@ from pi_attention.ops.fused.kernels.steps import (
 @triton.jit
 def _attend(
     q, acc, m, l, K, V, Slots, sk_t, sk_d, sv_t, sv_d, position, present, seen, scale_log2,
-    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, PAGED: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
     if PAGED:
         position = tl.load(Slots + position, mask=present, other=0)
     k = load_rows(K, sk_t, sk_d, position, present, D, BD)
     v = load_rows(V, sv_t, sv_d, position, present, D, BD)
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BN] -> [BM, BN]
+    score, scale_log2 = soft_cap(score, scale_log2, SOFTCAP)
     score = tl.where(seen, score, float("-inf"))
     weight, past, m, l = online_softmax(score, scale_log2, m, l)
     acc = acc * past[:, None]
@@ -54,7 +57,8 @@ def decode_kernel(
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d,
     splits, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, window, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr, PAGED: tl.constexpr,
+    SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    PAGED: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys, for the query heads of one group: PartOut [2, splits, B, H, T, D] and PartLse without D.
 
@@ -100,7 +104,7 @@ def decode_kernel(
         seen = (lag >= 0) & (lag < window) & (query_tag[:, None] == key_tag[None, :])
         acc, m, l = _attend(
             q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d, position, number < end, seen, scale_log2,
-            D, BD, PRECISION, PAGED,
+            D, BD, SOFTCAP, PRECISION, PAGED,
         )  # fmt: skip
     begin, end = _part(T * sinks, split, splits)
     for start in tl.range(begin, end, BN):
@@ -114,7 +118,7 @@ def decode_kernel(
         seen = present[None, :] & (owner[None, :] == query[:, None]) & asked[:, None]
         acc, m, l = _attend(
             q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d, position, present, seen, scale_log2,
-            D, BD, PRECISION, PAGED,
+            D, BD, SOFTCAP, PRECISION, PAGED,
         )  # fmt: skip
     part = ((split * batches + batch) * H + head0) * T
     _store_part(PartOut, PartLse, part, line, asked, acc, m, l, D, BD)
@@ -133,7 +137,7 @@ def decode_kernel(
         seen = (query_tag[:, None] == key_tag[None, :]) & (owner[None, :] == query[:, None])
         acc, m, l = _attend(
             q, acc, m, l, K, V, Starts, sk_t, sk_d, sv_t, sv_d, position, present, seen, scale_log2,
-            D, BD, PRECISION, PAGED,
+            D, BD, SOFTCAP, PRECISION, PAGED,
         )  # fmt: skip
     part += splits * batches * H * T
     _store_part(PartOut, PartLse, part, line, asked, acc, m, l, D, BD)
@@ -164,8 +168,9 @@ def _join(PartOut, PartLse, part, step, splits, D: tl.constexpr, BD: tl.constexp
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def join_kernel(
-    PartOut, PartLse, Gate, Out, Lse, SkipLse, sg_b, sg_h, sg_t, rows, H, T, splits,
+    PartOut, PartLse, Gate, Out, Lse, SkipLse, SinkLogit, sg_b, sg_h, sg_t, rows, H, T, splits,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
+    SINK_LOGIT: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of one query row of one head, and fuse the bands: Out [B, H, T, D], Lse and SkipLse [B, H, T]."""
     row = tl.program_id(0).to(tl.int64)
@@ -175,8 +180,13 @@ def join_kernel(
     if GATED:
         gates = Gate + row // T // H * sg_b + row // T % H * sg_h + row % T * sg_t
         logit = tl.load(gates).to(tl.float32)
-    g = gate_weight(lse, lse_skip, logit, MASS)
-    out = g * out + (1.0 - g) * skip_out
+    if SINK_LOGIT:
+        sink_logit = tl.load(SinkLogit + row // T % H).to(tl.float32)
+        g, rest = band_weights(lse, lse_skip, logit, sink_logit, MASS)
+        out = g * out + rest * skip_out
+    else:
+        g = gate_weight(lse, lse_skip, logit, MASS)
+        out = g * out + (1.0 - g) * skip_out
     tl.store(Lse + row, lse)
     tl.store(SkipLse + row, lse_skip)
     dim = tl.arange(0, BD)

@@ -7,10 +7,12 @@ from pi_attention.ops.fused.kernels.steps import (
     ABSENT,
     RUN_TIME,
     band_of_head,
+    band_weights,
     end_of_softmax,
     first_row,
     gate_weight,
     in_one_segment,
+    keep_share,
     last_row,
     load_key_tags,
     load_query_tags,
@@ -18,6 +20,7 @@ from pi_attention.ops.fused.kernels.steps import (
     load_tile,
     next_start,
     online_softmax,
+    soft_cap,
     store_rows,
     visible,
 )
@@ -28,7 +31,8 @@ def _tiles(
     q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
     begin, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, TAGS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, TAGS: tl.constexpr, DESCRIBED: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to the key rows [begin, last_key] by tiles of BN; TAGS: compare segments, and leave out sinks."""
     for start in tl.range(begin, last_key + 1, BN):
@@ -44,8 +48,9 @@ def _tiles(
         if TAGS:
             key_tag = load_key_tags(Starts, position, present, sinks, SEGMENTS, SINKS)
         seen = visible(row[:, None], key_row[None, :], query_tag[:, None], key_tag[None, :], first, last, TAGS)
+        score, factor = soft_cap(score, scale_log2, SOFTCAP)
         score = tl.where(seen, score, float("-inf"))
-        weight, past, m, l = online_softmax(score, scale_log2, m, l)
+        weight, past, m, l = online_softmax(score, factor, m, l)
         v = load_tile(V, sv_t, sv_d, batch, group, offset + start, position, present, D, BD, BN, DESCRIBED)
         acc = acc * past[:, None]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
@@ -57,7 +62,8 @@ def _side(
     q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
     row0, row_end, row, query_tag, origin, offset, period, S, first, last, sinks, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, DESCRIBED: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to all key rows at lags [first, last) of the tile's rows row0 … row_end.
 
@@ -80,13 +86,13 @@ def _side(
         acc, m, l = _tiles(
             q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
             begin, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
-            D, BD, BN, RING, SEGMENTS, SINKS, False, DESCRIBED, PRECISION,
+            D, BD, BN, RING, SEGMENTS, SINKS, False, DESCRIBED, SOFTCAP, PRECISION,
         )  # fmt: skip
     else:
         acc, m, l = _tiles(
             q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
             begin, last_key, row, query_tag, offset, period, S, first, last, sinks, scale_log2,
-            D, BD, BN, RING, SEGMENTS, SINKS, True, DESCRIBED, PRECISION,
+            D, BD, BN, RING, SEGMENTS, SINKS, True, DESCRIBED, SOFTCAP, PRECISION,
         )  # fmt: skip
     return acc, m, l
 
@@ -94,7 +100,8 @@ def _side(
 @triton.jit
 def _sinks_of(
     q, acc, m, l, K, V, sk_t, sk_d, sv_t, sv_d, start, position, query_tag, last_position, S, window, sinks,
-    scale_log2, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
+    scale_log2, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to the sinks of the segment from `start` on that lie beyond the window, by tiles of BS."""
     end = tl.minimum(sinks, last_position - window - start + 1)
@@ -105,8 +112,9 @@ def _sinks_of(
         v = load_rows(V, sv_t, sv_d, sink, present, D, BD)
         seen = present[None, :] & (position[:, None] - sink[None, :] >= window) & (query_tag[:, None] == start)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BD] @ [BD, BS] -> [BM, BS]
+        score, factor = soft_cap(score, scale_log2, SOFTCAP)
         score = tl.where(seen, score, float("-inf"))
-        weight, past, m, l = online_softmax(score, scale_log2, m, l)
+        weight, past, m, l = online_softmax(score, factor, m, l)
         acc = acc * past[:, None]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)  # [BM, BS] @ [BS, BD] -> [BM, BD]
     return acc, m, l
@@ -114,13 +122,14 @@ def _sinks_of(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def band_forward_kernel(
-    Q, K, V, Starts, Bands, Gate, SkipOut, SkipLse, SinkK, SinkV, Out, Lse,
+    Q, K, V, Starts, Bands, Gate, SkipOut, SkipLse, SinkK, SinkV, Out, Lse, SinkLogit,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sg_b, sg_h, sg_t,
     tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
     MIRROR: tl.constexpr, FUSE: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
-    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    SINK_LOGIT: tl.constexpr, DESCRIBED: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM query rows of one residue: Out [B, H, T, D] and Lse [B, H, T].
 
@@ -128,6 +137,7 @@ def band_forward_kernel(
     BS > 0: the local band takes the sinks beyond it into its softmax, BS at a time. SINKS: the skip band leaves sinks
     out.
     With FUSE, Out is g·(this band) + (1 − g)·SkipOut, g from the gate logits and the two log-sum-exps.
+    SINK_LOGIT: the head's sink logit takes its share of Out, and none of Lse.
     """
     tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = row_of_heads // H, row_of_heads % H
@@ -159,20 +169,20 @@ def band_forward_kernel(
         acc, m, l = _side(
             q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
             row0, row_end, row, query_tag, offset, offset - phase, period, S, first, last, sinks, scale_log2,
-            D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
+            D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, SOFTCAP, PRECISION,
         )  # fmt: skip
         if MIRROR:
             acc, m, l = _side(
                 q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
                 row0, row_end, row, query_tag, offset, offset + phase, period, S, mirror_first, mirror_last, sinks,
-                scale_log2, D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, PRECISION,
+                scale_log2, D, BD, BN, RING, SEGMENTS, SINKS, DESCRIBED, SOFTCAP, PRECISION,
             )  # fmt: skip
         if BS:
             start = next_start(query_tag, -1)
             while start < ABSENT:
                 acc, m, l = _sinks_of(
                     q, acc, m, l, SinkK + of_key, SinkV + of_value, sk_t, sk_d, sv_t, sv_d, start, S - T + token,
-                    query_tag, offset + row_end, S, last, sinks, scale_log2, D, BD, BS, PRECISION,
+                    query_tag, offset + row_end, S, last, sinks, scale_log2, D, BD, BS, SOFTCAP, PRECISION,
                 )  # fmt: skip
                 start = next_start(query_tag, start)
         out, lse = end_of_softmax(acc, m, l)
@@ -184,6 +194,13 @@ def band_forward_kernel(
             if GATED:
                 gates = Gate + batch.to(tl.int64) * sg_b + head.to(tl.int64) * sg_h + token.to(tl.int64) * sg_t
                 logit += tl.load(gates, mask=present, other=0.0).to(tl.float32)
-            g = gate_weight(lse, lse_skip, logit, MASS)[:, None]
-            out = g * out + (1.0 - g) * load_rows(SkipOut + of_head * D, D, 1, token, present, D, BD).to(tl.float32)
+            if SINK_LOGIT:
+                g, rest = band_weights(lse, lse_skip, logit, tl.load(SinkLogit + head).to(tl.float32), MASS)
+                g, rest = g[:, None], rest[:, None]
+            else:
+                g = gate_weight(lse, lse_skip, logit, MASS)[:, None]
+                rest = 1.0 - g
+            out = g * out + rest * load_rows(SkipOut + of_head * D, D, 1, token, present, D, BD).to(tl.float32)
+        elif SINK_LOGIT:
+            out = out * keep_share(lse, tl.load(SinkLogit + head).to(tl.float32))[:, None]
         store_rows(Out + of_head * D, D, token, present, out, D, BD, False)

@@ -10,7 +10,9 @@ from pi_attention.ops.fused.kernels.steps import (
     load_key_tags,
     load_query_tags,
     load_rows,
+    soft_cap,
     store_rows,
+    through_soft_cap,
     visible,
 )
 
@@ -49,14 +51,15 @@ def _queries(
 @triton.jit
 def _block(
     q, d_out, lse, weight, shift, row, query_tag, k, v, key_row, key_tag, first, last, scale_log2,
-    PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """w·P and dS of a tile of queries and keys, in the dtype of the queries."""
     seen = visible(row[:, None], key_row[None, :], query_tag[:, None], key_tag[None, :], first, last, True)
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, BD] @ [BD, N] -> [M, N]
-    p = weights(score, lse[:, None], seen, scale_log2)
+    score, factor = soft_cap(score, scale_log2, SOFTCAP)
+    p = weights(score, lse[:, None], seen, factor)
     d_weight = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [M, BD] @ [BD, N] -> [M, N]
-    d_score = p * (weight[:, None] * d_weight - shift[:, None])
+    d_score = through_soft_cap(p * (weight[:, None] * d_weight - shift[:, None]), score, SOFTCAP)
     return (p * weight[:, None]).to(q.dtype), d_score.to(q.dtype)
 
 
@@ -66,7 +69,7 @@ def skip_backward_kernel(
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
     rows, tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, scale, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, PER_HEAD: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of BM key rows of one residue, and the query rows of the same numbers; last − 1 ≤ BP, G = H.
 
@@ -99,15 +102,16 @@ def skip_backward_kernel(
             sq_t, sq_d, sd_t, sd_d, row0, offset + phase, period, T, S, D, BD, BM, SEGMENTS,
         )  # fmt: skip
         p, d_score = _block(
-            q, d_out, lse, weight, shift, row, tag, k, v, key_row, key_tag, first, last, scale_log2, PRECISION
-        )
+            q, d_out, lse, weight, shift, row, tag, k, v, key_row, key_tag, first, last, scale_log2,
+            SOFTCAP, PRECISION,
+        )  # fmt: skip
         q_after, d_after, lse_after, weight_after, shift_after, row_after, _, tag_after, _ = _queries(
             Q, GradOut, Starts, Lse + of_head, Terms + of_head, Terms + rows + of_head,
             sq_t, sq_d, sd_t, sd_d, row0 + BM, offset + phase, period, T, S, D, BD, BP, SEGMENTS,
         )  # fmt: skip
         p_after, d_score_after = _block(
             q_after, d_after, lse_after, weight_after, shift_after, row_after, tag_after, k, v, key_row, key_tag,
-            first, last, scale_log2, PRECISION,
+            first, last, scale_log2, SOFTCAP, PRECISION,
         )  # fmt: skip
         dv = tl.dot(tl.trans(p), d_out, input_precision=PRECISION)  # [BM, BM] @ [BM, BD] -> [BM, BD]
         dv = tl.dot(tl.trans(p_after), d_after, dv, input_precision=PRECISION)  # [BM, BP] @ [BP, BD] -> [BM, BD]
@@ -120,7 +124,7 @@ def skip_backward_kernel(
         )
         _, d_score_before = _block(
             q, d_out, lse, weight, shift, row, tag, k_before, v_before, row_before, tag_before, first, last,
-            scale_log2, PRECISION,
+            scale_log2, SOFTCAP, PRECISION,
         )  # fmt: skip
         dq = tl.dot(d_score, k, input_precision=PRECISION)  # [BM, BM] @ [BM, BD] -> [BM, BD]
         dq = tl.dot(d_score_before, k_before, dq, input_precision=PRECISION)  # [BM, BP] @ [BP, BD] -> [BM, BD]

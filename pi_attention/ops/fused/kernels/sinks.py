@@ -25,7 +25,7 @@ def _through_queries(
     k, v, Q, GradOut, Lse, Weight, Shift, Starts, wide, group, sq_b, sq_h, sq_t, sq_d, sd_b, sd_h, sd_t, sd_d,
     start, sink, present, first, last, H, T, S, window, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
-    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dk and dv of a tile of sinks through the queries [first, last) of all heads of the group."""
     dk = tl.zeros([BS, BD], tl.float32)
@@ -44,7 +44,7 @@ def _through_queries(
             shift = tl.load(Shift + of_head + token, mask=there, other=0.0)
             query_tag = load_query_tags(Starts, position, there, SEGMENTS)
             seen = present[:, None] & (position[None, :] - sink[:, None] >= window) & (query_tag == start)[None, :]
-            dk, dv = add_to_key(k, v, dk, dv, q, d_out, lse, weight, shift, seen, scale_log2, PRECISION)
+            dk, dv = add_to_key(k, v, dk, dv, q, d_out, lse, weight, shift, seen, scale_log2, SOFTCAP, PRECISION)
     return dk, dv
 
 
@@ -54,7 +54,7 @@ def sink_backward_kernel(
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
     rows, chunks, H, T, S, window, sinks, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, CHUNK: tl.constexpr,
-    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of queries, one tile of BS sinks of each segment that they belong to, one key head.
 
@@ -86,7 +86,7 @@ def sink_backward_kernel(
             k, v, Q, GradOut, Lse, Terms, Terms + tl.cast(rows, tl.int64), Starts, wide, group,
             sq_b, sq_h, sq_t, sq_d, sd_b, sd_h, sd_t, sd_d,
             start, sink, present, first, last, H, T, S, window, scale_log2,
-            GROUP, D, BD, BM, BS, SEGMENTS, PRECISION,
+            GROUP, D, BD, BM, BS, SEGMENTS, SOFTCAP, PRECISION,
         )  # fmt: skip
         if start < S - T + token0:
             of_share = (unit.to(tl.int64) * chunks + chunk) * sinks * D

@@ -134,6 +134,37 @@ def next_start(tags, after):
 
 
 @triton.jit
+def tanh(x):
+    """To rounding: an odd polynomial near 0, where 1 − 2 / (exp(2x) + 1) would lose digits (Cephes' tanhf)."""
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    size = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.math.exp2(size * (2.0 * LOG2E)) + 1.0)
+    return tl.where(size < 0.625, x + x * square * series, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def soft_cap(score, scale_log2, SOFTCAP: tl.constexpr):
+    """Scores and their factor in base 2; with SOFTCAP > 0, cap·tanh(scaled score / cap) in base 2 and 1."""
+    if SOFTCAP > 0.0:
+        score = tanh(score * (scale_log2 * LN2 / SOFTCAP)) * (SOFTCAP * LOG2E)
+        scale_log2 = 1.0
+    return score, scale_log2
+
+
+@triton.jit
+def through_soft_cap(d_score, score, SOFTCAP: tl.constexpr):
+    """Gradient of scaled scores from that of the capped ones, which `soft_cap` gave."""
+    if SOFTCAP > 0.0:
+        capped = score / (SOFTCAP * LOG2E)
+        d_score = d_score * (1.0 - capped * capped)
+    return d_score
+
+
+@triton.jit
 def online_softmax(score, scale_log2, m, l):
     """Running maximum m (scaled) and sum l, in base 2, with one more tile of scores: its weights, the past's factor."""
     m_new = tl.maximum(m, tl.max(score, 1) * scale_log2)
@@ -158,3 +189,32 @@ def gate_weight(lse_local, lse_skip, logit, MASS: tl.constexpr):
     if MASS:
         logit += tl.where(no_skip, 0.0, lse_local - lse_skip)
     return tl.where(no_skip, 1.0, 1.0 / (1.0 + tl.math.exp2(-logit * LOG2E)))
+
+
+@triton.jit
+def keep_share(lse, sink_logit):
+    """What a sink logit leaves the keys in a softmax: sigmoid(lse − z); 0 without keys."""
+    empty = lse == float("-inf")
+    return tl.where(empty, 0.0, 1.0 / (1.0 + tl.math.exp2((sink_logit - tl.where(empty, 0.0, lse)) * LOG2E)))
+
+
+@triton.jit
+def share_of(term, other, another):
+    """exp(term) / (exp(term) + exp(other) + exp(another)); 0 where the term is −inf."""
+    empty = term == float("-inf")
+    term = tl.where(empty, 0.0, term)
+    total = 1.0 + tl.math.exp2((other - term) * LOG2E) + tl.math.exp2((another - term) * LOG2E)
+    return tl.where(empty, 0.0, 1.0 / total)
+
+
+@triton.jit
+def band_weights(lse_local, lse_skip, logit, sink_logit, MASS: tl.constexpr):
+    """Factors of the outputs of the local and the skip band, beside a sink logit."""
+    if MASS:
+        raised = lse_local + tl.where(lse_skip == float("-inf"), 0.0, logit)
+        weight, skip_weight = share_of(raised, lse_skip, sink_logit), share_of(lse_skip, raised, sink_logit)
+    else:
+        g = gate_weight(lse_local, lse_skip, logit, MASS)
+        weight = g * keep_share(lse_local, sink_logit)
+        skip_weight = (1.0 - g) * keep_share(lse_skip, sink_logit)
+    return weight, skip_weight
