@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.tensor.experimental import context_parallel
 
 from pi_attention import PiPattern
 from pi_attention.distributed import attach, detach, halo_plan
+from pi_attention.distributed.tensor_parallel import split_heads
 from pi_attention.models import PiConfig, PiForCausalLM
 
 
@@ -30,6 +32,14 @@ def test_sharded_equals_whole(ranks, tmp_path):
     except Exception:
         errors = sorted(Path(tmp_path).glob("error-*"))
         pytest.fail("\n".join(f"{file.name}: {file.read_text()}" for file in errors) or "a process died")
+
+
+def test_tensor_parallelism_refuses_a_sink_logit():
+    config = PiConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, sink_logit=True)
+    assert config.base_model_tp_plan is None
+    mesh = SimpleNamespace(size=lambda: 2, get_local_rank=lambda: 0)
+    with pytest.raises(NotImplementedError, match=r"does not split the sink logit of model.layers.0.self_attn"):
+        split_heads(PiForCausalLM(config), mesh)
 
 
 def losses(ranks, cp):

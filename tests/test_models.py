@@ -32,6 +32,7 @@ CONFIGS = {
         "fusion": "mass",
         "layer_patterns": ["pi", {"period": 4, "skips": None, "phase": [0, 1, 2, 3]}, {"window": 5, "sinks": 1}],
     },
+    "scores": {"window": 4, "period": 5, "skips": 3, "sinks": 1, "sink_logit": True, "softcap": 1.5},
     "no-gate": {"window": 4, "period": 5, "skips": 3, "gate": False, "layer_patterns": ["pi", {"period": 2}, "dense"]},
 }
 
@@ -43,8 +44,8 @@ def config_of(name="pi", **more):
 def make(name="pi", **more):
     torch.manual_seed(0)
     model = PiForCausalLM(config_of(name, **more)).eval()
-    for p in model.parameters():
-        if p.dim() > 1:
+    for name, p in model.named_parameters():
+        if p.dim() > 1 or "sink_logit" in name:
             torch.nn.init.normal_(p, std=0.25)
     return model.double()
 
@@ -148,7 +149,8 @@ def test_left_padded_generation_equals_separate(model):
     ids, mask = prompt(2, 30), torch.ones(2, 30, dtype=torch.long)
     mask[1, :17] = 0
     together = model.generate(ids, attention_mask=mask, max_new_tokens=40, pad_token_id=0)
-    alone = model.generate(ids[1:, 17:], max_new_tokens=40, pad_token_id=0)
+    # with a mask, or a token of the prompt that is the padding's would be taken for padding
+    alone = model.generate(ids[1:, 17:], attention_mask=mask[1:, 17:], max_new_tokens=40, pad_token_id=0)
     assert torch.equal(together[1, 17:], alone[0])
 
 

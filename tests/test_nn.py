@@ -11,6 +11,7 @@ from pi_attention.nn.attention import GateOptions
 from pi_attention.nn.gate import neutral_bias
 
 PATTERN = PiPattern(4, 5, 3, sinks=1)
+SCORES = {"sink_logit": True, "softcap": 1.5}
 ROTARY_ROUNDING = {"rtol": 1e-4, "atol": 1e-4}  # rotary embedding is relative, but its angles are fp32
 
 
@@ -22,7 +23,9 @@ def layer(**options):
     return made
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"rope_theta": None}, {"gate": GateOptions("mass")}])
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": True}, {"rope_theta": None}, {"gate": GateOptions("mass")}, SCORES]
+)
 def test_cached_chunks_equal_the_whole(options):
     attention, x = layer(**options), torch.randn(2, 50, 32, dtype=torch.float64)
     cache = LayerCache(PATTERN)
@@ -69,6 +72,25 @@ def test_a_fresh_gate_weighs_bands_by_their_keys():
     assert neutral_bias(phases, "mass") == neutral_bias(PiPattern(4, 5, None), "gate") == 0.0
 
 
+@pytest.mark.parametrize("gate", [GateOptions(), GateOptions("mass"), GateOptions(learned=False)], ids=str)
+def test_a_layer_passes_its_sink_logit_and_its_cap_on(gate):
+    attention, x = layer(gate=gate, rope_theta=None, **SCORES), torch.randn(2, 50, 32, dtype=torch.float64)
+    query, key, value = (
+        projection(x).unflatten(-1, (-1, 8)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    logits = None if attention.gate is None else attention.gate(x)
+    scores = {"sink_logit": attention.sink_logit.weight, "softcap": 1.5}
+    out = pi_attention(query, key, value, PATTERN, gate=logits, fusion=gate.fusion, impl="reference", **scores)
+    torch.testing.assert_close(attention(x), attention.o_proj(out.transpose(1, 2).flatten(2)))
+
+
+def test_a_layer_without_a_sink_logit_has_the_weights_it_had():
+    assert {name.partition(".")[0] for name in layer().state_dict()} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate"}
+    with pytest.raises(ValueError, match="softcap must be finite and above 0, got -1"):
+        layer(softcap=-1.0)
+
+
 def test_gate_reads_the_first_features_only():
     gate = FusionGate(32, 4, gate_features=8)
     torch.nn.init.normal_(gate.fc_out.weight)
@@ -87,7 +109,7 @@ def test_no_gate_without_skips_or_when_not_wanted():
 
 
 def test_every_parameter_learns():
-    attention = layer(qk_norm=True)
+    attention = layer(qk_norm=True, **SCORES)
     attention(torch.randn(2, 50, 32, dtype=torch.float64)).pow(2).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attention.parameters())
 

@@ -342,6 +342,8 @@ def test_padding_counts_beside_segment_ids(make):
         ({"rms_norm_eps": -1}, "rms_norm_eps must be a finite number, at least 0"),
         ({"gate": "no"}, "gate must be True or False, got 'no'"),
         ({"qk_norm": 1}, "qk_norm must be True or False, got 1"),
+        ({"sink_logit": 1}, "sink_logit must be True or False, got 1"),
+        ({"softcap": 0}, "softcap must be finite and above 0, got 0"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(settings, words):

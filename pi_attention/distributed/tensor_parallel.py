@@ -58,6 +58,7 @@ def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
 
     Raises:
         ValueError: heads or features do not divide.
+        NotImplementedError: a layer has a sink logit.
     """
     ranks, rank = mesh.size(), mesh.get_local_rank()
     columns, rows = ColwiseParallel, RowwiseParallel
@@ -66,6 +67,8 @@ def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
             heads, groups = (p.weight.shape[0] // module.head_dim for p in (module.q_proj, module.k_proj))
             if heads % ranks or groups % ranks:
                 raise ValueError(f"tp={ranks} must divide the {heads} heads and {groups} key heads of {name}.")
+            if module.sink_logit is not None:
+                raise NotImplementedError(f"tensor parallelism does not split the sink logit of {name}: take cp or dp.")
             plan: dict[str, Any] = {"q_proj": columns(), "k_proj": columns(), "v_proj": columns(), "o_proj": rows()}
             if module.gate is not None:
                 plan["gate.fc_out"] = columns()

@@ -47,6 +47,7 @@ class PiSelfAttention(PiAttention):
             fusion="mass" if gate is None else self.fusion,
             starts=None if segment_ids is None else segment_starts(segment_ids),
             scale=query.shape[-1] ** -0.5,
+            **self.scores(),
         )
         exact = torch.promote_types(value.dtype, torch.float32)  # as the reference computes
         value = value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)

@@ -12,7 +12,7 @@ from pi_attention.models.cache_argument import CACHE
 from pi_attention.models.settings import check_settings, warn_of_unknown
 from pi_attention.nn.gate import GATE_WIDTH
 from pi_attention.ops.api import Fusion
-from pi_attention.ops.checks import FUSIONS
+from pi_attention.ops.checks import FUSIONS, check_softcap
 from pi_attention.pattern import PiPattern
 
 DENSE = PiPattern(window=2**40, period=1, skips=0)
@@ -37,6 +37,8 @@ class PiConfig(PretrainedConfig):
         fusion: "gate" or "mass" (see `pi_attention`).
         gate_features: the gate sees only so many features of the hidden state; None sees all.
         qk_norm: RMSNorm over each head's query and key.
+        sink_logit: learn a term in the denominator of each head's softmax, as in gpt-oss; see `pi_attention`.
+        softcap: scores are cap·tanh(score / cap), as in Gemma 2; None leaves them as they are.
         rope_theta: base of the rotary embedding, 10,000 when None; the one in rope_parameters.
         rope_parameters: scaling of the rotary embedding as in Llama, such as {"rope_type": "yarn", "factor": 4.0,
             "rope_theta": 10000.0}; plain when None.
@@ -70,6 +72,8 @@ class PiConfig(PretrainedConfig):
         fusion: Fusion = "gate",
         gate_features: int | None = None,
         qk_norm: bool = False,
+        sink_logit: bool = False,
+        softcap: float | None = None,
         rope_theta: float | None = None,
         rope_parameters: dict[str, Any] | None = None,
         max_position_embeddings: int = 2048,
@@ -97,6 +101,7 @@ class PiConfig(PretrainedConfig):
             setattr(self, name, setting)
         self.layer_patterns = layer_patterns
         self.gate, self.gate_features, self.qk_norm = gate, gate_features, qk_norm
+        self.sink_logit, self.softcap = sink_logit, check_softcap(softcap)
         self.fusion: Fusion = fusion
         self.rope_parameters = _rotary(rope_theta, rope_parameters)
         self.max_position_embeddings, self.loss_slice = max_position_embeddings, loss_slice
@@ -125,8 +130,11 @@ class PiConfig(PretrainedConfig):
             raise ValueError(f"fusion must be one of {FUSIONS}, got {self.fusion!r}.")
 
     def _tensor_parallel_plan(self) -> dict[str, str] | None:
-        """Heads are split over the ranks; None where a pattern is spelled head by head, which no rank would split."""
-        if any(pattern.per_head for pattern in self.patterns()):
+        """Heads are split over the ranks; None where a pattern is spelled head by head, which no rank would split.
+
+        None with a sink logit, too, which is spelled so.
+        """
+        if self.sink_logit or any(pattern.per_head for pattern in self.patterns()):
             return None
         plan = {f"layers.*.self_attn.{x}_proj": "colwise" for x in "qkv"}
         plan |= {f"layers.*.mlp.{x}_proj": "colwise" for x in ("gate", "up")}

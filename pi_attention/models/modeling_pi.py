@@ -52,6 +52,8 @@ class PiDecoderLayer(GradientCheckpointingLayer):
             gate=GateOptions(config.fusion, config.gate, config.gate_features),
             rope_theta=config.rope_theta,
             qk_norm=config.qk_norm,
+            sink_logit=config.sink_logit,
+            softcap=config.softcap,
         )
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

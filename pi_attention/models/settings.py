@@ -16,7 +16,7 @@ from pi_attention.pattern import need_int
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 OPTIONAL_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "loss_slice", "gate_features")
-SWITCHES = ("gate", "qk_norm", "tie_word_embeddings", "use_cache")
+SWITCHES = ("gate", "qk_norm", "sink_logit", "tie_word_embeddings", "use_cache")
 NOT_OURS = ("attention_bias", "attention_dropout", "hidden_act", "hidden_dropout", "mlp_bias", "sliding_window_pattern")
 """Settings of other models, which this one does not have."""
 

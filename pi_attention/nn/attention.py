@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pi_attention.cache.contract import KeyValueCache
 from pi_attention.nn.gate import FusionGate, neutral_bias
+from pi_attention.nn.layers import SinkLogit
 from pi_attention.nn.rope import apply_rotary, rotary_angles
 from pi_attention.nn.sources import KeySource, NewKeys
 from pi_attention.ops.api import Fusion, Impl, PiAux, pi_attention
-from pi_attention.ops.checks import FUSIONS
+from pi_attention.ops.checks import FUSIONS, check_softcap
 from pi_attention.ops.paged import Pages, paged_attention
 from pi_attention.pattern import PiPattern, need_int, need_pattern
 
@@ -46,6 +48,8 @@ class PiAttention(nn.Module):
         gate: the fusion gate.
         rope_theta: base of the rotary embedding; None for no positions.
         qk_norm: RMSNorm over each head's query and key (arXiv 2010.04245).
+        sink_logit: learn a term in the denominator of each head's softmax; see `pi_attention`.
+        softcap: of the scores, as in Gemma 2; None for none.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or contradicts another; the message names the remedy.
@@ -67,6 +71,8 @@ class PiAttention(nn.Module):
         gate: GateOptions | None = None,
         rope_theta: float | None = 10000.0,
         qk_norm: bool = False,
+        sink_logit: bool = False,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         need_pattern(pattern)
@@ -94,6 +100,7 @@ class PiAttention(nn.Module):
         self.pattern = pattern
         self.fusion = gate.fusion
         self.rope_theta = rope_theta
+        self.softcap = check_softcap(softcap)
         self.impl: Impl = "auto"
         self.aux: list[PiAux] | None = None  # filled while record_aux watches
         self.source: KeySource = NewKeys()  # of a sharded sequence: see pi_attention.distributed.attach
@@ -103,6 +110,7 @@ class PiAttention(nn.Module):
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        self.sink_logit = SinkLogit(num_heads) if sink_logit else None
         has_gate = gate.learned and pattern.skips != 0
         bias = neutral_bias(pattern, gate.fusion)
         self.gate = FusionGate(hidden_size, num_heads, bias=bias, gate_features=gate.features) if has_gate else None
@@ -150,6 +158,8 @@ class PiAttention(nn.Module):
         gate = None if self.gate is None else self.gate(hidden_states)
         once = self.aux is not None  # one record a call
         out = self.source.attend(self.operator, query, key, value, gate, segment_ids, cache=cache, once=once)
+        if self.sink_logit is not None and not out.shape[2]:  # a rank without tokens gives a zero gradient, not none
+            out = out + self.sink_logit().sum().to(out.dtype)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def operator(
@@ -162,20 +172,21 @@ class PiAttention(nn.Module):
         pages: Pages | None = None,
     ) -> Tensor:
         """The attention itself, an `Operator`: [B, H, T, D] of query, key, value, gate logits and ids of the keys."""
-        pattern, fusion, impl = self.pattern, self.fusion, self.impl
+        options: dict[str, Any] = {"gate": gate, "fusion": self.fusion, "impl": self.impl} | self.scores()
         if pages is not None and self.aux is None:
-            return paged_attention(query, key, value, pages, pattern, gate=gate, fusion=fusion, impl=impl)
+            return paged_attention(query, key, value, pages, self.pattern, **options)
         if pages is not None:
             key, value, segment_ids = pages.gathered(key, value)
+        options["segment_ids"] = segment_ids
         if self.aux is None:
-            return pi_attention(
-                query, key, value, pattern, gate=gate, fusion=fusion, segment_ids=segment_ids, impl=impl
-            )
-        out, aux = pi_attention(
-            query, key, value, pattern, gate=gate, fusion=fusion, segment_ids=segment_ids, impl=impl, return_aux=True
-        )
+            return pi_attention(query, key, value, self.pattern, **options)
+        out, aux = pi_attention(query, key, value, self.pattern, **options, return_aux=True)
         self.aux.append(PiAux(*(x.detach() for x in aux)))
         return out
+
+    def scores(self) -> dict[str, Any]:
+        """What the layer does to scores, as arguments of the operator."""
+        return {"sink_logit": None if self.sink_logit is None else self.sink_logit(), "softcap": self.softcap}
 
 
 @contextmanager
