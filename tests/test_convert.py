@@ -9,8 +9,12 @@ from rich.console import Console
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -50,23 +54,28 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, HYBRID | {"query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0}),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, HYBRID),
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM, HYBRID | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 PATTERN = PiPattern(4, 5, 3, sinks=2)
 PHASES = coordinated_heads(4, 3, heads=4, sinks=2)
 
 
-def pretrained(family="llama"):
+def pretrained(family="llama", **changed):
     config, model, more = FAMILIES[family]
     torch.manual_seed(0)
-    return model(config(**SIZES | more)).double().eval()
+    made = model(config(**SIZES | more | changed)).double().eval()
+    if family == "gpt_oss":
+        made.set_experts_implementation("eager")  # the grouped product knows no float64
+    return made
 
 
 def prompt(batch=2, length=40):
     return torch.randint(3, 99, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=[*FAMILIES, "llama, phases"])
+@pytest.fixture(params=[*(family for family in FAMILIES if family != "gpt_oss"), "llama, phases"])
 def converted(request):
     family, _, phases = request.param.partition(", ")
     model = convert(pretrained(family), PHASES if phases else PATTERN)
@@ -85,6 +94,43 @@ def test_the_first_forward_is_masked_softmax_with_the_same_weights(family, patte
     mask = torch.where(dense_mask(pattern, 40, 40), 0.0, -torch.inf).double()
     want = model(ids, attention_mask=mask.expand(2, -1, 40, 40)).logits
     torch.testing.assert_close(convert(model, pattern)(ids).logits, want)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_soft_caps_and_sink_logits_are_those_of_eager_attention(family):
+    model, ids = pretrained(family), prompt()
+    model.set_attn_implementation("eager")
+    want = model(ids).logits
+    for dense in (PiPattern(64, 7, 4), PiPattern(3, 1, 64)):
+        torch.testing.assert_close(convert(deepcopy(model), dense)(ids).logits, want, rtol=1e-4, atol=1e-4)
+
+    model = pretrained(family, layer_types=["full_attention"] * 3)
+    model.set_attn_implementation("eager")
+    mask = torch.where(dense_mask(PATTERN, 40, 40), 0.0, -torch.inf).double().expand(2, -1, 40, 40)
+    masked = model(ids, attention_mask=mask)
+    assert (masked.logits - model(ids).logits).abs().max() > 1
+    wanted = [parameter for name, parameter in model.named_parameters() if "self_attn" in name]
+    gradients = torch.autograd.grad(masked.logits.pow(2).mean(), wanted)
+    out = convert(model, PATTERN, gate=False)(ids)
+    torch.testing.assert_close(out.logits, masked.logits, rtol=1e-4, atol=1e-4)
+    for got, want in zip(torch.autograd.grad(out.logits.pow(2).mean(), wanted), gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_gpt_oss_decodes_saves_and_loads(tmp_path):
+    """In fp32, in which its experts compute: with the bounded cache as without, and from the folder as before."""
+    model, ids = convert(pretrained("gpt_oss").float(), PATTERN), prompt()
+    want = model(ids, use_cache=False).logits
+    cache, logits = None, []
+    for part in ids.split([13, 1, 20, 6], dim=1):
+        out = model(part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), want, rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, want, rtol=1e-3, atol=1e-3)
+    assert [pattern.window for pattern in loaded.config.patterns()] == [6, 4, 6]
 
 
 def test_layers_with_a_window_of_their_own_keep_it():
@@ -260,17 +306,16 @@ def test_command_converts_fine_tunes_saves_and_generates(tmp_path, monkeypatch, 
     assert run("convert") == 2
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_beyond_the_pretrained_context_the_sinks_move_along(family, padding):
     """The newest of a stream's logits are those of sinks that stand `context` tokens before it."""
-    config, model, more = FAMILIES[family]
-    torch.manual_seed(0)
+    more = FAMILIES[family][2]
     context, length, reach = 30, 70, PATTERN.reach
     more = more | {"max_position_embeddings": context, "num_hidden_layers": 1}
-    if family == "gemma3":
+    if "layer_types" in more:
         more["layer_types"] = ["full_attention"]
-    stream = convert(model(config(**SIZES | more)).double().eval(), PATTERN, gate=False)
+    stream = convert(pretrained(family, **more), PATTERN, gate=False)
     ids, mask = prompt(1, length), torch.ones(1, length, dtype=torch.long)
     mask[:, :padding] = 0
     cache = None

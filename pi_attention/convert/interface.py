@@ -136,6 +136,8 @@ def attention_forward(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     position_ids: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     pi_gate: Tensor | None = None,
     pi_call: ConvertedCall | None = None,
     **kwargs: Any,
@@ -145,13 +147,14 @@ def attention_forward(
     Args:
         attention_mask: from `padding_of_keys`.
         position_ids: [B or 1, T]; where they restart, a new packed document starts.
+        softcap: of the scores, as in Gemma 2.
+        s_aux: [H], a learned term in the denominator of each head's softmax, as in gpt-oss.
         pi_gate: logits [B, H, T] of a fusion gate, added to λ − μ.
         pi_call: from a model that `convert` made.
         module, scaling, dropout, sliding_window, kwargs: as transformers passes them.
     """
-    refused = [name for name in ("softcap", "s_aux", "head_mask") if kwargs.get(name) is not None]
-    if refused or (dropout and module.training):
-        what = refused[0] if refused else f"attention dropout ({dropout})"
+    if kwargs.get("head_mask") is not None or (dropout and module.training):
+        what = f"attention dropout ({dropout})" if kwargs.get("head_mask") is None else "head_mask"
         raise NotImplementedError(f'attn_implementation="pi" cannot compute {what}: use another implementation.')
     if not getattr(module, "is_causal", True):
         raise NotImplementedError('attn_implementation="pi" serves causal decoders, and this layer is bidirectional.')
@@ -170,14 +173,15 @@ def attention_forward(
         padding = None if attention_mask is None else attention_mask[:, 0, 0]
         past = key.shape[2] - query.shape[2]
         ids = segments_of_batch(padding, position_ids, past, query.shape[0], query.shape[2])
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options: dict[str, Any] = {"fusion": "mass", "scale": query.shape[-1] ** -0.5 if scaling is None else scaling}
+    options |= {"sink_logit": s_aux, "softcap": softcap}
 
     def operator(
         query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, ids: Tensor | None, pages: Pages | None = None
     ) -> Tensor:
         if pages is not None:
-            return paged_attention(query, key, value, pages, pattern, gate=gate, fusion="mass", scale=scale)
-        return pi_attention(query, key, value, pattern, gate=gate, fusion="mass", segment_ids=ids, scale=scale)
+            return paged_attention(query, key, value, pages, pattern, gate=gate, **options)
+        return pi_attention(query, key, value, pattern, gate=gate, segment_ids=ids, **options)
 
     if pi_call is None:
         out = operator(query, key, value, pi_gate, ids)

@@ -203,7 +203,7 @@ def convert(
     place, unless an error is raised: use what is returned.
 
     Args:
-        model: a decoder of transformers that uses its attention interface (Llama, Qwen, Mistral, Gemma, SmolLM …).
+        model: a decoder of transformers that uses its attention interface (Llama, Qwen, Mistral, Gemma, gpt-oss …).
         pattern: causal; of the converted layers.
         gate: add a learned fusion gate to each converted layer, saved with the model.
         layers: indices of the layers to convert; None converts all that attend to everything.

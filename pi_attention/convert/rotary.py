@@ -23,8 +23,7 @@ def layer_frequencies(model: PreTrainedModel, layers: int) -> list[Tensor | None
     None instead of the list where keys cannot be moved: the frequencies depend on the length, or the features are
     paired in another way than in Llama.
     """
-    halves = getattr(sys.modules[type(model).__module__], "rotate_half", None)
-    if halves is None or halves(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+    if not _pairs_halves(model):
         return None
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * layers
     rotated = getattr(model.config, "no_rope_layers", None) or [1] * layers  # in SmolLM3, 0 is a layer without
@@ -35,3 +34,15 @@ def layer_frequencies(model: PreTrainedModel, layers: int) -> list[Tensor | None
                 found = zip(names, rotated, strict=True)
                 return [getattr(module, name).float() if turned else None for name, turned in found]
     return None
+
+
+def _pairs_halves(model: PreTrainedModel) -> bool:
+    """Whether feature i turns with feature i + D/2, as in Llama, asked of the functions of the model's file."""
+    functions, features = vars(sys.modules[type(model).__module__]), torch.arange(4.0)
+    if "rotate_half" in functions:
+        turned = functions["rotate_half"](features)
+    elif "_apply_rotary_emb" in functions:  # gpt-oss, by cos and sin of half the features
+        turned = functions["_apply_rotary_emb"](features, torch.zeros(2), torch.ones(2))
+    else:
+        return False
+    return bool(turned.tolist() == [-2.0, -3.0, 0.0, 1.0])
