@@ -56,6 +56,10 @@ def _parts(config: Any) -> Iterator[str]:
     """Parts of a model that are not served."""
     if getattr(config, "attn_logit_softcapping", None) is not None:
         yield f"soft-capped scores (attn_logit_softcapping={config.attn_logit_softcapping})"
+    if getattr(config, "softcap", None) is not None:
+        yield f"soft-capped scores (softcap={config.softcap})"
+    if getattr(config, "sink_logit", False):
+        yield "learned sink logits (sink_logit=True)"
     if config.model_type == "gpt_oss":
         yield "learned sink logits (gpt_oss)"
     if getattr(config, "num_kv_shared_layers", 0):

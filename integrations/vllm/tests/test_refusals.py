@@ -51,6 +51,8 @@ def test_settings_that_were_not_tried(settings, message, tmp_path):
     ("config", "message"),
     [
         (converted(Gemma2Config, head_dim=8, attn_logit_softcapping=50.0), r"soft-capped scores \(attn_logit_"),
+        (PiConfig(**SIZES, **PLAIN, softcap=30.0, architectures=["PiForCausalLM"]), r"soft-capped scores \(softcap=30"),
+        (PiConfig(**SIZES, **PLAIN, sink_logit=True, architectures=["PiForCausalLM"]), "learned sink logits"),
         (
             PiConfig(
                 **SIZES,
@@ -61,7 +63,7 @@ def test_settings_that_were_not_tried(settings, message, tmp_path):
             "rope_type='dynamic', whose frequencies depend on the length",
         ),
     ],
-    ids=["soft caps", "rotary embedding that depends on the length"],
+    ids=["soft caps", "soft caps of our own", "sink logits of our own", "rotary embedding that depends on the length"],
 )
 def test_parts_of_a_model_that_are_not_served(config, message, tmp_path):
     with pytest.raises(NotImplementedError, match=f"does not serve a model with {message}"):
