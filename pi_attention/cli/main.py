@@ -81,7 +81,7 @@ def parse(arguments: list[str]) -> Any:
                 args=arguments,
                 prog="pi-attention",
                 description="Train, evaluate, serve and look into transformers with π-Attention.\n\n"
-                "Each command also takes --config FILE.yaml. Flags win over the file. "
+                "Each command also takes --config FILE.yaml. Flags win over the file.\n\n"
                 "pi-attention --version prints the version.",
                 config=short_names,
                 registry=REGISTRY,
