@@ -134,11 +134,8 @@ def pi_attention(
     """
     if _under_autocast(query):
         options: Any = {"gate": gate, "fusion": fusion, "segment_ids": segment_ids, "scale": scale, "impl": impl}
-        options |= {"sink_logit": sink_logit, "softcap": softcap}
-        with torch.autocast(query.device.type, enabled=False):
-            cast = [_as_autocast(x, query) for x in (query, key, value)]
-            attend_cast: Any = pi_attention  # no overload takes a return_aux that is not known
-            return attend_cast(*cast, pattern, return_aux=return_aux, **options)
+        options |= {"sink_logit": sink_logit, "softcap": softcap, "return_aux": return_aux}
+        return _as_autocast_would(query, key, value, pattern, options)
     check_arguments(query, key, value, pattern, gate, fusion, segment_ids)
     if not torch.compiler.is_compiling():
         refuse_context_parallel()
@@ -157,18 +154,8 @@ def pi_attention(
         # An empty sum: the gate, which fuses nothing here, gets a zero gradient like everywhere, and not none at all.
         return out if gate is None or not gate.requires_grad else out + gate[..., :0].sum().to(out.dtype)
     attend = _implementation(impl, query)
-    out, lse_local, lse_skip = attend(
-        query,
-        key,
-        value,
-        pattern,
-        gate=gate,
-        fusion=fusion,
-        starts=starts,
-        scale=scale,
-        sink_logit=sink_logit,
-        softcap=softcap,
-    )
+    of_scores: Any = {"scale": scale, "sink_logit": sink_logit, "softcap": softcap}
+    out, lse_local, lse_skip = attend(query, key, value, pattern, gate=gate, fusion=fusion, starts=starts, **of_scores)
     if not return_aux:
         return out
     return out, PiAux(lse_local, lse_skip, gate_values(lse_local, lse_skip, gate, fusion))
@@ -179,6 +166,13 @@ def _under_autocast(query: Any) -> bool:
     if not isinstance(query, Tensor) or query.device.type == "meta":  # which autocast does not know
         return False
     return torch.is_autocast_enabled(query.device.type) and query.dtype in CASTS
+
+
+def _as_autocast_would(query: Tensor, key: Tensor, value: Tensor, pattern: PiPattern, options: dict[str, Any]) -> Any:
+    cast = [_as_autocast(x, query) for x in (query, key, value)]
+    attend: Any = pi_attention  # no overload takes a return_aux that is not known
+    with torch.autocast(query.device.type, enabled=False):
+        return attend(*cast, pattern, **options)
 
 
 def _as_autocast(x: Any, like: Tensor) -> Any:

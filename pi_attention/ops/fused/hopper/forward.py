@@ -42,8 +42,7 @@ def _consumer(
     rows: gl.constexpr = gl.SliceLayout(1, scores)
     of_output: gl.constexpr = gl.SliceLayout(1, outputs)
     zero = gl.zeros([BM, BN], gl.float32, scores)
-    slot = 0
-    count = 0
+    slot, count = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         batch, head, token0, begin, first, steps, sink_tiles = range_of_rows(
             tile, tiles, H, T, S, window, sinks, 2 * BM, BN

@@ -27,10 +27,12 @@ from pi_attention.ops.fused.hopper.steps import (
 
 @gluon.jit
 def _row_terms(
-    delta, delta_skip, lse, lse_skip, logit, GradLse, GradSkipLse, Terms, GradGate, index, present, all_rows,
+    grad, out, skip_out, lse, lse_skip, logit, GradLse, GradSkipLse, Terms, GradGate, index, present, all_rows,
     BOTH: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
 ):  # fmt: skip
     """w and c of the local band; those of both are stored, as `kernels.backward.row_terms` says."""
+    delta = gl.convert_layout(gl.sum(grad * out.to(gl.float32), 1), lse.type.layout)
+    delta_skip = gl.convert_layout(gl.sum(grad * skip_out.to(gl.float32), 1), lse.type.layout)
     weight = gl.full_like(delta, 1.0)
     shift = delta
     if LSE:
@@ -56,6 +58,13 @@ def _row_terms(
 
 
 @gluon.jit
+def _rows_of(Out, of_head, token0, T, BM: gl.constexpr, D: gl.constexpr, layout: gl.constexpr):
+    line = token0 + gl.arange(0, BM, gl.SliceLayout(1, layout))
+    offset = (of_head + line)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+    return gl.load(Out + offset, mask=(line < T)[:, None], other=0.0)
+
+
+@gluon.jit
 def _consumer(
     grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Starts, Lse, Terms,
     Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h, sg_t, all_rows,
@@ -72,26 +81,22 @@ def _consumer(
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [warps, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, scores)
     zero = gl.zeros([BM, BN], gl.float32, scores)
-    slot = 0
-    count = 0
+    slot, count = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         batch, head, token0, begin, first, steps, sink_tiles = range_of_rows(
             tile, tiles, H, T, S, window, sinks, 2 * BM, BN
         )
         token0 += WHICH * BM
         of_head = (batch * H + head).to(gl.int64) * T
-        line = token0 + gl.arange(0, BM, gl.SliceLayout(1, wide))
-        offset = (of_head + line)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
-        out = gl.load(Out + offset, mask=(line < T)[:, None], other=0.0)
+        out = _rows_of(Out, of_head, token0, T, BM, D, wide)
         skip_out = out
         token = token0 + gl.arange(0, BM, rows)
         present = token < T
         index = of_head + token
         lse = gl.load(Lse + index, mask=present, other=0.0)
-        lse_skip = lse
-        logit = lse
+        lse_skip, logit = lse, lse
         if BOTH:
-            skip_out = gl.load(SkipOut + offset, mask=(line < T)[:, None], other=0.0)
+            skip_out = _rows_of(SkipOut, of_head, token0, T, BM, D, wide)
             lse_skip = gl.load(SkipLse + index, mask=present, other=0.0)
             logit = gate_logits(Gate, sg_b, sg_h, sg_t, batch, head, token, present, GATED)
         position0, position = token0 + (S - T), token + (S - T)
@@ -100,10 +105,8 @@ def _consumer(
         q = q_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM)
         d_out = grad_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM)
         grad = d_out.load(wide).to(gl.float32)
-        delta = gl.convert_layout(gl.sum(grad * out.to(gl.float32), 1), rows)
-        delta_skip = gl.convert_layout(gl.sum(grad * skip_out.to(gl.float32), 1), rows)
         weight, shift = _row_terms(
-            delta, delta_skip, lse, lse_skip, logit, GradLse, GradSkipLse, Terms, GradGate, index, present, all_rows,
+            grad, out, skip_out, lse, lse_skip, logit, GradLse, GradSkipLse, Terms, GradGate, index, present, all_rows,
             BOTH, MASS, GATED, LSE, SKIP_LSE,
         )  # fmt: skip
         base = gl.where(lse == float("-inf"), 0.0, lse) * LOG2E

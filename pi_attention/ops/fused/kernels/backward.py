@@ -302,9 +302,8 @@ def _sinks_of_query(
 def band_backward_query_kernel(
     Q, K, V, Starts, Bands, GradOut, Lse, Terms, SinkK, SinkV, GradQ,
     Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, SinkLogit, GradSinkLogit,
-    sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
-    sg_b, sg_h, sg_t, rows, tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks,
-    scale, scale_log2,
+    sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d, sg_b,
+    sg_h, sg_t, rows, tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
     MIRROR: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, BOTH: tl.constexpr, MASS: tl.constexpr,

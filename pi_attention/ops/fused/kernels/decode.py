@@ -22,6 +22,7 @@ from pi_attention.ops.fused.kernels.steps import (
     load_rows,
     online_softmax,
     soft_cap,
+    start_of_softmax,
     store_rows,
 )
 
@@ -42,6 +43,18 @@ def _attend(
     acc = acc * past[:, None]
     acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)  # [BM, BN] @ [BN, BD] -> [BM, BD]
     return acc, m, l
+
+
+@triton.jit
+def _keys_of_row(Starts, S, batch, PAGED: tl.constexpr):
+    """The table, or the segment starts, of a batch row's keys, and their number."""
+    if PAGED:
+        begin, end = tl.load(Starts + batch), tl.load(Starts + batch + 1)
+        Starts += begin
+        S = end - begin
+    else:
+        Starts += batch * S
+    return Starts, S
 
 
 @triton.jit
@@ -72,12 +85,7 @@ def decode_kernel(
     period, phase, first, last, mirror_first, mirror_last = band_of_head(
         Bands, head0, period, phase, first, last, mirror_first, mirror_last, PER_HEAD
     )
-    if PAGED:
-        begin, end = tl.load(Starts + batch), tl.load(Starts + batch + 1)
-        Starts += begin
-        S = end - begin
-    else:
-        Starts += batch * S
+    Starts, S = _keys_of_row(Starts, S, batch, PAGED)
     K += batch * sk_b + (head0 // GROUP).to(tl.int64) * sk_h
     V += batch * sv_b + (head0 // GROUP).to(tl.int64) * sv_h
 
@@ -90,9 +98,7 @@ def decode_kernel(
     q = tl.load(pointer[:, None] + dim[None, :] * sq_d, mask=asked[:, None] & (dim < D)[None, :], other=0.0)
     query_tag = load_query_tags(Starts, at, asked, SEGMENTS)
 
-    m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BD], tl.float32)
+    acc, m, l = start_of_softmax(BM, BD)
     lowest = S - T - window + 1
     begin, end = _part(window + T - 1, split, splits)
     begin = tl.maximum(begin, -lowest)
@@ -123,9 +129,7 @@ def decode_kernel(
     part = ((split * batches + batch) * H + head0) * T
     _store_part(PartOut, PartLse, part, line, asked, acc, m, l, D, BD)
 
-    m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BD], tl.float32)
+    acc, m, l = start_of_softmax(BM, BD)
     skips = last - first
     begin, end = _part(T * skips, split, splits)
     for start in tl.range(begin, end, BN):

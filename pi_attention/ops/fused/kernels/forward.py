@@ -21,6 +21,7 @@ from pi_attention.ops.fused.kernels.steps import (
     next_start,
     online_softmax,
     soft_cap,
+    start_of_softmax,
     store_rows,
     visible,
 )
@@ -120,6 +121,14 @@ def _sinks_of(
     return acc, m, l
 
 
+@triton.jit
+def _gate_logits(Gate, sg_t, token, present, BM: tl.constexpr, GATED: tl.constexpr):
+    logit = tl.zeros([BM], tl.float32)
+    if GATED:
+        logit += tl.load(Gate + token.to(tl.int64) * sg_t, mask=present, other=0.0).to(tl.float32)
+    return logit
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def band_forward_kernel(
     Q, K, V, Starts, Bands, Gate, SkipOut, SkipLse, SinkK, SinkV, Out, Lse, SinkLogit,
@@ -162,9 +171,7 @@ def band_forward_kernel(
             V += of_value
         q = load_rows(Q, sq_t, sq_d, token, present, D, BD)
         query_tag = load_query_tags(Starts, S - T + token, present, SEGMENTS)
-        m = tl.full([BM], float("-inf"), tl.float32)
-        l = tl.zeros([BM], tl.float32)
-        acc = tl.zeros([BM, BD], tl.float32)
+        acc, m, l = start_of_softmax(BM, BD)
         row_end = tl.minimum(row0 + BM, rows) - 1
         acc, m, l = _side(
             q, acc, m, l, K, V, batch, group, Starts, sk_t, sk_d, sv_t, sv_d,
@@ -190,10 +197,8 @@ def band_forward_kernel(
         tl.store(Lse + of_head + token, lse, mask=present)
         if FUSE:
             lse_skip = tl.load(SkipLse + of_head + token, mask=present, other=float("-inf"))
-            logit = tl.zeros([BM], tl.float32)
-            if GATED:
-                gates = Gate + batch.to(tl.int64) * sg_b + head.to(tl.int64) * sg_h + token.to(tl.int64) * sg_t
-                logit += tl.load(gates, mask=present, other=0.0).to(tl.float32)
+            Gate += batch.to(tl.int64) * sg_b + head.to(tl.int64) * sg_h
+            logit = _gate_logits(Gate, sg_t, token, present, BM, GATED)
             if SINK_LOGIT:
                 g, rest = band_weights(lse, lse_skip, logit, tl.load(SinkLogit + head).to(tl.float32), MASS)
                 g, rest = g[:, None], rest[:, None]

@@ -165,6 +165,15 @@ def through_soft_cap(d_score, score, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def start_of_softmax(BM: tl.constexpr, BD: tl.constexpr):
+    """Output, maximum and sum of an online softmax over no keys yet."""
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    return acc, m, l
+
+
+@triton.jit
 def online_softmax(score, scale_log2, m, l):
     """Running maximum m (scaled) and sum l, in base 2, with one more tile of scores: its weights, the past's factor."""
     m_new = tl.maximum(m, tl.max(score, 1) * scale_log2)
