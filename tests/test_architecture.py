@@ -1,6 +1,7 @@
 """The architecture, enforced: who may import whom, and what a bare import loads."""
 
 import ast
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -219,3 +220,13 @@ def test_results_are_measured_without_the_report_that_shows_them():
         for path in (root / folder).rglob("*.py"):
             found = {imported.partition(".")[0] for imported in imports(path)}
             assert not found & forbidden, f"{path.relative_to(root)} imports {found & forbidden}"
+
+
+def test_files_and_functions_stay_small():
+    sources = [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")]
+    assert statistics.median(len(source.splitlines()) for source in sources) <= 120
+    functions = [
+        node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)
+    ]
+    long = {node.name for node in functions if (node.end_lineno or 0) - node.lineno >= 80}
+    assert not long
