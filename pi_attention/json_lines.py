@@ -1,12 +1,20 @@
-"""Files of JSON lines that grow while a process may die: each is one write, and a last one without its end is none."""
+"""Files of JSON lines that grow while a process may die: a last one without its end is none."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def read_json_lines(path: Path) -> list[tuple[str, Any]]:
@@ -33,11 +41,24 @@ def _entry(line: bytes, where: str) -> Any:
 
 
 def append_json_line(path: Path, entry: Any) -> None:
-    """Add an entry in one write, so that several processes may share the file; a last line without its end goes."""
-    line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
-    with path.open("ab+", buffering=0) as file:
-        if file.tell():
+    """Add an entry; several processes may do so at once. A last line without its end goes.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    line = json.dumps(entry).encode() + b"\n"
+    with path.open("ab+", buffering=0) as file, _alone(file):
+        if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.truncate(path.read_bytes().rfind(b"\n") + 1)
-        file.write(line)
+        if file.write(line) != len(line):
+            raise OSError(f"{path}: the disk took a part of a line only: free some space.")
+
+
+@contextmanager
+def _alone(file: FileIO) -> Iterator[None]:
+    """Nobody else appends meanwhile, where the system has POSIX locks; the file's end releases the lock."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    yield

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import matplotlib.figure
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pi_attention import files, plots
 from pi_attention.cli.main import parse
+from pi_attention.json_lines import append_json_line, read_json_lines
 from pi_attention.training import checkpoints
 from pi_attention.training.config import TrainConfig, load_yaml, save_yaml
 from pi_attention.training.metrics import append_metrics, drop_metrics_after, read_metrics
@@ -106,6 +109,20 @@ def test_a_torn_last_line_of_metrics_is_dropped_with_a_warning(tmp_path):
         lines.write('{"step": 3, "lo')
     append_metrics(tmp_path, 3, {"loss": 0.5})  # and never glued to what was cut off
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def _append_many(path, writer):
+    for number in range(200):
+        append_json_line(path, [writer, number, "x" * 5000, "\udcff"])
+
+
+def test_lines_of_several_writers_are_all_there(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"torn')
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(partial(_append_many, path), range(4)))
+    rows = [entry for _, entry in read_json_lines(path)]
+    assert sorted(row[:2] for row in rows) == [[writer, number] for writer in range(4) for number in range(200)]
 
 
 def test_another_line_of_metrics_that_is_damaged_is_named(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -67,10 +68,11 @@ class SinkWindowManager(SlidingWindowManager):
 
         Where a block of the sinks is gone, nothing is taken.
         """
+        assert isinstance(kv_cache_spec, SinkWindowSpec)
+        block_hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, kv_cache_spec.block_size)
         blocks, length = super().find_longest_cache_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
         )
-        assert isinstance(kv_cache_spec, SinkWindowSpec)
         for place in range(min(kv_cache_spec.sink_blocks, len(blocks[0]))):
             cached = block_pool.get_cached_block(block_hashes[place], kv_cache_group_ids)
             if cached is None:

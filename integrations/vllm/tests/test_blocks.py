@@ -54,16 +54,18 @@ def test_what_the_next_query_sees_is_kept_and_the_rest_is_freed(reach, sinks, ch
     assert manager.block_pool.get_num_free_blocks() == free
 
 
-def hit(reach, sinks, cached, length):
-    """The blocks of a prefix of `length` tokens, of which those in `cached` are in the cache."""
+def hit(reach, sinks, cached, length, finer=1):
+    """The blocks of a prefix of `length` tokens, of which `cached` are in the cache, with so many hashes a block."""
     blocks = {place: KVCacheBlock(block_id=place + 1) for place in cached}
+    names = list(range(50 * finer))
+    place_of = {(place + 1) * finer - 1: place for place in cached}  # a block's hash is the last of its tokens'
     pool = SimpleNamespace(
         null_block=KVCacheBlock(block_id=0),
-        hash_block_size=SIZE,
-        get_cached_block=lambda place, groups: [blocks[place]] * len(groups) if place in blocks else None,
+        hash_block_size=SIZE // finer,
+        get_cached_block=lambda name, groups: [blocks[place_of[name]]] * len(groups) if name in place_of else None,
     )
     found, tokens = SinkWindowManager.find_longest_cache_hit(
-        block_hashes=list(range(50)),
+        block_hashes=names,
         max_length=length,
         kv_cache_group_ids=[0, 1],
         block_pool=pool,
@@ -83,6 +85,11 @@ def test_a_prefix_is_taken_with_its_sinks_or_not_at_all():
     assert hit(reach=8, sinks=0, cached=[8, 9], length=40) == [*[nothing] * 8, 8, 9]
     assert hit(reach=8, sinks=9, cached=[0, 1], length=40) == [0, 1]
     assert hit(reach=8, sinks=9, cached=[1, 2], length=40) == []
+
+
+def test_hashes_finer_than_a_block_name_the_same_blocks():
+    for finer in (1, 2, 4):
+        assert hit(reach=8, sinks=5, cached=[0, 1, 8, 9], length=43, finer=finer) == [0, 1, *[-1] * 6, 8, 9]
 
 
 def test_a_prefix_from_the_cache_is_held_and_given_back():
