@@ -1,12 +1,17 @@
-"""Uses an installed wheel as its first user would: `python check_wheel.py core | models | train | all`."""
+"""Uses an installed wheel as its first user would: `python check_wheel.py core | models | train | serve | all`."""
 
+import json
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 BIN = Path(sys.executable).parent
+SMALL = """
+--context 64 --hidden-size 32 --layers 1 --heads 2 --steps 2 --eval-blocks 1 --batch-size 1
+""".split()  # noqa: SIM905
 
 
 def command(*arguments: str, code: int = 0) -> str:
@@ -66,14 +71,30 @@ def check_train() -> None:
     """Every command that the wheel offers, on the corpus that it brings."""
     offered = command("--help")
     assert "experiment" not in offered, "a command that the wheel cannot serve"
-    small = "--context 64 --hidden-size 32 --layers 1 --heads 2 --steps 2 --eval-blocks 1 --batch-size 1"
     with tempfile.TemporaryDirectory() as folder:
         run = str(Path(folder) / "run")
-        command("train", "--out", run, *small.split())
+        command("train", "--out", run, *SMALL)
         command("eval", run)
         command("generate", run, "--max-new-tokens", "4")
         command("inspect", run)
         command("plan", "--context", "1024", "--layers", "2")
+
+
+def check_serve() -> None:
+    """A run over HTTP, until it is told to end."""
+    with tempfile.TemporaryDirectory() as folder:
+        command("train", "--out", folder + "/run", *SMALL)
+        started = [BIN / "pi-attention", "serve", folder + "/run", "--port", "0"]
+        with subprocess.Popen(started, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            address = server.stdout.readline().split()[0]
+            asked = Request(
+                f"{address}/v1/completions", b'{"prompt": "It", "max_tokens": 4}', {"Content-Type": "application/json"}
+            )
+            with urlopen(asked, timeout=60) as answer:
+                assert json.load(answer)["usage"]["completion_tokens"] == 4
+            server.terminate()
+        assert server.returncode == 0, server.returncode
 
 
 if __name__ == "__main__":
@@ -84,3 +105,5 @@ if __name__ == "__main__":
         check_models()
     if sys.argv[1] in ("train", "all"):
         check_train()
+    if sys.argv[1] in ("serve", "all"):
+        check_serve()
