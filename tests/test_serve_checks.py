@@ -1,6 +1,8 @@
 """What `pi-attention serve` asks of a request, how it samples, what it holds: without the packages of the extra."""
 
 import sys
+import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +26,7 @@ from pi_attention.serving.requests import (
     check_prompt,
     settings_of,
 )
-from pi_attention.serving.text import GrowingText
+from pi_attention.serving.text import GrowingText, up_to_a_stop
 
 known = pytest.mark.skipif(
     ".".join(transformers.__version__.split(".")[:2]) not in KNOWN, reason="continuous batching of another transformers"
@@ -58,7 +60,13 @@ def settings_for(**body):
         ({"stop": ["a", ""]}, "none of them empty"),
         ({"stop": [["a"]]}, "stop must be"),
         ({"stop": ["a"] * 5}, "at most 4 texts, got 5"),
+        ({"stop": 0}, "stop must be a text"),
+        ({"stop": False}, "stop must be a text"),
+        ({"stop": {}}, "stop must be a text"),
+        ({"stop": ""}, "none of them empty"),
+        ({"stop": ["a", "b" * 1001]}, "at most 1,000 characters a text, got 1,001"),
         ({"stream": "yes"}, "stream must be true or false"),
+        ({"stream": 0}, "stream must be true or false"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(body, words):
@@ -92,7 +100,11 @@ def test_settings_are_the_requests_or_the_models():
         ({"chat_template_kwargs": {}}, 400, "no field"),
         ({"\ud800" * 500: 1}, 400, "no field"),
         ({"n": 2}, 400, "n is not supported: leave it out, or give 1"),
+        ({"n": True}, 400, "n is not supported: leave it out, or give 1"),
         ({"logprobs": 3}, 400, "logprobs is not supported"),
+        ({"logprobs": 0}, 400, "logprobs is not supported"),  # the likelihoods of the answer alone
+        ({"echo": 0}, 400, "echo is not supported"),
+        ({"presence_penalty": False}, 400, "presence_penalty is not supported"),
         ({"tools": [{"type": "function"}]}, 400, "tools is not supported"),
         ({"suffix": "end"}, 400, "suffix is not supported"),
     ],
@@ -132,6 +144,9 @@ def test_a_prompt_is_one_text(prompt):
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}],
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": "\ud800"}],
+        [{"role": "user", "content": "a", "name": [1]}],
+        [{"role": "user", "content": "a", "name": 0}],
+        [{"role": "user", "content": "a", "name": "\ud800"}],
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": []}],
     ],
 )
@@ -142,7 +157,8 @@ def test_messages_are_a_conversation_of_texts(messages):
 
 def test_messages_of_texts_are_taken():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    check_messages({"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": parts}]})
+    rules = {"role": "system", "content": "be kind", "name": None}
+    check_messages({"messages": [rules, {"role": "user", "content": parts, "name": "Ann"}]})
 
 
 @settings(max_examples=300, deadline=None)
@@ -169,6 +185,37 @@ def test_a_character_is_given_away_whole_and_a_stop_is_held_back():
     given_away = [text.step(None, token) for token in "aπENXEND".encode()]
     assert given_away == ["a", None, "π", None, None, "ENX", None, None, None]
     assert text.stopped and text.rest() == "" and text.step(None, 65) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text("ab", max_size=30),
+    stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
+    cuts=st.lists(st.integers(0, 30)),
+)
+def test_where_a_text_stops_does_not_depend_on_its_tokens(text, stops, cuts):
+    """It ends before the stop that is whole first, the longest one where several are."""
+    pieces = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(ids))
+    edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    tokens = [text[begin:end] for begin, end in pairwise(edges)]
+    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+    end = min(ends, default=len(text))
+    assert up_to_a_stop(pieces, tokens, stops) == text[: end - max(map(len, at_the_end(text[:end], stops)), default=0)]
+
+
+def at_the_end(text, stops):
+    return [stop for stop in stops if text.endswith(stop)]
+
+
+def test_a_long_stop_costs_no_more_than_a_short_one():
+    def spent(size):
+        text = GrowingText(TOKENIZER, [letter * size for letter in "xyzw"])
+        begun = time.perf_counter()
+        for token in b"ax" * 50:
+            text.step(None, token)
+        return time.perf_counter() - begun
+
+    assert min(spent(5_000) for _ in range(3)) < 20 * max(spent(2) for _ in range(3))
 
 
 @known

@@ -27,6 +27,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
 }
 """Fields of OpenAI's that are taken where they ask for nothing; null always does."""
 STOPS = 4
+STOP_CHARACTERS = 1000
+"""Of each stop, as many as it may have."""
 
 
 class RequestError(Exception):
@@ -94,7 +96,7 @@ def check_fields(body: dict[str, Any], known: set[str], model: str) -> None:
             continue
         if name not in ONLY:
             raise RequestError(f"{_shown(name)} is no field of this request: leave it out.")
-        if value not in ONLY[name]:
+        if isinstance(value, bool) != isinstance(ONLY[name][0], bool) or value not in ONLY[name]:  # 1 is not true
             raise RequestError(f"{name} is not supported: leave it out, or give {ONLY[name][0]!r}.", name)
 
 
@@ -115,13 +117,8 @@ def settings_of(body: dict[str, Any], limits: Limits, defaults: Settings) -> Set
         raise RequestError("top_p must be above 0; temperature 0 takes the likeliest token.", "top_p")
     settings.top_k = _whole(body, "top_k", settings.top_k, 0, 2**31 - 1)
     settings.seed = _whole(body, "seed", settings.seed, 0, 2**63 - 1)
-    stop = body.get("stop") or []
-    settings.stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, str | list) or not all(isinstance(text, str) and text for text in settings.stop):
-        raise RequestError("stop must be a text, or a list of texts, none of them empty.", "stop")
-    if len(settings.stop) > STOPS:
-        raise RequestError(f"stop must hold at most {STOPS} texts, got {len(settings.stop)}.", "stop")
-    if not isinstance(body.get("stream") or False, bool):
+    settings.stop = _stops(body)
+    if not isinstance(body.get("stream"), bool | None):
         raise RequestError("stream must be true or false.", "stream")
     return settings
 
@@ -142,7 +139,9 @@ def check_messages(body: dict[str, Any]) -> None:
         where = f"messages[{number}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RequestError(f"{where} must be an object with a role, such as 'user', and a content.", "messages")
-        _need_unicode(message["role"], where)
+        if not isinstance(message.get("name"), str | None):
+            raise RequestError(f"{where}.name must be a text.", "messages")
+        _need_unicode(message["role"] + (message.get("name") or ""), where)
         if set(message) - {"role", "content", "name"}:
             raise RequestError(f"{where} holds more than role, content and name: no tools are called here.", "messages")
         content = message.get("content")
@@ -153,6 +152,19 @@ def check_messages(body: dict[str, Any]) -> None:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise RequestError(f"{where}.content must be text: the model takes nothing else.", "messages")
             _need_unicode(part["text"], where)
+
+
+def _stops(body: dict[str, Any]) -> list[str]:
+    stop = body.get("stop")
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
+        raise RequestError("stop must be a text, or a list of texts, none of them empty.", "stop")
+    if len(stops) > STOPS:
+        raise RequestError(f"stop must hold at most {STOPS} texts, got {len(stops)}.", "stop")
+    longest = max(map(len, stops), default=0)
+    if longest > STOP_CHARACTERS:
+        raise RequestError(f"stop must have at most {STOP_CHARACTERS:,} characters a text, got {longest:,}.", "stop")
+    return stops
 
 
 def _need_unicode(text: str, name: str) -> None:
