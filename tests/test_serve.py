@@ -1,5 +1,6 @@
 """`pi-attention serve`: transformers' server with one model of ours, by its routes and as a process."""
 
+import asyncio
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from benchmarks.serving import CONTEXT, NEW, Server, load, random_model
 from pi_attention.data.tokenizers import byte_tokenizer
@@ -154,6 +156,7 @@ def test_sampled_requests_have_settings_and_seeds_of_their_own(engine, client):
         ("completions", {"prompt": "a", "model": "gpt-4"}, 404, "'gpt-4' is not served here"),
         ("completions", {"prompt": "a", "model": "../../etc"}, 404, "not served here"),
         ("completions", {"prompt": "a", "n": 3}, 400, "n is not supported"),
+        ("completions", {"prompt": "a", "stop": ["x" * 250_000] * 4}, 400, "stop must have at most 1,000 characters"),
         ("completions", {"prompt": "a", "messages": []}, 400, "no field of this request"),
         ("chat/completions", {}, 400, "messages must be a list"),
         ("chat/completions", {"messages": [{"role": "user", "content": 3}]}, 400, "must be a text"),
@@ -191,6 +194,155 @@ def test_too_many_requests_are_told_to_come_again(engine, client):
     finally:
         engine.open.clear()
     assert response.status_code == 429 and "6 requests run or wait" in response.json()["error"]["message"]
+
+
+class Watched:
+    """A tokenizer that tells of its calls."""
+
+    def __init__(self, tokenizer, called):
+        self._tokenizer, self._called = tokenizer, called
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args, **kwargs):
+        self._called()
+        return self._tokenizer(*args, **kwargs)
+
+
+def test_nothing_is_tokenized_for_a_request_that_is_refused(engine, client, monkeypatch):
+    calls = []
+    monkeypatch.setattr(engine, "tokenizer", Watched(engine.tokenizer, lambda: calls.append(1)))
+    monkeypatch.setattr(engine, "open", dict.fromkeys(range(6)))
+    assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 429
+    monkeypatch.setattr(engine, "open", {})
+    assert client.post("/v1/completions", json={"prompt": "a", "top_p": 7}).status_code == 400 and not calls
+    assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200 and calls
+
+
+def test_others_are_answered_while_a_prompt_is_tokenized(engine, client, monkeypatch):
+    begun, answered, seen = threading.Event(), threading.Event(), []
+
+    def wait():
+        begun.set()
+        seen.append(answered.wait(10))
+
+    monkeypatch.setattr(engine, "tokenizer", Watched(engine.tokenizer, wait))
+    body = {"prompt": "a", "max_tokens": 1}
+    asking = threading.Thread(target=client.post, args=("/v1/completions",), kwargs={"json": body})
+    asking.start()
+    assert begun.wait(10) and client.get("/health").status_code == 200
+    answered.set()
+    asking.join()
+    assert seen == [True]
+
+
+def test_settings_that_generation_config_leaves_out_are_those_of_transformers():
+    model = random_model("pi").eval()
+    model.generation_config.update(do_sample=True, temperature=None, top_k=64, top_p=None)
+    made = Engine(model, byte_tokenizer(), "mine", LIMITS, requests=2)
+    made.close()
+    assert (made.defaults.temperature, made.defaults.top_k, made.defaults.top_p) == (1.0, 64, 1.0)
+    model.generation_config.update(temperature=0.7, top_k=None, top_p=0.95)
+    made = Engine(model, byte_tokenizer(), "mine", LIMITS, requests=2)
+    made.close()
+    assert (made.defaults.temperature, made.defaults.top_k, made.defaults.top_p) == (0.7, 50, 0.95)
+
+
+def test_special_tokens_are_added_to_a_prompt_and_not_to_a_template(engine, client):
+    backend = engine.tokenizer.backend_tokenizer
+    before = backend.post_processor
+    end = "<|endoftext|>"
+    backend.post_processor = TemplateProcessing(single=f"{end} $A", special_tokens=[(end, 256)])
+    try:
+        asked = client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 1})
+        messages = [{"role": "user", "content": "a"}]
+        chat = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
+    finally:
+        backend.post_processor = before
+    assert asked.json()["usage"]["prompt_tokens"] == 4
+    assert chat.json()["usage"]["prompt_tokens"] == len("user: a\nassistant:")
+
+
+ANCHOR = {"start_anchor": "assistant:"}
+CONTENT = ANCHOR | {"fields": {"content": {"close": "<eos>", "content": "text"}}}
+NEVER = ANCHOR | {"fields": {"content": {"open": "<never>", "close": "</never>", "optional": False}}}
+
+
+@pytest.mark.parametrize("template", [CONTENT, NEVER])
+def test_a_parsed_chat_ends_at_a_stop(engine, client, monkeypatch, template):
+    monkeypatch.setattr(engine.tokenizer, "response_template", template, raising=False)
+    body = {"messages": [{"role": "user", "content": "Who is there?"}], "max_tokens": 20}
+    want = wanted(engine, "user: Who is there?\nassistant:", 20)
+    stop = want[5:7]
+    for stops, text in ((None, want), (stop, want[: want.index(stop)])):
+        whole = client.post("/v1/chat/completions", json=body | {"stop": stops})
+        assert whole.status_code == 200 and whole.json()["choices"][0]["message"]["content"] == text
+        parts = streamed(client.post("/v1/chat/completions", json=body | {"stop": stops, "stream": True}))
+        got = "".join(part["choices"][0]["delta"].get("content") or "" for part in parts)
+        assert got == (text if template is CONTENT else "")
+
+
+def test_a_chat_that_cannot_be_parsed_in_a_stream_ends_with_an_error(engine, client, monkeypatch):
+    want = wanted(engine, "user: Who is there?\nassistant:", 20)
+    template = ANCHOR | {"fields": {"content": {"close": want[5:7], "content": "json"}}}
+    monkeypatch.setattr(engine.tokenizer, "response_template", template, raising=False)
+    body = {"messages": [{"role": "user", "content": "Who is there?"}], "max_tokens": 20, "stream": True}
+    assert "response_template cannot parse the answer" in client.post("/v1/chat/completions", json=body).text
+    assert not engine.open
+
+
+def test_a_response_template_that_does_not_serve_is_told_before_any_token(engine, client, monkeypatch):
+    body = {"messages": [{"role": "user", "content": "a"}]}
+    monkeypatch.setattr(engine.tokenizer, "response_template", {"fields": {"content": {}}}, raising=False)
+    for stream in (False, True):
+        failed = client.post("/v1/chat/completions", json=body | {"stream": stream})
+        assert failed.status_code == 500 and "response_template does not serve" in failed.json()["error"]["message"]
+
+
+def test_a_chat_template_that_fails_refuses_the_messages(engine, client, monkeypatch):
+    body = {"messages": [{"role": "user", "content": "a"}]}
+    for template in ("{{ messages[0].content + 1 }}", "{{ 1 // 0 }}"):
+        monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+        refused = client.post("/v1/chat/completions", json=body)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "messages"
+
+
+def test_an_unforeseen_error_is_json_and_tells_nothing_of_the_inside(engine, client, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("the inside")
+
+    monkeypatch.setattr(engine.model, "check_request", broken)
+    failed = client.post("/v1/completions", json={"prompt": "a"})
+    assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
+    assert "inside" not in failed.text and not engine.open
+
+
+def answer_to(app, *parts):
+    """What the application sends where a body comes in these parts, and then nothing."""
+    left, sent = list(parts), []
+
+    async def receive():
+        if not left:
+            await asyncio.sleep(60)
+        return left.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+    scope["headers"] = [(b"host", b"testserver"), (b"content-type", b"application/json")]
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 30))
+    return sent
+
+
+def test_a_body_that_is_never_whole_is_given_up(engine, monkeypatch):
+    monkeypatch.setattr("pi_attention.serving.app.SILENCE", 0.05)
+    app, part = build_app(engine, ["testserver"]), {"type": "http.request", "body": b'{"prompt', "more_body": True}
+    assert answer_to(app, part, {"type": "http.disconnect"})[0]["status"] == 499
+    start, body = answer_to(app, part)
+    assert start["status"] == 408 and (b"connection", b"close") in start["headers"]
+    assert "nothing of the body came" in json.loads(body["body"])["error"]["message"]
 
 
 def test_a_model_that_has_failed_is_told():

@@ -29,12 +29,16 @@ class Answer(CBStreamer):
         if output.error is not None:
             self.fail(f"the model failed: {output.error}")
             return
-        self.put(output)
         self.tokens = output.generated_tokens
-        if output.is_finished() or self._decode_stream.stopped:
-            self._over = True
+        try:
+            self.put(output)
+            if output.is_finished() or self._decode_stream.stopped:
+                self.end()
+                self._over = True
+        except (ValueError, KeyError) as error:  # the outputs of other requests are taken after this one
+            self.fail(f"the tokenizer's response_template cannot parse the answer: {error}")
+        if self._over:
             self.cancel()  # without effect on a request that has finished
-            self.end()
 
     def fail(self, message: str) -> None:
         """Pass an error on, in the place of the rest."""

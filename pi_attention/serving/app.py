@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -24,6 +24,9 @@ from pi_attention.serving.requests import RequestError
 
 GONE = 499
 """nginx's status of a request whose client has gone; nobody reads it."""
+
+SILENCE = 10
+"""Seconds without a byte, after which a body that is not whole is given up."""
 
 
 class Streamed:
@@ -50,15 +53,21 @@ async def body_of(request: Request, most: int) -> dict[str, Any]:
     """The JSON object in a request's body.
 
     Raises:
-        RequestError: it is none, or longer than `most` bytes.
+        RequestError: it is none, longer than `most` bytes, or stays unfinished.
+        ClientDisconnect: the client has gone.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError("the body must be JSON: send the header Content-Type: application/json.", status=415)
-    read = bytearray()
-    async for part in request.stream():
-        read += part
-        if len(read) > most:
-            raise RequestError(f"the body is longer than {most:,} bytes: shorten the prompt.", status=413)
+    read, clock = bytearray(), asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(SILENCE) as silence:
+            async for part in request.stream():
+                read += part
+                if len(read) > most:
+                    raise RequestError(f"the body is longer than {most:,} bytes: shorten the prompt.", status=413)
+                silence.reschedule(clock.time() + SILENCE)
+    except TimeoutError:
+        raise RequestError(f"nothing of the body came for {SILENCE} seconds: send it whole.", status=408) from None
     try:
         body = json.loads(read)
     except (ValueError, RecursionError):
@@ -97,11 +106,19 @@ async def answer(handler: Completions | Chats, request: Request) -> Any:
 
 
 def refused(request: Request, error: Exception) -> JSONResponse:
-    """An error as OpenAI's clients read it."""
+    """An error as OpenAI's clients read it; a connection whose body is not read to its end is closed."""
     if isinstance(error, HTTPException):
         error = RequestError(f"{request.method} {request.url.path}: {error.detail}.", status=error.status_code)
-    assert isinstance(error, RequestError)
-    return JSONResponse(error.body(), status_code=error.status)
+    elif not isinstance(error, RequestError):  # uvicorn logs it, with the traceback
+        error = RequestError(f"the server failed by {type(error).__name__}: its log says more.", status=500)
+    return JSONResponse(
+        error.body(), status_code=error.status, headers={"Connection": "close"} if error.status in (408, 413) else None
+    )
+
+
+def left(request: Request, error: Exception) -> Response:
+    """To a client that has gone before its body was whole."""
+    return Response(status_code=GONE)
 
 
 def build_app(engine: Engine, hosts: list[str]) -> Starlette:
@@ -143,5 +160,10 @@ def build_app(engine: Engine, hosts: list[str]) -> Starlette:
             Route("/health", health),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
-        exception_handlers={RequestError: refused, HTTPException: refused},
+        exception_handlers={
+            RequestError: refused,
+            HTTPException: refused,
+            ClientDisconnect: left,
+            Exception: refused,
+        },
     )

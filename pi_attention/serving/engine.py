@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -19,6 +21,10 @@ HONOURED = {"do_sample", "eos_token_id", "max_new_tokens", "temperature", "top_k
 SILENT = {"bos_token_id", "cache_implementation", "max_length", "output_attentions", "output_hidden_states"}
 SILENT |= {"pad_token_id", "transformers_version", "use_cache"}
 """Of a model's generation_config.json, what the server takes over, and what changes no text; it warns of the rest."""
+
+
+SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+"""With `do_sample`, what transformers takes for the settings that a model's generation_config.json leaves out."""
 
 
 class Engine:
@@ -49,6 +55,8 @@ class Engine:
         self.defaults = _defaults(model.generation_config, limits)
         self.open: dict[str, Answer] = {}
         """Requests that run or wait."""
+        self._reading = 0
+        self._reader = ThreadPoolExecutor(1, "tokenizer")
         self.manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=model.generation_config.eos_token_id),
             ContinuousBatchingConfig(
@@ -67,6 +75,23 @@ class Engine:
                 f"the cache of requests={requests} does not fit into the memory: take fewer, or lower "
                 "max_prompt_tokens or max_new_tokens."
             ) from error
+
+    async def read(self, tokenize: Callable[[], Any]) -> Any:
+        """What a tokenizer makes of a prompt, one after another beside the event loop, which serves the others.
+
+        Raises:
+            RequestError: no further request is taken; nothing was tokenized.
+        """
+        if not self.alive():
+            raise RequestError("the model has failed: the server must be started again.", status=503)
+        taken = len(self.open) + self._reading
+        if taken >= self.limits.open_requests:
+            raise RequestError(f"{taken} requests run or wait: try again later.", status=429)
+        self._reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reader, tokenize)
+        finally:
+            self._reading -= 1
 
     def init_cb(self, model: Any, settings: Settings) -> None:
         """Nothing: the manager has started, and each request brings its own settings."""
@@ -127,15 +152,12 @@ class Engine:
 
     def close(self) -> None:
         """End the manager's thread; requests that run are failed."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
         self.manager.stop(block=True, timeout=60, hard_stop=True)
 
     def _admit(self, prompt: list[int], settings: Settings) -> None:
         """Complete the settings, or refuse the request."""
         limits = self.limits
-        if not self.alive():
-            raise RequestError("the model has failed: the server must be started again.", status=503)
-        if len(self.open) >= limits.open_requests:
-            raise RequestError(f"{len(self.open)} requests run or wait: try again later.", status=429)
         if len(prompt) > limits.prompt_tokens:
             raise RequestError(
                 f"the prompt has {len(prompt):,} tokens, and the limit is {limits.prompt_tokens:,}: shorten it.",
@@ -158,5 +180,5 @@ def _defaults(config: Any, limits: Limits) -> Settings:
     most = None if config.max_new_tokens is None else min(config.max_new_tokens, limits.new_tokens)
     if not config.do_sample:
         return Settings(most)
-    given = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
-    return Settings(most, **{name: value for name, value in given.items() if value is not None})
+    given = {name: getattr(config, name) for name in SAMPLING}
+    return Settings(most, **{name: SAMPLING[name] if value is None else value for name, value in given.items()})

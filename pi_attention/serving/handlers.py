@@ -8,7 +8,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from pi_attention.serving.engine import Engine
-from pi_attention.serving.library import BaseHandler, ChatCompletionHandler, CompletionHandler, Modality
+from pi_attention.serving.library import (
+    BaseHandler,
+    ChatCompletionHandler,
+    CompletionHandler,
+    Modality,
+    build_response_parser,
+)
 from pi_attention.serving.requests import (
     CHAT,
     COMPLETION,
@@ -19,6 +25,40 @@ from pi_attention.serving.requests import (
     check_prompt,
     settings_of,
 )
+from pi_attention.serving.text import up_to_a_stop
+
+READ = "prompt as it was read"
+"""Beside a body's own fields: its `Prompt`."""
+
+
+class Prompt:
+    """What the tokenizer made of a prompt: transformers' handlers get it where they ask the tokenizer.
+
+    Args:
+        tokenizer: of the model.
+        inputs: `input_ids`, and what else the tokenizer gives.
+        settings: of the request.
+    """
+
+    def __init__(self, tokenizer: Any, inputs: Any, settings: Settings) -> None:
+        self._tokenizer, self._inputs, self.settings = tokenizer, inputs, settings
+        self.response_template = getattr(tokenizer, "response_template", None)
+        self.decode = tokenizer.decode
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As of a tokenizer."""
+        return self._inputs
+
+    apply_chat_template = __call__
+
+    def parse_response(self, tokens: list[int], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As of a tokenizer, up to the first stop; what the template cannot parse is the content as it is."""
+        stops = self.settings.stop
+        text = up_to_a_stop(self._tokenizer, tokens, stops, skip_special_tokens=False)
+        try:
+            return self._tokenizer.parse_response(text, *args, **kwargs)
+        except (ValueError, KeyError):
+            return {"content": up_to_a_stop(self._tokenizer, tokens, stops)}
 
 
 class _OneModel(BaseHandler):
@@ -30,11 +70,34 @@ class _OneModel(BaseHandler):
         state = SimpleNamespace(use_continuous_batching=lambda *args: True, get_manager=lambda *args, **kwargs: engine)
         super().__init__(model_manager=manager, generation_state=state)
 
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """As of transformers.
+
+        Raises:
+            RequestError: the request is refused.
+        """
+        self.check(body)
+        settings = settings_of(body, self.engine.limits, self.engine.defaults)
+        inputs = await self.engine.read(lambda: self.tokenized(body))
+        prompt = Prompt(self.engine.tokenizer, inputs, settings)
+        return await super().handle_request(body | {READ: prompt}, request_id)
+
+    def check(self, body: dict[str, Any]) -> None:
+        """Refuse what this route does not do."""
+        raise NotImplementedError
+
+    def tokenized(self, body: dict[str, Any]) -> Any:
+        """What the tokenizer makes of the request's prompt."""
+        raise NotImplementedError
+
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        """Nothing: it was checked."""
+
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
-        return self.engine.name, self.engine.model, self.engine.tokenizer
+        return self.engine.name, self.engine.model, body[READ]
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Settings:
-        return settings_of(body, self.engine.limits, self.engine.defaults)
+        return body[READ].settings
 
 
 class Completions(_OneModel, CompletionHandler):
@@ -42,9 +105,14 @@ class Completions(_OneModel, CompletionHandler):
 
     kind = "cmpl"
 
-    def _validate_request(self, body: dict[str, Any]) -> None:
+    def check(self, body: dict[str, Any]) -> None:
+        """Refuse what is no completion."""
         check_fields(body, COMPLETION, self.engine.name)
         check_prompt(body)
+
+    def tokenized(self, body: dict[str, Any]) -> Any:
+        """The prompt with the tokenizer's special tokens, as transformers' own server reads it."""
+        return self.engine.tokenizer(body["prompt"])
 
 
 class Chats(_OneModel, ChatCompletionHandler):
@@ -52,7 +120,8 @@ class Chats(_OneModel, ChatCompletionHandler):
 
     kind = "chatcmpl"
 
-    def _validate_request(self, body: dict[str, Any]) -> None:
+    def check(self, body: dict[str, Any]) -> None:
+        """Refuse what is no chat, and chats without a template."""
         check_fields(body, CHAT, self.engine.name)
         check_messages(body)
         if self.engine.tokenizer.chat_template is None:
@@ -61,13 +130,20 @@ class Chats(_OneModel, ChatCompletionHandler):
                 "server with --chat-template."
             )
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """As of transformers.
+    def tokenized(self, body: dict[str, Any]) -> Any:
+        """The conversation in the words of the template.
 
         Raises:
-            RequestError: the template refuses the messages.
+            RequestError: the template refuses the messages, or the answers to them cannot be parsed.
         """
+        tokenizer = self.engine.tokenizer
+        messages = self.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
         try:
-            return await super().handle_request(body, request_id)
-        except TemplateError as error:
+            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:  # a template is a program
             raise RequestError(f"the chat template refuses the messages: {error}", "messages") from error
+        try:
+            build_response_parser(tokenizer, self.engine.model, inputs["input_ids"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise RequestError(f"the tokenizer's response_template does not serve: {error}", status=500) from error
+        return inputs

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.utils import BaseHandler, CBStreamer, Modality, response_events_to_chunks
+from transformers.cli.serving.utils import (
+    BaseHandler,
+    CBStreamer,
+    Modality,
+    build_response_parser,
+    response_events_to_chunks,
+)
 from transformers.cli.serving.utils import _StreamError as StreamError
 
 __all__ = [
@@ -17,5 +23,6 @@ __all__ = [
     "CompletionHandler",
     "Modality",
     "StreamError",
+    "build_response_parser",
     "response_events_to_chunks",
 ]
