@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from report import experiments, kernels, pretrained, ranks, summary, theory
+from report import experiments, kernels, pretrained, ranks, serving, summary, theory
 
 ROOT = Path(__file__).parents[1]
 TABLES: dict[str, Callable[[], str]] = {
@@ -21,10 +21,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": kernels.step,
     "conversion": pretrained.conversion,
     "streaming": pretrained.streaming,
-    "serving": pretrained.serving,
+    "serving": serving.serving,
+    "throughput": serving.throughput,
     "speed": pretrained.speed,
     "support": pretrained.support,
-    "paged": pretrained.paged,
+    "paged": serving.paged,
     "memory": ranks.memory,
     "multigpu": ranks.multigpu,
     "pieces": ranks.pieces,

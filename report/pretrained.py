@@ -47,23 +47,6 @@ def streaming() -> str:
     return per_file("streaming-*", _streaming)
 
 
-def serving() -> str:
-    """A server under load."""
-    result = read("serving-cpu")
-    head = ["model", "clients", "minutes", "right texts", "wrong", "failed", "left early", "new tokens/s", "MiB"]
-    rows = [
-        [
-            row["model"],
-            str(row["clients"]),
-            str(row["minutes"]),
-            *(f"{row[name]:,}" for name in ("right", "wrong", "failed", "abandoned", "new tokens/s")),
-            ", ".join(str(size) for size in row["MiB in each quarter"]),
-        ]
-        for row in result["rows"]
-    ]
-    return f"CPU, {version(result)}.\n\n" + table(head, rows)
-
-
 def _speed(result: Measured) -> str:
     by_context: dict[int, list[dict[str, Any]]] = {}
     for row in result["speed"]:
@@ -96,20 +79,3 @@ def support() -> str:
 
     rows = [[feature, *(cell(r["features"].get(feature, {})) for r in results)] for feature in results[-1]["features"]]
     return table(["", *(f"transformers {result['transformers']}" for result in results)], rows)
-
-
-def paged() -> str:
-    """Bytes of continuous batching: one request as it grows, and many that share few pages."""
-    result = read("paged")
-    rows = [
-        [row["layers"], f"{row['tokens']:,}", f"{row['bytes held']:,}", f"{row['bytes allocated']:,}"]
-        for row in result["growing"]
-    ]
-    shared = result["evicted"]
-    return (
-        f"A tiny model of {result['model']['num_hidden_layers']} layers; CPU, {version(result)}.\n\n"
-        + table(["layers", "tokens", "bytes of the request", "of the paged cache"], rows)
-        + f"\n\n{shared['requests']} requests of together {shared['tokens']:,} tokens shared "
-        f"{shared['bytes allocated']:,} bytes. Pages were taken from a request {shared['evictions']} times. "
-        f"{shared['equal texts']} texts were those of `generate`."
-    )
