@@ -58,7 +58,7 @@ def check_softcap(softcap: Any) -> float | None:
     if not torch.compiler.is_compiling():
         if not isinstance(softcap, Real):
             raise TypeError(f"softcap must be a float or None, got {softcap!r}: pass one number.")
-        if not FP32.tiny <= softcap <= FP32.max:
+        if not FP32.tiny <= float(softcap) <= FP32.max:
             raise ValueError(
                 f"softcap must be finite and above 0, got {softcap} (of fp32): None leaves scores as they are."
             )
