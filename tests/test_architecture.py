@@ -42,6 +42,7 @@ ORDER = [
 
 WITHIN = {
     "ops": [
+        "checks",
         "transforms",
         "scores",
         "fusion",
@@ -71,7 +72,6 @@ WITHIN = {
         "fused.operators",
         "fused.attention",
         "dense",
-        "checks",
         "api",
         "paged",
     ],

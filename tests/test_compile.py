@@ -29,6 +29,27 @@ def test_compiled_operator_agrees_and_does_not_recompile_for_each_length(impl, s
     assert counter.frame_count <= 2  # the first length, then any length
 
 
+@pytest.mark.parametrize("way", ["blocked", "triton", "triton: decoding"])
+def test_a_compiled_graph_refuses_a_soft_cap_that_is_none(way):
+    """After a cap that is one: the graph of any cap knows none of their values."""
+    torch._dynamo.reset()
+    if way != "blocked":
+        need_triton()
+    case = Case(PiPattern(4, 5, 3), T=1 if way.endswith("decoding") else 20, S=20, B=1)
+    inputs = [x.to(DEVICE) for x in case.tensors(torch.float32, grad="decoding" not in way)]
+    impl = way.partition(":")[0]
+
+    def capped(softcap):
+        return pi_attention(*inputs[:3], case.pattern, gate=inputs[3], softcap=softcap, impl=impl)
+
+    compiled = torch.compile(capped, fullgraph=True, backend="aot_eager")
+    for softcap in (1.5, 2.5):
+        torch.testing.assert_close(compiled(softcap), capped(softcap))
+    for softcap in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="softcap must be finite and above 0"):
+            compiled(softcap)
+
+
 @pytest.mark.slow
 def test_compiled_by_inductor():
     torch._dynamo.reset()

@@ -426,5 +426,7 @@ def test_a_cache_goes_by_the_library_s_name_too(monkeypatch):
     monkeypatch.setattr("pi_attention.models.cache_argument.CACHE", "cache")
     named = takes_cache(lambda self, past_key_values=None: past_key_values)
     assert named(small, cache=cache) is named(small, past_key_values=cache) is named(small, cache) is cache
+    assert named(small, cache=None, past_key_values=cache) is named(small, cache=cache, past_key_values=None) is cache
+    assert named(small, cache=None) is None
     with pytest.raises(TypeError, match="are one argument"):
         named(small, cache=cache, past_key_values=cache)

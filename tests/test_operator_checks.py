@@ -42,6 +42,13 @@ def tensors(**shapes):
         (tensors() | {"softcap": -3.0}, ValueError, "softcap must be finite and above 0"),
         (tensors() | {"softcap": float("inf")}, ValueError, "None leaves scores as they are"),
         (tensors() | {"softcap": torch.tensor(3.0)}, TypeError, "softcap must be a float or None, got Tensor"),
+        (tensors() | {"softcap": [5.0]}, TypeError, r"softcap must be a float or None, got \[5.0\]: pass one number"),
+        (tensors() | {"softcap": 3 + 0j}, TypeError, r"softcap must be a float or None, got \(3\+0j\)"),
+        (tensors() | {"softcap": 1e39}, ValueError, r"softcap must be finite and above 0, got 1e\+39 \(of fp32\)"),
+        (tensors() | {"softcap": 1e-46}, ValueError, "softcap must be finite and above 0, got 1e-46"),
+        (tensors() | {"scale": [5.0]}, TypeError, r"scale must be a float, got \[5.0\]: pass one number"),
+        (tensors() | {"sink_logit": 0.5}, TypeError, r"got 0.5: one number serves all heads as torch.full"),
+        (tensors() | {"sink_logit": torch.zeros(4).int()}, TypeError, "got torch.int32: cast it to float32"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, words):

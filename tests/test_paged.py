@@ -110,3 +110,45 @@ def test_kernels_that_are_named_and_cannot_serve_are_refused():
             paged_attention(given_query, key, value, pages, PiPattern(4, 4, 2), impl="triton")
     with pytest.raises(NotImplementedError, match="float64"):
         paged_attention(problem[0], key, value, pages, PiPattern(4, 4, 2), impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"softcap": 0.0}, "softcap must be finite and above 0, got 0.0"),
+        ({"softcap": -1.0}, "softcap must be finite and above 0, got -1.0"),
+        ({"softcap": float("nan")}, "softcap must be finite and above 0, got nan"),
+        ({"scale": float("nan")}, "scale must be finite, got nan"),
+        ({"sink_logit": torch.zeros(1)}, r"sink_logit must be \[H\] = \(4,\), got \(1,\)"),
+        ({"gate": torch.zeros(2, 1, 1)}, r"gate must be \[B, H, T\] = \(2, 4, 1\), got \(2, 1, 1\)"),
+        ({"fusion": "gat"}, "fusion must be one of .* got 'gat'"),
+        ({"pattern": PiPattern(4, (4, 8), 2)}, "period has 2 entries but there are 4 query heads"),
+        ({"pattern": PiPattern(4, 4, 2, causal=False)}, "pattern has causal=False"),
+        ({"query": torch.zeros(3, 4, 1, 8)}, r"query must be \[N, H, 1, D\] with N = 2, .* got \(3, 4, 1, 8\)"),
+        ({"query": torch.zeros(2, 4, 2, 8)}, r"query must be \[N, H, 1, D\] with N = 2, .* got \(2, 4, 2, 8\)"),
+    ],
+)
+def test_wrong_arguments_are_named_before_a_kernel_or_a_gathered_key(arguments, words, way):
+    key, value = torch.zeros(2, 14, 2, 8)
+    call = {"query": torch.zeros(2, 4, 1, 8), "pattern": PiPattern(4, 4, 2)} | arguments
+    call = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+    pages = Pages.of((9, 5), torch.arange(14, device=DEVICE))
+    with pytest.raises(ValueError, match=words):
+        paged_attention(key=key.to(DEVICE), value=value.to(DEVICE), pages=pages, impl=way, **call)
+
+
+def test_a_pattern_that_is_none_is_named():
+    with pytest.raises(TypeError, match="PiPattern"):
+        paged_attention(torch.zeros(1, 4, 1, 8), *torch.zeros(2, 9, 2, 8), Pages.of([9], torch.arange(9)), "local")
+
+
+def test_a_strided_sink_logit_is_read_as_it_is(way):
+    lengths, problem = (30, 9), requests((30, 9))
+    base = torch.tensor([[0.3, 7.0], [-1.0, 7.0], [2.0, 7.0], [0.0, 7.0]], dtype=torch.float32)
+    device, dtype = ("cpu", torch.float64) if way != "triton" else (DEVICE, torch.float32)
+    query, gate, (key, value) = (x.to(device, dtype) for x in problem[:3])
+    pages = Pages.of(lengths, problem[3].to(device))
+    sink = base.to(device)[:, 0]
+    got = paged_attention(query, key, value, pages, PATTERNS[1], gate=gate, sink_logit=sink, impl=way)
+    want = one_by_one(*problem, lengths, PATTERNS[1], sink_logit=base[:, 0])
+    assert_close(got.to("cpu", torch.float64), want, way)

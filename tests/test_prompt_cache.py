@@ -241,6 +241,58 @@ def test_damaged_and_foreign_files_are_refused(saved):
         load_prompt_cache(path.with_name("none"), model)
 
 
+def test_an_edit_of_any_column_makes_another_model(tmp_path):
+    model = PiForCausalLM(PiConfig(**SIZES | PLAIN | {"vocab_size": 500})).eval()
+    ids, path = batch_of(9)[0], tmp_path / "file"
+    save_prompt_cache(read(model, ids), path, model, ids)
+    weight = model.model.embed_tokens.weight
+    for columns in (slice(0, None, 2), slice(1, None, 2), slice(31, None), slice(0, 1)):
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight[:, columns] += 0.5
+        with pytest.raises(ValueError, match="other weights"):
+            load_prompt_cache(path, model)
+        weight.data.copy_(before)
+    load_prompt_cache(path, model)
+
+
+@pytest.mark.parametrize("name", ["pi: sinks", "llama: sinks"])
+def test_what_is_no_causal_model_or_no_tokens_is_named(name, tmp_path):
+    model, ids, path = model_of(name), batch_of(9)[0], tmp_path / "file"
+    cache = read(model, ids)
+    for part in (model.model, None):
+        with pytest.raises(TypeError, match=f"model is a {type(part).__name__}: pass the causal model"):
+            save_prompt_cache(cache, path, part, ids)
+    for tokens in (None, [[1, 2]]):
+        with pytest.raises(TypeError, match=rf"input_ids must be a Tensor \[B, T\], got {type(tokens).__name__}"):
+            save_prompt_cache(cache, path, model, tokens)
+    assert not path.exists()
+    save_prompt_cache(cache, path, model, ids)
+    for part in (model.model, None):
+        with pytest.raises(TypeError, match=f"model is a {type(part).__name__}: pass the causal model"):
+            load_prompt_cache(path, part)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("cache_implementation", "static"), ("num_beams", 2), ("num_return_sequences", 2)]
+)
+def test_settings_that_no_prompt_cache_serves_are_named_before_a_file_is_written(setting, value, tmp_path):
+    model, path = model_of("pi: bytes"), tmp_path / "prompt"
+    setattr(model.generation_config, setting, value)
+    with pytest.raises(ValueError, match=f"prompt_cache cannot serve {setting}={value!r} of the model's generation"):
+        generate_text(model, byte_tokenizer(), "a manual", max_new_tokens=2, prompt_cache=path)
+    assert not path.exists()
+
+
+def test_errors_of_a_file_name_the_argument_that_was_given(saved):
+    model, path = saved
+    path.write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"prompt_cache='.*' is damaged"):
+        generate_text(model_of("pi: bytes"), byte_tokenizer(), "a manual", prompt_cache=path)
+    with pytest.raises(ValueError, match=r"^path='.*' is damaged"):
+        load_prompt_cache(path, model)
+
+
 def test_what_cannot_be_saved_is_refused_and_the_earlier_file_stays(saved, monkeypatch):
     model, path = saved
     ids, before = batch_of(30)[0], path.read_bytes()

@@ -388,6 +388,52 @@ def test_a_sink_logit_of_minus_infinity_is_none(fusion, impl):
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
+@pytest.mark.parametrize("queries", [20, 1])
+def test_a_sink_logit_has_any_strides_and_dtype(queries, fast, monkeypatch):
+    """One after the other, of one shape: what was compiled or planned for the first must not serve the second."""
+    case = Case(PiPattern(5, 7, 4, sinks=1), T=queries, S=20, B=1)
+    inputs, base = case.tensors(grad=False), torch.tensor([[3.0, 9.0], [-2.0, 9.0], [0.5, 9.0], [8.0, 9.0]])
+    read = dtypes_read(monkeypatch) if fast == "triton" else {}
+    for logit in (base[:, 0].contiguous(), base[:, 0], torch.tensor(2.0).expand(4), base[:, 0].bfloat16()):
+        for grad in (False, True):
+            given = logit.detach().requires_grad_(grad)
+            out, want = case.run(fast, (*inputs, given)), case.run("reference", (*inputs, given))
+            assert_close(out, want, fast)
+            if grad:
+                grads = [torch.autograd.grad(x.sum(), given)[0] for x in (out, want)]
+                assert grads[0].dtype == logit.dtype
+                assert_close(*grads, fast, **{"rtol": 1e-2, "atol": 1e-2} if logit.itemsize == 2 else {})
+    assert all(len(forms) == 1 for forms in read.values())
+
+
+def dtypes_read(monkeypatch):
+    """The dtypes of the tensors that each planned launch takes."""
+    from pi_attention.ops.fused.compiled import Step
+
+    read, launch = {}, Step.__call__
+
+    def noting(self, tensors):
+        dtypes = tuple(x.dtype if isinstance(x, torch.Tensor) else None for x in tensors)
+        read.setdefault(self, set()).add(dtypes)
+        return launch(self, tensors)
+
+    monkeypatch.setattr(Step, "__call__", noting)
+    return read
+
+
+@pytest.mark.parametrize("logit", [0.0, -torch.inf])
+@pytest.mark.parametrize("fusion", ["gate", "mass"])
+def test_no_gradient_is_nan_where_a_gate_beside_a_sink_logit_is_infinite(fusion, logit, impl):
+    segments = ((-1,) * 4 + (0,) * 16, (-1,) * 2 + (0,) * 18)
+    case = Case(PiPattern(3, 4, 2), T=20, S=20, fusion=fusion, segments=segments, sink_logit=True)
+    for infinite in (torch.inf, -torch.inf):
+        query, key, value, gate, _ = case.tensors()
+        gate = torch.full_like(gate, infinite, requires_grad=True)
+        inputs = query, key, value, gate, torch.full((case.H,), logit, dtype=query.dtype, requires_grad=True)
+        grads = torch.autograd.grad(case.run(impl, inputs).square().sum(), inputs)
+        assert all(grad.isfinite().all() for grad in grads)
+
+
 def test_a_large_soft_cap_is_none_and_a_small_one_makes_scores_equal(impl):
     case = Case(PiPattern(5, 7, 4))
     query, key, value, gate = case.tensors(grad=False)

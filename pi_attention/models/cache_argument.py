@@ -22,10 +22,11 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def renaming(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if CACHE in kwargs:
+        cache = kwargs.pop(CACHE, None)
+        if cache is not None:
             if kwargs.get(OURS) is not None:
                 raise TypeError(f"{CACHE} and {OURS} are one argument: leave one of them out.")
-            kwargs[OURS] = kwargs.pop(CACHE)
+            kwargs[OURS] = cache
         return forward(self, *args, **kwargs)
 
     return renaming

@@ -61,7 +61,7 @@ def save_prompt_cache(
         attention_mask: [B, T], 0 for padding.
 
     Raises:
-        TypeError: the cache is not one of ours.
+        TypeError: the cache is not one of ours, the model is none that generates, or the tokens are no tensor.
         ValueError: it is empty or of another model's patterns, the tokens are not those in it, or the path cannot be
             written.
         NotImplementedError: the weights of the model are spread over devices.
@@ -70,6 +70,11 @@ def save_prompt_cache(
     need_new_file("path", path)
     if not isinstance(cache, PiCache | PiStaticCache):
         raise TypeError(f"cache is a {type(cache).__name__}: pass a PiCache, as model.new_cache() makes it.")
+    _need_causal_model(model)
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids must be a Tensor [B, T], got {type(input_ids).__name__}: pass all tokens in the cache."
+        )
     check_cache(cache, model.config.patterns())
     check_inputs(input_ids, None, attention_mask, None)
     layers = [layer.storage.held() for layer in cache.layers]
@@ -103,18 +108,24 @@ def load_prompt_cache(path: str | Path, model: Any, *, max_length: int | None = 
         max_length: of a `PiStaticCache` to fill, whichever was saved; None fills a `PiCache`.
 
     Raises:
+        TypeError: the model is none that generates.
         FileNotFoundError: there is no such file.
         ValueError: it is damaged or no prompt cache, or of another model; the message names what differs. Or
             max_length leaves no room.
     """
-    path = Path(path)
-    need_file("path", path, "a file that save_prompt_cache wrote")
-    header, tensors = _read(path)
+    return load_named("path", Path(path), model, max_length)
+
+
+def load_named(argument: str, path: Path, model: Any, max_length: int | None = None) -> PromptCache:
+    """`load_prompt_cache` for a caller whose own argument names the file: errors are of that."""
+    _need_causal_model(model)
+    need_file(argument, path, "a file that save_prompt_cache wrote")
+    header, tensors = _read(argument, path)
     differs = difference(header["model"], fingerprint(model))
     if differs is not None:
         raise ValueError(
-            f"path={shown(path)} is the cache of another model, with {differs}: load the model that it was saved with, "
-            "or read the prompt again."
+            f"{argument}={shown(path)} is the cache of another model, with {differs}: load the model that it was "
+            "saved with, or read the prompt again."
         )
     patterns = model.config.patterns()
     rows = len(tensors["input_ids"])
@@ -122,6 +133,15 @@ def load_prompt_cache(path: str | Path, model: Any, *, max_length: int | None = 
     _fill(cache, header["length"], tensors, _devices(model, len(patterns)))
     mask = tensors.get("attention_mask")
     return PromptCache(cache, tensors["input_ids"].to(model.device), None if mask is None else mask.to(model.device))
+
+
+def _need_causal_model(model: Any) -> None:
+    """Raise TypeError for what is no causal model of ours: it alone makes caches and goes on from them."""
+    if not hasattr(model, "new_cache"):  # wrappers such as those of PEFT pass it through
+        raise TypeError(
+            f"model is a {type(model).__name__}: pass the causal model, a PiForCausalLM or what convert returns, "
+            "and not a part of it."
+        )
 
 
 def _fill(cache: BoundedCache, length: int, tensors: dict[str, Tensor], devices: list[torch.device]) -> None:
@@ -149,7 +169,7 @@ def _contents(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
     }
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(argument: str, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file, each as it was written.
 
     Raises:
@@ -160,18 +180,20 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             noted = file.metadata() or {}
             if not noted.get("format", "").startswith(FORMAT.rstrip("1234567890")):
-                raise ValueError(f"path={shown(path)} is no prompt cache: give a file that save_prompt_cache wrote.")
+                raise ValueError(
+                    f"{argument}={shown(path)} is no prompt cache: give a file that save_prompt_cache wrote."
+                )
             if noted["format"] != FORMAT:
-                raise ValueError(f"path={shown(path)} is a {noted['format']}, and this version reads {FORMAT}.")
+                raise ValueError(f"{argument}={shown(path)} is a {noted['format']}, and this version reads {FORMAT}.")
             text = noted.get("header", "")
             if noted.get("checksum") != str(zlib.crc32(text.encode())):
-                raise ValueError(f"path={shown(path)} is damaged, its header has changed: {remedy}")
+                raise ValueError(f"{argument}={shown(path)} is damaged, its header has changed: {remedy}")
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 no dict
     except SafetensorError as error:
-        raise ValueError(f"path={shown(path)} is damaged, or no prompt cache ({error}): {remedy}") from error
+        raise ValueError(f"{argument}={shown(path)} is damaged, or no prompt cache ({error}): {remedy}") from error
     header = json.loads(text)
     found = _contents(tensors)
     changed = [name for name in {**header["tensors"], **found} if header["tensors"].get(name) != found.get(name)]
     if changed:
-        raise ValueError(f"path={shown(path)} is damaged, the bytes of {changed[0]} have changed: {remedy}")
+        raise ValueError(f"{argument}={shown(path)} is damaged, the bytes of {changed[0]} have changed: {remedy}")
     return header, tensors

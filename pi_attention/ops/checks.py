@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from pi_attention.pattern import PiPattern, need_pattern
 
 FUSIONS = ("gate", "mass")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FP32 = torch.finfo(torch.float32)
+"""In which scores are capped, of all inputs but fp64."""
 
 
 def refuse_context_parallel() -> None:
@@ -35,26 +38,42 @@ def check_scale(scale: Any) -> float:
     """
     if isinstance(scale, Tensor | str | bool):
         raise TypeError(f"scale must be a float, got {type(scale).__name__}: multiply the query by what is learned.")
-    if not torch.compiler.is_compiling() and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}: None is 1/√D.")
+    if not torch.compiler.is_compiling():
+        if not isinstance(scale, Real):
+            raise TypeError(f"scale must be a float, got {scale!r}: pass one number, or None for 1/√D.")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}: None is 1/√D.")
     return float(scale)
 
 
 def check_softcap(softcap: Any) -> float | None:
-    """The cap of the scores, or None for none; TypeError or ValueError where it is no finite number above 0."""
+    """The cap of the scores, or None for none; TypeError or ValueError where it is no number above 0, finite in fp32.
+
+    While torch.compile traces, a number has no value yet: the operators of a compiled graph ask again when they run.
+    """
     if softcap is None:
         return None
     if isinstance(softcap, Tensor | str | bool):
-        raise TypeError(f"softcap must be a float or None, got {type(softcap).__name__}.")
-    if not torch.compiler.is_compiling() and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be finite and above 0, got {softcap}: None leaves scores as they are.")
+        raise TypeError(f"softcap must be a float or None, got {type(softcap).__name__}: pass one number.")
+    if not torch.compiler.is_compiling():
+        if not isinstance(softcap, Real):
+            raise TypeError(f"softcap must be a float or None, got {softcap!r}: pass one number.")
+        if not FP32.tiny <= float(softcap) <= FP32.max:
+            raise ValueError(
+                f"softcap must be finite and above 0, got {softcap} (of fp32): None leaves scores as they are."
+            )
     return float(softcap)
 
 
 def check_sink_logit(sink_logit: Any, query: Tensor) -> None:
     """Raise TypeError or ValueError where `sink_logit` is no floating-point tensor [H] beside the query."""
-    if not isinstance(sink_logit, Tensor) or not sink_logit.is_floating_point():
-        raise TypeError("sink_logit must be a floating-point Tensor [H], or None.")
+    if not isinstance(sink_logit, Tensor):
+        raise TypeError(
+            f"sink_logit must be a floating-point Tensor [H] or None, got {sink_logit!r}: one number serves all heads "
+            "as torch.full((H,), number)."
+        )
+    if not sink_logit.is_floating_point():
+        raise TypeError(f"sink_logit must be a floating-point Tensor [H], got {sink_logit.dtype}: cast it to float32.")
     check_layout("sink_logit", sink_logit, "[H]")
     if sink_logit.shape != query.shape[1:2]:
         raise ValueError(
@@ -63,6 +82,26 @@ def check_sink_logit(sink_logit: Any, query: Tensor) -> None:
         )
     if sink_logit.device != query.device:
         raise ValueError(f"sink_logit is on {sink_logit.device} but query is on {query.device}: use one device.")
+
+
+def check_fusion(fusion: Any) -> None:
+    """Raise ValueError for a fusion that there is not."""
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion must be one of {FUSIONS}, got {fusion!r}.")
+
+
+def check_gate(gate: Any, query: Tensor) -> None:
+    """Raise TypeError or ValueError where `gate` is no floating-point tensor [B, H, T] beside the query."""
+    if not isinstance(gate, Tensor) or not gate.is_floating_point():
+        raise TypeError("gate must be a floating-point Tensor [B, H, T] of logits, or None.")
+    check_layout("gate", gate, "[B, H, T]")
+    if gate.shape != query.shape[:3]:
+        raise ValueError(
+            f"gate must be [B, H, T] = {tuple(query.shape[:3])}, got {tuple(gate.shape)}: "
+            "one logit for each query token and query head."
+        )
+    if gate.device != query.device:
+        raise ValueError(f"gate is on {gate.device} but query is on {query.device}: move them to one device.")
 
 
 def check_layout(name: str, x: Tensor, layout: str) -> None:
@@ -130,19 +169,9 @@ def check_arguments(
     need_pattern(pattern)
     pattern.check_heads(query.shape[1])
     pattern.check_length(key.shape[2])
-    if fusion not in FUSIONS:
-        raise ValueError(f"fusion must be one of {FUSIONS}, got {fusion!r}.")
+    check_fusion(fusion)
     if gate is not None:
-        if not isinstance(gate, Tensor) or not gate.is_floating_point():
-            raise TypeError("gate must be a floating-point Tensor [B, H, T] of logits, or None.")
-        check_layout("gate", gate, "[B, H, T]")
-        if gate.shape != query.shape[:3]:
-            raise ValueError(
-                f"gate must be [B, H, T] = {tuple(query.shape[:3])}, got {tuple(gate.shape)}: "
-                "one logit for each query token and query head."
-            )
-        if gate.device != query.device:
-            raise ValueError(f"gate is on {gate.device} but query is on {query.device}: move them to one device.")
+        check_gate(gate, query)
     if segment_ids is not None:
         if not isinstance(segment_ids, Tensor) or segment_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError("segment_ids must be an int32 Tensor [B, S], or None: see segments_from_mask.")

@@ -70,5 +70,7 @@ def fuse_bands(
 def _lse_of_both(lse_local: Tensor, lse_skip: Tensor, gate: Tensor | None) -> Tensor:
     """log(exp(λ + a) + exp(μ)); λ where there is no skip key."""
     no_skip = lse_skip == -torch.inf
-    raised = lse_local if gate is None else lse_local + gate.to(lse_local.dtype)
+    raised = lse_local
+    if gate is not None:  # masked before the sum: −∞ + ∞ of a padding query would be NaN, and its gradient, too
+        raised = lse_local + gate.to(lse_local.dtype).masked_fill(no_skip, 0.0)
     return torch.where(no_skip, lse_local, torch.logaddexp(raised, lse_skip.masked_fill(no_skip, 0.0)))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pi_attention.ops.api import Fusion, Impl, pi_attention
+from pi_attention.ops.checks import check_fusion, check_gate, check_scale, check_sink_logit, check_softcap
 from pi_attention.ops.fused.attention import is_decoding, note_failure, paged_decoding, why_not_auto, why_not_triton
-from pi_attention.pattern import PiPattern
+from pi_attention.pattern import PiPattern, need_pattern
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,14 @@ def paged_attention(
         fusion, scale, sink_logit, softcap, impl: see `pi_attention`; "reference" and "blocked" gather.
 
     Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, its value and the remedy.
         NotImplementedError: impl="triton" cannot serve this call; the message says why.
     """
+    _check_call(query, pages, pattern, gate, fusion)
+    scale = None if scale is None else check_scale(scale)
+    softcap = None if softcap is None else check_softcap(softcap)
+    if sink_logit is not None:
+        check_sink_logit(sink_logit, query)
     options: Any = {"gate": gate, "fusion": fusion, "scale": scale, "impl": impl}
     options |= {"sink_logit": sink_logit, "softcap": softcap}
     if _kernels_serve(query, key, value, gate, pattern, sink_logit, impl):
@@ -95,6 +102,25 @@ def paged_attention(
                 raise
     keys, values, ids = pages.gathered(key, value)
     return pi_attention(query, keys, values, pattern, segment_ids=ids, **options)
+
+
+def _check_call(query: Tensor, pages: Pages, pattern: PiPattern, gate: Tensor | None, fusion: str) -> None:
+    """Raise for what neither the kernels nor the gathered keys could serve; those are checked when gathered."""
+    requests = len(pages.lengths)
+    if query.dim() != 4 or query.shape[0] != requests or query.shape[2] != 1:
+        raise ValueError(
+            f"query must be [N, H, 1, D] with N = {requests}, the requests of pages, got {tuple(query.shape)}: "
+            "one new token of each request."
+        )
+    need_pattern(pattern)
+    pattern.check_heads(query.shape[1])
+    if not pattern.causal:
+        raise ValueError(
+            "pattern has causal=False, and a request's new token has no later keys to see: pass a causal pattern."
+        )
+    check_fusion(fusion)
+    if gate is not None:
+        check_gate(gate, query)
 
 
 def _kernels_serve(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer, set_seed
 
-from pi_attention.models import PiCache, PiStaticCache, load_prompt_cache, save_prompt_cache
+from pi_attention.models import PiCache, PiStaticCache, save_prompt_cache
 from pi_attention.models.cache_argument import CACHE
+from pi_attention.models.prompt_cache import load_named
 from pi_attention.paths import need_new_file, status_of
 
 CHUNK = 4096
@@ -92,8 +93,9 @@ def generate_text(
 
 def _read_before(model: Any, input_ids: Tensor, path: Path) -> PiCache | PiStaticCache:
     """The cache of a prompt [1, T] without its last tokens: of the file, which is written where there is none."""
+    _need_one_growing_cache(model)
     if status_of("prompt_cache", path) is not None:
-        saved = load_prompt_cache(path, model)
+        saved = load_named("prompt_cache", path, model)
         known = saved.input_ids.shape[1]
         if known >= input_ids.shape[1] or not torch.equal(input_ids[:, :known], saved.input_ids):
             raise ValueError(
@@ -116,3 +118,15 @@ def _read_before(model: Any, input_ids: Tensor, path: Path) -> PiCache | PiStati
     cache = getattr(begun, CACHE)
     save_prompt_cache(cache, path, model, first)
     return cache
+
+
+def _need_one_growing_cache(model: Any) -> None:
+    """Raise ValueError where the model's generation config asks for what a cache of one read prompt cannot serve."""
+    config = getattr(model, "generation_config", None)
+    for name, plain in (("cache_implementation", None), ("num_beams", 1), ("num_return_sequences", 1)):
+        value = getattr(config, name, None)
+        if value not in (None, plain):
+            raise ValueError(
+                f"prompt_cache cannot serve {name}={value!r} of the model's generation config: set it to {plain} in "
+                "generation_config.json, or leave prompt_cache out."
+            )

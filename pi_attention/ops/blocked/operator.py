@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pi_attention.ops.blocked.band import band_backward as eager_band_backward
 from pi_attention.ops.blocked.band import band_forward
+from pi_attention.ops.checks import check_softcap
 from pi_attention.ops.fusion import compute_dtype
 from pi_attention.pattern import PiPattern
 
@@ -27,7 +28,8 @@ def band(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One band of the encoded pattern: see `band.band_forward`."""
+    """One band of the encoded pattern: see `band.band_forward`. The soft cap of a compiled graph is checked here."""
+    softcap = check_softcap(softcap)
     return band_forward(query, key, value, starts, PiPattern.from_ints(pattern), skip, scale, softcap)
 
 

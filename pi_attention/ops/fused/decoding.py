@@ -12,7 +12,7 @@ from triton import cdiv
 
 from pi_attention.ops.fused.compiled import Constants, Kernel, Step
 from pi_attention.ops.fused.kernels.decode import decode_kernel, join_kernel
-from pi_attention.ops.fused.launch import LOG2E, empty_as, on_device, pair_of_rows_like, table_of
+from pi_attention.ops.fused.launch import LOG2E, empty_as, on_device, one_a_head, pair_of_rows_like, table_of
 from pi_attention.ops.fused.tiling import Problem, heads_differ, multiprocessors, padded, row_lags
 
 decode = Kernel(decode_kernel)
@@ -93,5 +93,5 @@ def run_decode(
         starts = absent if starts is None else starts
         bands = absent if plan.bands is None else plan.bands
         plan.parts((query, key, value, starts, bands, parts, part_lse))
-        plan.join((parts, part_lse, lse if gate is None else gate, out, lse, skip_lse, sink_logit))
+        plan.join((parts, part_lse, lse if gate is None else gate, out, lse, skip_lse, one_a_head(sink_logit)))
     return out, lse, skip_lse

@@ -136,7 +136,7 @@ def run_forward(
         gates = lse if gate is None else gate
         other = (out, lse) if skip_out is None else (skip_out, skip_lse)
         keys = described_keys(key, value, plan.block)
-        plan.local((query, *keys, starts, absent, gates, *other, key, value, out, lse, sink_logit))
+        plan.local((query, *keys, starts, absent, gates, *other, key, value, out, lse, one_a_head(sink_logit)))
     return out, lse, skip_out, skip_lse
 
 
@@ -151,6 +151,11 @@ def pair_of_rows_like(query: Tensor) -> tuple[Tensor, Tensor]:
         return _rows_like(query), _rows_like(query)
     first, second = torch.empty((2, batch, heads, length), dtype=torch.float32, device=query.device)
     return first, second
+
+
+def one_a_head(sink_logit: Tensor | None) -> Tensor | None:
+    """A sink logit [H] as the kernels read it, whatever its strides and dtype: they are compiled for one of each."""
+    return None if sink_logit is None else sink_logit.to(torch.float32).contiguous()
 
 
 def empty_as(x: Tensor) -> Tensor:
@@ -300,7 +305,7 @@ def run_backward(
     of_rows = (
         *(out, skip_out, skip_lse, lse if grad_lse is None else grad_lse),
         *(lse if grad_skip_lse is None else grad_skip_lse, lse if gate is None else gate),
-        *(terms if grad_gate is None else grad_gate, sink_logit, of_sink),
+        *(terms if grad_gate is None else grad_gate, one_a_head(sink_logit), of_sink),
     )
     with on_device(problem.device):
         keys = described_keys(key, value, plan.block)

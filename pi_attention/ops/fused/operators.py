@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pi_attention.ops.checks import check_softcap
 from pi_attention.pattern import PiPattern
 
 # Defined without torch.library.custom_op or register_autograd, which cost each call some 50 µs more.
@@ -42,12 +43,14 @@ def run_fused(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output and log-sum-exp, then those of the skip band (empty tensors without one).
 
-    The log-sum-exps are of the scores alone; a sink logit [H] has its share of the output only.
+    The log-sum-exps are of the scores alone; a sink logit [H] has its share of the output only. The soft cap of a
+    compiled graph is checked here.
     """
     from pi_attention.ops.fused.launch import run_forward
     from pi_attention.ops.fused.tiling import problem_of
 
     shape = PiPattern.from_ints(pattern)
+    softcap = None if softcap is None else check_softcap(softcap)
     problem = problem_of(query, key, value, gate, starts, shape, mass, scale, sink_logit, softcap)
     out, lse, skip_out, skip_lse = run_forward(query, key, value, gate, starts, sink_logit, problem)
     if skip_out is None or skip_lse is None:
@@ -232,6 +235,7 @@ def run_decoding(
     from pi_attention.ops.fused.tiling import problem_of
 
     shape = PiPattern.from_ints(pattern)
+    softcap = None if softcap is None else check_softcap(softcap)
     problem = problem_of(query, key, value, gate, starts, shape, mass, scale, sink_logit, softcap)
     return run_decode(query, key, value, gate, starts, sink_logit, problem)
 
