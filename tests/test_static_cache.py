@@ -41,7 +41,7 @@ def test_left_padded_rows_equal_separate_ones(model, padding):  # noqa: F811
     ids, mask = prompt(2, 30), torch.ones(2, 30, dtype=torch.long)
     mask[1, :padding] = 0
     together, _ = both_ways(model, ids, attention_mask=mask)
-    _, alone = both_ways(model, ids[1:, padding:])
+    _, alone = both_ways(model, ids[1:, padding:], attention_mask=mask[1:, padding:])  # or a token 0 were padding
     assert torch.equal(together[1, padding:], alone[0])
 
 
