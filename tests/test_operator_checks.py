@@ -70,9 +70,7 @@ def test_an_explicit_implementation_never_falls_back(arguments, words):
 
 
 def test_without_a_gpu_the_kernels_say_so(monkeypatch):
-    from triton import knobs
-
-    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr("pi_attention.ops.fused.attention.INTERPRETED", False)
     with pytest.raises(NotImplementedError, match="needs a GPU"):
         pi_attention(**tensors(), pattern=PATTERN, impl="triton")
 

@@ -24,11 +24,8 @@ def why_not_triton(query: Tensor) -> str | None:
     """Why the kernels cannot serve a call with this query; None when they can."""
     if not HAS_TRITON:
         return "the package triton is not installed"
-    if not query.is_cuda:
-        from triton import knobs
-
-        if not knobs.runtime.interpret:
-            return f"the tensors are on {query.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
+    if not query.is_cuda and not INTERPRETED:
+        return f"the tensors are on {query.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
     if transforming():
         return "forward mode and the transforms of torch.func are asked for, and the kernels have reverse mode alone"
     if query.dtype == torch.bfloat16 and (not query.is_cuda or INTERPRETED):
