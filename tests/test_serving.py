@@ -8,6 +8,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import need_triton
+from small_models import HEADS, HYBRID, PLAIN, SIZES, converted, own, prompts_of, telling
 from transformers import (
     ContinuousBatchingConfig,
     Gemma3ForCausalLM,
@@ -22,8 +23,6 @@ from transformers import (
 )
 
 from benchmarks.paged import served
-from pi_attention import PiPattern
-from pi_attention.convert import convert
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.models.continuous import KNOWN
 from pi_attention.ops import paged
@@ -32,30 +31,6 @@ from pi_attention.ops.fused.attention import paged_decoding, why_not_triton
 known = pytest.mark.skipif(
     ".".join(transformers.__version__.split(".")[:2]) not in KNOWN, reason="continuous batching of another transformers"
 )
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 400,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-}
-HYBRID = {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
-PLAIN = {"window": 8, "period": 5, "skips": 4}
-HEADS = {"window": 6, "period": [1, 5, 16, 7], "phase": [0, 2, 3, 1], "skips": 4}
-
-
-def own(**settings):
-    return lambda: PiForCausalLM(PiConfig(**SIZES | settings))
-
-
-def converted(kind, config, pattern, gate=True, **more):
-    return lambda: convert(kind(config(**SIZES | more)), PiPattern(**pattern), gate=gate)
-
-
 MODELS = {
     "pi": own(**PLAIN),
     "pi: sinks": own(**PLAIN, sinks=3),
@@ -81,19 +56,7 @@ MODELS = {
 
 def model_of(name):
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    with torch.no_grad():
-        for part, weight in model.named_parameters():
-            if "gate" in part and "gate_proj" not in part:
-                weight.normal_(std=0.5)
-            elif weight.dim() == 2:
-                weight.mul_(4.0)  # texts that depend on what the layers see
-    return model
-
-
-def prompts_of(lengths, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 99, (length,), generator=generator).tolist() for length in lengths]
+    return telling(MODELS[name]())
 
 
 def wanted(model, prompt, tokens):

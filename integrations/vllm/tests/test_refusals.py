@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import SMALL
-from models import PLAIN, SIZES
+from small_models import PLAIN, SIZES
 from transformers import Gemma2Config, LlamaConfig
 from vllm.engine.arg_utils import EngineArgs
 

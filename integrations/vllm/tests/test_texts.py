@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import SMALL, engine, managers, served, wanted
-from models import MODELS, model_of, prompts_of
+from models import MODELS, model_of
+from small_models import prompts_of
 
 MORE = """
 import json, sys
