@@ -1,7 +1,7 @@
 """A converted model against its dense original under transformers' continuous batching: tokens/s, first token, cache.
 
     python -m benchmarks.throughput --out benchmarks/results/throughput-nvidia-h200.json --minutes 60
-    python -m benchmarks.throughput --out /tmp/toy.json --toy       # on a CPU, in seconds
+    python -m benchmarks.throughput --out toy.json --toy            # on a CPU, in seconds
 
 Models have random weights of real shapes. Both run under the same manager and settings, in turn. A row is written when
 its cell is measured; the same command goes on where an earlier one stopped. The converted model's texts must be those

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pi_attention.models.configuration_pi import DENSE
 from pi_attention.models.paged import SINKS, ContinuousBatchingManager, install_allocator, paged_call
+from pi_attention.models.ragged import Bounded
+from pi_attention.models.rotary import moving_rope_types
 from pi_attention.pattern import PiPattern
 
 CACHED = "_cached_continuous_batching_manager"
 UNTESTED = ("use_cuda_graph", "use_async_batching", "varlen_compile_config", "decode_compile_config")
 """Settings of transformers that were not tried with our models: refused where they are asked for, off otherwise."""
-MOVING = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies depend on the longest text in a batch."""
 
 
 def paged_config(model: Any) -> Any:
@@ -26,15 +25,14 @@ def paged_config(model: Any) -> Any:
     A layer that sees every earlier token, dense or with skips=None, keeps all of them.
     """
     patterns = model.config.patterns()
-    bounded = [p for p in patterns if p.reach is not None and p.reach < DENSE.window - 1]
+    bounded = Bounded.among(patterns)
     config = deepcopy(model.config.get_text_config())
     config._attn_implementation = "pi"  # or the manager makes dense masks, which nobody reads
-    config.layer_types = ["sliding_attention" if p in bounded else "full_attention" for p in patterns]
+    config.layer_types = ["sliding_attention" if p in bounded.patterns else "full_attention" for p in patterns]
     config.sliding_window = None
-    if bounded:
-        sinks = max(p.sinks for p in bounded)
-        config.sliding_window = sinks + max(p.reach for p in bounded) + 1
-        setattr(config, SINKS, sinks)
+    if bounded.patterns:
+        config.sliding_window = bounded.sinks + bounded.reach + 1
+        setattr(config, SINKS, bounded.sinks)
     return config
 
 
@@ -130,11 +128,8 @@ def _need_tested(model: Any, settings: Any) -> None:
         raise NotImplementedError(f"continuous batching of π-Attention runs without {asked[0]}: leave it out.")
     if getattr(model, "_device_mesh", None) is not None:
         raise NotImplementedError("continuous batching of π-Attention runs on one device: load it without tp_plan.")
-    rotary = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
-    for kind in MOVING:
-        if kind in kinds:
-            raise NotImplementedError(
-                f"continuous batching cannot serve rope_type={kind!r}: its frequencies depend on the longest request "
-                "of a batch. Use generate."
-            )
+    for kind in moving_rope_types(model.config.get_text_config()):
+        raise NotImplementedError(
+            f"continuous batching cannot serve rope_type={kind!r}: its frequencies depend on the longest request "
+            "of a batch. Use generate."
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,25 @@ from transformers.cache_utils import Cache
 
 from pi_attention.cache.contract import RaggedKeys
 from pi_attention.models.caching import BoundedCache
+from pi_attention.models.configuration_pi import DENSE
 from pi_attention.nn.sources import Operator
+from pi_attention.ops.paged import Pages
 from pi_attention.pattern import PiPattern
+
+
+class Bounded(NamedTuple):
+    """The layers that keep sinks and the tokens in reach; the others, dense or with skips=None, keep every token."""
+
+    patterns: list[PiPattern]
+    reach: int
+    """The longest of them, for which all have room; so with sinks."""
+    sinks: int
+
+    @classmethod
+    def among(cls, patterns: list[PiPattern]) -> Bounded:
+        """Of the layers of a model."""
+        kept = [p for p in patterns if p.reach is not None and p.reach < DENSE.window - 1]
+        return cls(kept, max((p.reach or 0 for p in kept), default=0), max((p.sinks for p in kept), default=0))
 
 
 @dataclass(frozen=True)
@@ -150,14 +167,9 @@ def _decode(
     spans: list[slice],
 ) -> Tensor:
     """One query a request: rows of a batch, padded on the left. Returns [1, H, requests, D]."""
-    ends = torch.tensor([span.stop for span in spans], device=query.device)[:, None]
-    lengths = torch.tensor([span.stop - span.start for span in spans], device=query.device)[:, None]
-    most = max(span.stop - span.start for span in spans)
-    back = torch.arange(most, 0, -1, device=query.device)  # a key's distance to the end of its row
-    index, ids = (ends - back).clamp(min=0), torch.where(back <= lengths, 0, -1).to(torch.int32)
-    keys, values = (x[0][:, index].transpose(0, 1) for x in (key, value))  # [requests, G, most, D]
+    pages = Pages.of([span.stop - span.start for span in spans], _places(spans, query.device))
+    keys, values, ids = pages.gathered(*(x[0].transpose(0, 1) for x in (key, value)))
     queries = query[0][:, places].transpose(0, 1)[:, :, None]  # [requests, H, 1, D]
     of_gate = None if gate is None else gate[0][:, places].T[:, :, None]
-    padded = len({span.stop - span.start for span in spans}) > 1
-    out = operator(queries, keys, values, of_gate, ids if padded else None)
+    out = operator(queries, keys, values, of_gate, ids)
     return out[:, :, 0].transpose(0, 1)[None]

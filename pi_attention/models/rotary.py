@@ -26,6 +26,13 @@ def keep_in_fp32(module: nn.Module, before: dict[str, Tensor]) -> None:
             setattr(module, name, exact)
 
 
+def moving_rope_types(config: Any) -> list[str]:
+    """Those of a text configuration whose frequencies depend on the longest text in a batch."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
+    return [kind for kind in ("dynamic", "longrope") if kind in kinds]
+
+
 class PiRotaryEmbedding(nn.Module):
     """cos and sin of positions, scaled as `config.rope_parameters` says; attributes as transformers expects them."""
 

@@ -142,7 +142,7 @@ def pi_attention(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}.")
     scale = query.shape[-1] ** -0.5 if scale is None else check_scale(scale)
-    softcap = None if softcap is None else check_softcap(softcap)
+    softcap = check_softcap(softcap)
     if sink_logit is not None:
         check_sink_logit(sink_logit, query)
     starts = None if segment_ids is None else segment_starts(segment_ids)

@@ -86,7 +86,7 @@ def paged_attention(
     """
     _check_call(query, pages, pattern, gate, fusion)
     scale = None if scale is None else check_scale(scale)
-    softcap = None if softcap is None else check_softcap(softcap)
+    softcap = check_softcap(softcap)
     if sink_logit is not None:
         check_sink_logit(sink_logit, query)
     options: Any = {"gate": gate, "fusion": fusion, "scale": scale, "impl": impl}

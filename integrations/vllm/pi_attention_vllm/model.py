@@ -16,8 +16,7 @@ from vllm.model_executor.models.interfaces_base import VllmModelForTextGeneratio
 
 from pi_attention.convert import PiConvertedForCausalLM
 from pi_attention.convert.interface import ConvertedCall
-from pi_attention.models.configuration_pi import DENSE
-from pi_attention.models.ragged import RaggedCall
+from pi_attention.models.ragged import Bounded, RaggedCall
 from pi_attention.pattern import PiPattern
 from pi_attention_vllm.attention import PagedKeys, PagedLayer, Step
 from pi_attention_vllm.served import need_served
@@ -115,13 +114,10 @@ def _paged_keys(patterns: list[PiPattern], config: Any, dtype: torch.dtype, pref
         "head_size": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "dtype": dtype,
     }
-    bounded = [p for p in patterns if p.reach is not None and p.reach < DENSE.window - 1]
-    kept = {}
-    if bounded:
-        kept["sliding_window"] = max(p.reach for p in bounded) + 1
-        kept["sinks"] = max(p.sinks for p in bounded)
+    bounded = Bounded.among(patterns)
+    kept = {"sliding_window": bounded.reach + 1, "sinks": bounded.sinks}
     start = f"{prefix}." if prefix else ""
     return [
-        PagedKeys(f"{start}layers.{layer}.attn", pattern, sizes | (kept if pattern in bounded else {}))
+        PagedKeys(f"{start}layers.{layer}.attn", pattern, sizes | (kept if pattern in bounded.patterns else {}))
         for layer, pattern in enumerate(patterns)
     ]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-MOVING = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies depend on the longest text in a batch."""
+from pi_attention.models.rotary import moving_rope_types
 
 
 def need_served(vllm_config: Any) -> None:
@@ -64,10 +63,8 @@ def _parts(config: Any) -> Iterator[str]:
         yield "learned sink logits (gpt_oss)"
     if getattr(config, "num_kv_shared_layers", 0):
         yield f"layers that share keys (num_kv_shared_layers={config.num_kv_shared_layers})"
-    rotary = getattr(config, "rope_parameters", None) or {}
-    for part in (rotary, *rotary.values()):
-        if isinstance(part, dict) and part.get("rope_type") in MOVING:
-            yield f"rope_type={part['rope_type']!r}, whose frequencies depend on the length"
+    for kind in moving_rope_types(config):
+        yield f"rope_type={kind!r}, whose frequencies depend on the length"
 
 
 def _need_context(config: Any, most: int) -> None:

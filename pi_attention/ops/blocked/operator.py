@@ -34,16 +34,7 @@ def band(
 
 
 @band.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor | None,
-    pattern: list[int],
-    skip: bool,
-    scale: float,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(query.dtype)
     return query.new_empty(query.shape, dtype=dtype), query.new_empty(query.shape[:3], dtype=dtype)
 
@@ -70,17 +61,7 @@ def band_backward(
 
 @band_backward.register_fake
 def _(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    starts: Tensor | None,
-    pattern: list[int],
-    skip: bool,
-    scale: float,
-    softcap: float | None = None,
+    grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 

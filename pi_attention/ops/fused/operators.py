@@ -50,7 +50,7 @@ def run_fused(
     from pi_attention.ops.fused.tiling import problem_of
 
     shape = PiPattern.from_ints(pattern)
-    softcap = None if softcap is None else check_softcap(softcap)
+    softcap = check_softcap(softcap)
     problem = problem_of(query, key, value, gate, starts, shape, mass, scale, sink_logit, softcap)
     out, lse, skip_out, skip_lse = run_forward(query, key, value, gate, starts, sink_logit, problem)
     if skip_out is None or skip_lse is None:
@@ -235,7 +235,7 @@ def run_decoding(
     from pi_attention.ops.fused.tiling import problem_of
 
     shape = PiPattern.from_ints(pattern)
-    softcap = None if softcap is None else check_softcap(softcap)
+    softcap = check_softcap(softcap)
     problem = problem_of(query, key, value, gate, starts, shape, mass, scale, sink_logit, softcap)
     return run_decode(query, key, value, gate, starts, sink_logit, problem)
 
