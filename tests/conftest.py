@@ -1,5 +1,7 @@
 import os
 
+os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] = "1"  # else torch fails on it under CI alone, and warns here
+
 import torch
 
 if not torch.cuda.is_available():

@@ -12,7 +12,7 @@ from triton import cdiv
 
 from pi_attention.ops.fused.compiled import Constants, Kernel, Step
 from pi_attention.ops.fused.kernels.decode import decode_kernel, join_kernel
-from pi_attention.ops.fused.launch import LOG2E, empty_as, on_device, one_a_head, pair_of_rows_like, table_of
+from pi_attention.ops.fused.launch import LOG2E, empty_as, on_device, one_a_head, rows_like, table_of
 from pi_attention.ops.fused.tiling import Problem, heads_differ, multiprocessors, padded, row_lags
 
 decode = Kernel(decode_kernel)
@@ -87,7 +87,7 @@ def run_decode(
     parts = torch.empty(2, plan.splits, *query.shape, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(2, plan.splits, *query.shape[:3], dtype=torch.float32, device=query.device)
     out = empty_as(query)
-    lse, skip_lse = pair_of_rows_like(query)
+    lse, skip_lse = rows_like(query), rows_like(query)
     absent = query
     with on_device(problem.device):
         starts = absent if starts is None else starts

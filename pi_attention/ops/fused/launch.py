@@ -122,14 +122,10 @@ def run_forward(
     plan = forward_plan(problem)
     absent = query  # a pointer that no kernel reads
     starts = absent if starts is None else starts
-    out, skip_out, skip_lse = empty_as(query), None, None
-    if plan.skip is None:
-        lse = _rows_like(query)
-    else:
-        lse, skip_lse = pair_of_rows_like(query)
+    out, lse, skip_out, skip_lse = empty_as(query), rows_like(query), None, None
     with on_device(problem.device):
         if plan.skip is not None:
-            skip_out = empty_as(query)
+            skip_out, skip_lse = empty_as(query), rows_like(query)
             heads = absent if plan.bands is None else plan.bands
             nothing = (skip_lse, skip_out, skip_lse, absent, absent)  # to fuse with, and no sinks
             plan.skip((query, key, value, starts, heads, *nothing, skip_out, skip_lse, None))
@@ -140,17 +136,9 @@ def run_forward(
     return out, lse, skip_out, skip_lse
 
 
-def _rows_like(query: Tensor) -> Tensor:
+def rows_like(query: Tensor) -> Tensor:
+    """Memory for a log-sum-exp [B, H, T], its own: the outputs of a registered operator must not share any."""
     return torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-
-
-def pair_of_rows_like(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors [B, H, T] of one allocation, if both then start at multiples of 16 bytes."""
-    batch, heads, length, _ = query.shape
-    if batch * heads * length % 4:
-        return _rows_like(query), _rows_like(query)
-    first, second = torch.empty((2, batch, heads, length), dtype=torch.float32, device=query.device)
-    return first, second
 
 
 def one_a_head(sink_logit: Tensor | None) -> Tensor | None:
