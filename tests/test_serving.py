@@ -4,88 +4,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import need_triton
-from small_models import HEADS, HYBRID, PLAIN, SIZES, converted, own, prompts_of, telling
-from transformers import (
-    ContinuousBatchingConfig,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from served_models import MODELS, greedy, known, model_of, one_thread, small, wanted  # noqa: F401
+from small_models import PLAIN, SIZES, prompts_of
+from transformers import MistralConfig, MistralForCausalLM
 
 from benchmarks.paged import served
 from pi_attention.models import PiConfig, PiForCausalLM
-from pi_attention.models.continuous import KNOWN
 from pi_attention.ops import paged
 from pi_attention.ops.fused.attention import paged_decoding, why_not_triton
-
-known = pytest.mark.skipif(
-    ".".join(transformers.__version__.split(".")[:2]) not in KNOWN, reason="continuous batching of another transformers"
-)
-MODELS = {
-    "pi": own(**PLAIN),
-    "pi: sinks": own(**PLAIN, sinks=3),
-    "pi: periods and phases of heads, sinks": own(**HEADS, sinks=2),
-    "pi: layers of many kinds": own(**PLAIN, layer_patterns=["local", {"sinks": 3}, "dense"]),
-    "pi: a window of one token": own(window=1, period=1, skips=0),
-    "pi: skips without end": own(window=4, period=8, skips=None, sinks=1),
-    "pi: no gate": own(**PLAIN, sinks=1, gate=False),
-    "pi: mass, qk_norm": own(**PLAIN, sinks=1, fusion="mass", qk_norm=True),
-    "llama": converted(LlamaForCausalLM, LlamaConfig, PLAIN),
-    "llama: sinks": converted(LlamaForCausalLM, LlamaConfig, PLAIN | {"sinks": 3}),
-    "llama: periods and phases of heads": converted(LlamaForCausalLM, LlamaConfig, HEADS | {"sinks": 3}),
-    "llama: no gate": converted(LlamaForCausalLM, LlamaConfig, PLAIN | {"sinks": 4}, gate=False),
-    "qwen 3": converted(Qwen3ForCausalLM, Qwen3Config, PLAIN | {"sinks": 3}, head_dim=8),
-    "mistral: a window of its own": converted(
-        MistralForCausalLM, MistralConfig, PLAIN | {"skips": 0}, gate=False, sliding_window=7
-    ),
-    "gemma 3: layers with windows of their own": converted(
-        Gemma3ForCausalLM, Gemma3TextConfig, PLAIN | {"sinks": 2}, num_hidden_layers=4, **HYBRID
-    ),
-}
-
-
-def model_of(name):
-    torch.manual_seed(0)
-    return telling(MODELS[name]())
-
-
-def wanted(model, prompt, tokens):
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    return out[0, len(prompt) :].tolist()
-
-
-def greedy(tokens, **more):
-    return GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=-1, **more)
-
-
-def small(**more):
-    given = {"page_size": 4, "num_blocks": 150, "max_batch_tokens": 32, "max_memory_percent": 0.3}
-    return ContinuousBatchingConfig(**given | more)
 
 
 def texts(model, prompts, tokens, cb=None, **more):
     out = model.generate_batch(prompts, greedy(tokens, **more), continuous_batching_config=cb or small())
     assert not [result.error for result in out.values() if result.error]
     return [result.generated_tokens for result in out.values()]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Beside the manager's own thread, more of PyTorch's only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @known

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_serving import known
+from served_models import known
 
 import benchmarks.throughput as benchmark
 from pi_attention.serving.memory import request_bytes

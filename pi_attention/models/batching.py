@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pi_attention.models.paged import SINKS, ContinuousBatchingManager, install_allocator, paged_call
+from pi_attention.models.paged import SINKS, BatchingManager, install_allocator, paged_call
 from pi_attention.models.ragged import Bounded
 from pi_attention.models.rotary import moving_rope_types
 from pi_attention.pattern import PiPattern
@@ -76,7 +76,7 @@ class ServedModel:
         )
 
 
-class PiBatchingManager(ContinuousBatchingManager):
+class PiBatchingManager(BatchingManager):
     """transformers' manager; a request that is too long is refused before it is queued."""
 
     def add_request(self, input_ids: list[int], *args: Any, **kwargs: Any) -> str | None:

@@ -30,8 +30,8 @@ from pi_attention.pattern import PiPattern
 
 __all__ = [
     "SINKS",
+    "BatchingManager",
     "ContinuousBatchingLogitsProcessor",
-    "ContinuousBatchingManager",
     "RingAllocator",
     "fatal_error",
     "forget",
@@ -189,6 +189,29 @@ def sector_bytes(config: Any, dtype: torch.dtype, page_size: int) -> int:
     """Bytes that the paged cache gives to one kind of layers at a time."""
     of_layers = [len(layers) for layers in library.group_layers_by_attn_type(config).values()]
     return math.lcm(128, *(count * page_bytes(config, dtype, page_size) for count in of_layers))
+
+
+class BatchingManager(ContinuousBatchingManager):
+    """transformers' manager; it takes new requests again where the last active one was cancelled.
+
+    Its scheduler takes none after it has put one back for want of memory, until another one ends. Where all others
+    are cancelled none ever does, and those that wait would wait for ever (transformers 5.23).
+    """
+
+    def _create_batch_processor(self) -> Any:
+        made_before = self.batch_processor is not None
+        processor = super()._create_batch_processor()
+        if not made_before:
+            scheduler = processor.scheduler
+            usual = scheduler.clear_cancelled_requests  # called before each batch
+
+            def clear_cancelled_requests() -> list[Any]:
+                cancelled: list[Any] = usual()
+                scheduler.block_new_requests &= bool(scheduler.active_requests)
+                return cancelled
+
+            scheduler.clear_cancelled_requests = clear_cancelled_requests
+        return processor
 
 
 def process_logits(manager: Any, processor: ContinuousBatchingLogitsProcessor) -> None:
