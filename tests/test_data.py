@@ -4,10 +4,13 @@ import lzma
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from pi_attention.data.corpus import load_documents
 from pi_attention.data.packing import IGNORE, PackedBlocks, hold_out
-from pi_attention.data.tokenizers import byte_tokenizer, load_tokenizer
+from pi_attention.data.tokenizers import beginning, byte_tokenizer, load_tokenizer
+from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.tasks.generation import generate_text
 
 
 def test_bundled_corpus():
@@ -83,6 +86,37 @@ def test_blocks_hold_every_token_in_order_and_keep_documents_apart():
     assert first["labels"].tolist() == [97] * 5 + [256, IGNORE, 98]
     assert first["segment_ids"].dtype == torch.int32
     np.testing.assert_allclose(blocks.bytes_per_token, 37 / 41)
+
+
+def template_of(single):
+    """The byte tokenizer with special tokens around a text."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|endoftext|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("single", "first"),
+    [("$A", []), ("<s> $A", [257]), ("$A <|endoftext|>", []), ("<s> <s> $A <|endoftext|>", [257, 257])],
+)
+def test_documents_and_prompts_begin_as_the_tokenizer_begins_a_text(single, first):
+    tokenizer = template_of(single)
+    assert beginning(tokenizer) == first
+    blocks = PackedBlocks(["abc", "defg"], tokenizer, 4)
+    assert blocks.tokens.tolist() == [*first, *b"abc", 256, *first, *b"defg", 256]
+    assert blocks.document.tolist() == [0] * (len(first) + 4) + [1] * (len(first) + 5)
+    np.testing.assert_allclose(blocks.bytes_per_token, 7 / 9)
+
+
+def test_a_generated_text_goes_on_behind_the_beginning_that_the_tokenizer_sets():
+    torch.manual_seed(0)
+    model = PiForCausalLM(PiConfig(vocab_size=258, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).eval()
+    prompts = []
+    model.register_forward_pre_hook(lambda *call: prompts.append(call[2]["input_ids"]), with_kwargs=True)
+    generate_text(model, template_of("<s> $A <|endoftext|>"), "ab", max_new_tokens=1, temperature=0)
+    assert prompts[0].tolist() == [[257, *b"ab"]]
 
 
 def test_too_little_text_is_named():

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pi_attention.data.tokenizers import beginning
+
 IGNORE = -100  # the label that transformers' losses leave out
 
 
@@ -36,6 +38,8 @@ def hold_out(documents: list[str], fraction: float, seed: int) -> tuple[list[str
 class PackedBlocks(Dataset[dict[str, Tensor]]):
     """Blocks of `context` tokens cut from documents laid end to end, each followed by the end-of-document token.
 
+    A document begins with what the tokenizer puts before a text, which Llama's and Gemma's models need.
+
     A block is a dict of input_ids, segment_ids and labels, [context] each; the labels leave out the first token of
     each document, which no earlier token of its segment predicts. The last, incomplete block is dropped.
 
@@ -52,13 +56,15 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
             raise ValueError("the tokenizer has no eos_token, which separates documents: set one and save it.")
         if not documents:
             raise ValueError(f"there is no text, so no block of context={context}: use more data.")
+        first = beginning(tokenizer)
         ids, owner = [], []
         tokenized = tokenizer(documents, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         for number, tokens in enumerate(tokenized):
-            ids.append(np.asarray([*tokens, tokenizer.eos_token_id], dtype=np.int32))
-            owner.append(np.full(len(tokens) + 1, number, dtype=np.int32))
+            ids.append(np.asarray([*first, *tokens, tokenizer.eos_token_id], dtype=np.int32))
+            owner.append(np.full(len(ids[-1]), number, dtype=np.int32))
         self.tokens = np.concatenate(ids)
         self.document = np.concatenate(owner)
+        self.of_text = len(self.tokens) - len(first) * len(documents)
         self.bytes = sum(len(document.encode()) for document in documents)
         self.context = context
         if len(self.tokens) < context:
@@ -69,8 +75,8 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of the text by number of tokens."""
-        return self.bytes / len(self.tokens)
+        """UTF-8 bytes of the text by number of tokens, those before the documents left out."""
+        return self.bytes / self.of_text
 
     def __len__(self) -> int:
         return len(self.tokens) // self.context

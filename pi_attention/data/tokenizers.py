@@ -45,3 +45,14 @@ def load_tokenizer(name: str) -> Any:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={name!r} has no eos_token, which separates documents: set one and save it.")
     return tokenizer
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text: the beginning-of-sequence token of Llama and Gemma, nothing of many others.
+
+    What it puts behind one is left out: a text that goes on has not ended.
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    starts = (at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+    return list(whole[: next(starts, 0)])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer, set_seed
 
+from pi_attention.data.tokenizers import beginning
 from pi_attention.models import PiCache, PiStaticCache, save_prompt_cache
 from pi_attention.models.cache_argument import CACHE
 from pi_attention.models.prompt_cache import load_named
@@ -47,7 +48,7 @@ def generate_text(
     stream: bool = False,
     prompt_cache: Path | None = None,
 ) -> Generation:
-    """Continue `prompt`; temperature 0 is greedy.
+    """Continue `prompt`, which begins as the tokenizer begins a text; temperature 0 is greedy.
 
     Args:
         prompt_cache: a file of `save_prompt_cache`, with which the prompt begins; written where there is none.
@@ -65,17 +66,18 @@ def generate_text(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"prompt={prompt!r} is not UTF-8: give text of the terminal's encoding.") from error
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
+    tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not tokens:
         raise ValueError("prompt is empty: give at least one character.")
-    cache = None if prompt_cache is None else _read_before(model, inputs["input_ids"], prompt_cache)
+    input_ids = torch.tensor([[*beginning(tokenizer), *tokens]], device=model.device)
+    cache = None if prompt_cache is None else _read_before(model, input_ids, prompt_cache)
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
     begun = time.perf_counter()
     out = model.generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
         **({} if cache is None else {CACHE: cache}),
         max_new_tokens=max_new_tokens,
         streamer=streamer,
@@ -85,7 +87,7 @@ def generate_text(
     seconds = time.perf_counter() - begun
     return Generation(
         text=tokenizer.decode(out.sequences[0], skip_special_tokens=True),
-        new_tokens=out.sequences.shape[1] - inputs["input_ids"].shape[1],
+        new_tokens=out.sequences.shape[1] - input_ids.shape[1],
         seconds=seconds,
         cache_bytes=getattr(out, CACHE).nbytes,
     )
