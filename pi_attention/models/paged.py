@@ -60,36 +60,44 @@ class RingAllocator(SlidingAttentionCacheAllocator):
         self.sinks: int = getattr(config, SINKS)
         self.ring = self.sliding_window - self.sinks
 
-    def _seen(self, past: int) -> list[int]:
-        """Positions of the earlier tokens that the first new query, at position `past`, can see; in order."""
+    def _seen(self, past: int) -> tuple[range, range]:
+        """Positions of the earlier tokens that the first new query, at position `past`, can see: sinks, then recent."""
         recent = max(0, past - (self.ring - 1))
-        return [*range(min(self.sinks, recent)), *range(recent, past)]
+        return range(min(self.sinks, recent)), range(recent, past)
 
-    def _slot(self, position: int) -> int:
-        return position if position < self.sinks else self.sinks + (position - self.sinks) % self.ring
-
-    def _rows(self, request_id: str, positions: list[int]) -> list[int]:
-        """Rows of the cache tensor."""
-        pages = self.block_table[request_id]
-        places = (divmod(self._slot(position), self.tokens_per_page) for position in positions)
-        return [pages[page] * self.block_physical_stride + offset for page, offset in places]
+    def _rows(self, request_id: str, positions: range) -> list[int]:
+        """Rows of the cache tensor; those of one page follow one another."""
+        pages, size = self.block_table[request_id], self.tokens_per_page
+        rows: list[int] = []
+        position = positions.start
+        while position < positions.stop:
+            in_ring = position >= self.sinks
+            slot = self.sinks + (position - self.sinks) % self.ring if in_ring else position
+            page, offset = divmod(slot, size)
+            slots = self.sinks + self.ring if in_ring else self.sinks
+            count = min(positions.stop - position, size - offset, slots - slot)
+            first = pages[page] * self.block_physical_stride + offset
+            rows.extend(range(first, first + count))
+            position += count
+        return rows
 
     def get_seqlen_k(self, past_length: int, query_length: int) -> int:
         """Keys of a request in a forward, the new ones included."""
-        return len(self._seen(past_length)) + query_length
+        return sum(map(len, self._seen(past_length))) + query_length
 
     def get_read_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
         """Rows of the keys to read; the sentinel stands for a new one."""
-        return self._rows(request_id, self._seen(past_length)) + [self.sentinel_index] * query_length
+        sinks, recent = (self._rows(request_id, positions) for positions in self._seen(past_length))
+        return sinks + recent + [self.sentinel_index] * query_length
 
     def get_write_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
         """Rows for the new keys; those that no later query sees are written to the trash."""
         end = past_length + query_length
-        positions = range(past_length, end)
-        kept = [position for position in positions if position < self.sinks or position >= end - self.ring]
-        rows = dict(zip(kept, self._rows(request_id, kept), strict=True))
+        sinks = range(past_length, min(end, self.sinks))
+        recent = range(max(past_length, self.sinks, end - self.ring), end)
         trash: Any = self.write_trash_index
-        return [rows.get(position, trash) for position in positions]
+        passed = query_length - len(sinks) - len(recent)
+        return self._rows(request_id, sinks) + [trash] * passed + self._rows(request_id, recent)
 
 
 class _Allocators:
