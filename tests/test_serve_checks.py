@@ -107,6 +107,8 @@ def test_settings_are_the_requests_or_the_models():
         ({"presence_penalty": False}, 400, "presence_penalty is not supported"),
         ({"tools": [{"type": "function"}]}, 400, "tools is not supported"),
         ({"suffix": "end"}, 400, "suffix is not supported"),
+        ({"user": 3}, 400, "user must be a text"),
+        ({"stream_options": "all"}, 400, "stream_options must be an object"),
     ],
 )
 def test_other_models_and_fields_without_effect_are_refused(body, status, words):

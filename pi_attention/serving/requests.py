@@ -9,8 +9,8 @@ from typing import Any
 SHARED = {"model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream"}
 COMPLETION = SHARED | {"prompt"}
 CHAT = SHARED | {"messages", "max_completion_tokens"}
-WITHOUT_EFFECT = {"user", "safety_identifier", "stream_options"}
-"""Who asks changes no text, and the last part of a stream always counts the tokens."""
+WITHOUT_EFFECT = {"user": str, "safety_identifier": str, "stream_options": dict}
+"""With their kinds: who asks changes no text, and the last part of a stream always counts the tokens."""
 ONLY: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
@@ -92,11 +92,14 @@ def check_fields(body: dict[str, Any], known: set[str], model: str) -> None:
             f"the model {named} is not served here: use {model!r}.", "model", status=404, code="model_not_found"
         )
     for name, value in body.items():
-        if name in known or name in WITHOUT_EFFECT or value is None:
+        if name in known or value is None:
             continue
-        if name not in ONLY:
+        if name in WITHOUT_EFFECT:
+            if not isinstance(value, WITHOUT_EFFECT[name]):
+                raise RequestError(f"{name} must be {'an object' if name == 'stream_options' else 'a text'}.", name)
+        elif name not in ONLY:
             raise RequestError(f"{_shown(name)} is no field of this request: leave it out.")
-        if isinstance(value, bool) != isinstance(ONLY[name][0], bool) or value not in ONLY[name]:  # 1 is not true
+        elif isinstance(value, bool) != isinstance(ONLY[name][0], bool) or value not in ONLY[name]:  # 1 is not true
             raise RequestError(f"{name} is not supported: leave it out, or give {ONLY[name][0]!r}.", name)
 
 
