@@ -127,6 +127,7 @@ def test_any_arrivals_and_cancellations_leave_the_other_texts_as_they_are(name, 
 
 @known
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(max_examples=300, deadline=None)
 @given(name=st.sampled_from(list(MODELS)), happens=events(st.integers(1, LONGEST)), **SETTINGS)
 def test_any_arrivals_and_cancellations_of_any_model(name, happens, page, batch, slots):
