@@ -78,4 +78,8 @@ def support() -> str:
         return ", ".join(f"{counts[kind]} {word}" for kind, word in words.items() if kind in counts) or "–"
 
     rows = [[feature, *(cell(r["features"].get(feature, {})) for r in results)] for feature in results[-1]["features"]]
-    return table(["", *(f"transformers {result['transformers']}" for result in results)], rows)
+    versions = [
+        ", ".join(f"{name} {result[name]}" for name in ("transformers", "torch") if name in result)
+        for result in results
+    ]
+    return table(["", *versions], rows)

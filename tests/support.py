@@ -1,13 +1,15 @@
 """Which tests stand behind each line of the support table in docs/huggingface.md.
 
-python -m pytest tests --support benchmarks/results/support-transformers-5.23.0.json
+python -m pytest tests --support benchmarks/results/support-transformers-5.24.0.json
 """
 
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 
+import torch
 import transformers
 
 SUPPORT = {
@@ -87,5 +89,6 @@ class SupportTable:
                 self.counts[feature][report.outcome] = self.counts[feature].get(report.outcome, 0) + 1
 
     def pytest_sessionfinish(self) -> None:
-        found = {"transformers": transformers.__version__, "features": self.counts}
+        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+        found = versions | {"date": date.today().isoformat(), "features": self.counts}
         self.path.write_text(json.dumps(found, indent=1) + "\n")
