@@ -73,7 +73,7 @@ def _patterns(table: Table, rows: list[Row]) -> str:
 
 def _speed(rows: list[Row], one: int, ranks: int, way: str, grown: int) -> str:
     """One GPU's time over that of several, for `grown` times its tokens a unit of work; of one kind of work."""
-    alone = found(rows, way=way, S=one, ranks=1)
+    alone = found(rows, way=HALO if way == GATHER else way, S=one, ranks=1)  # one GPU has all keys
     several = found(rows, way=way, S=grown * one, ranks=ranks)
     if alone is None or several is None or not {"seconds"} <= alone.keys() & several.keys():
         return NONE
@@ -90,10 +90,10 @@ def _scaling(table: Table, rows: list[Row]) -> str:
     for name, measured in work.items():
         for length in values(measured, "S", ranks=1):
             for ranks in (n for n in values(measured, "ranks") if n > 1):
-                cells = [_speed(measured, length, ranks, way, grown) for grown in (1, ranks) for way in (HALO, RING)]
+                cells = [_speed(measured, length, ranks, way, grown) for grown in (1, ranks) for way in LABELS]
                 if set(cells) != {NONE}:
                     body.append([name, f"{length:,}", str(ranks), *cells])
-    head = ["", "tokens on one GPU", "GPUs", "strong, halo", "strong, dense ring", "weak, halo", "weak, dense ring"]
+    head = ["", "tokens on one GPU", "GPUs", *(f"{kind}, {way}" for kind in ("strong", "weak") for way in LABELS)]
     text = (
         "Scaling: the time of one GPU over that of several, on the same sequence (strong; ideal is their number) and "
     )

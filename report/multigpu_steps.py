@@ -25,13 +25,17 @@ def layouts(table: Table, rows: list[Row]) -> str:
         flagged = abs(ratio - 1) > OFF
         off += flagged
         speed = f"{row['tokens/s']:,.0f}" if "tokens/s" in row else NONE
-        figures = [speed, f"{row['peak GiB']:.1f} GiB", f"{bill:.1f} GiB", f"{ratio:.2f}"]
+        exposed = NONE
+        if "without messages s" in row:
+            exposed = f"{max(0.0, 1 - row['without messages s'] / row['seconds']):.0%}"
+        figures = [speed, exposed, f"{row['peak GiB']:.1f} GiB", f"{bill:.1f} GiB", f"{ratio:.2f}"]
         figures[-1] = f"**{figures[-1]}**" if flagged else figures[-1]
         body.append([size, row["layout"], str(row["zero"]), f"{row['S']:,}", way, sliced, *figures])
-    head = ["model", "layout", "ZeRO", "tokens of a sequence", "keys by", "loss", "tokens/s", "peak", "bill", "ratio"]
+    head = ["model", "layout", "ZeRO", "tokens of a sequence", "keys by", "loss", "tokens/s", "exposed"]
+    head += ["peak", "bill", "ratio"]
     caption = (
-        'Training steps beside the bill. "Keys by" is how the keys of other GPUs arrive; "loss" is how many tokens '
-        "have logits at once."
+        'Training steps beside the bill. "Keys by" is how the keys of other GPUs arrive. "Loss" is how many tokens '
+        'have logits at once.\n"Exposed" is the share of the time that messages take beyond what overlaps.'
     )
     caption += f" The bill is off by more than {OFF:.0%} in {off} rows, in bold." if off else ""
     return f"{caption}\n\n{table(head, body)}" if body else ""

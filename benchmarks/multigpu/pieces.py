@@ -34,9 +34,7 @@ def options(described: str | None = None, arguments: list[str] | None = None) ->
     parser.add_argument("--before", type=Path, nargs="*", default=[FILE], help="files of earlier calls")
     parser.add_argument("--start", choices=["forkserver", "spawn"], default="forkserver", help="how processes start")
     parser.add_argument("--dry", action="store_true", help="toy sizes on gloo and CPUs; nothing is compared")
-    given = parser.parse_args(arguments)
-    given.gpus = sorted({*given.gpus}) if given.gpus else None
-    return given
+    return parser.parse_args(arguments)
 
 
 def machine_of(given: argparse.Namespace) -> Machine:
@@ -45,14 +43,14 @@ def machine_of(given: argparse.Namespace) -> Machine:
 
 
 def planned(given: argparse.Namespace, rows: Rows) -> list[Search]:
-    """The searches of the pieces, in their order.
+    """The searches of the pieces, in their order; of each piece the most GPUs first, should the time be up.
 
     Raises:
         SystemExit: the machine has fewer GPUs than any of the numbers that are compared.
     """
     dry, machine = given.dry, rows.machine
     asked = given.gpus or [1 << power for power in range(machine.gpus.bit_length())]
-    counts = [ranks for ranks in asked if ranks <= machine.gpus]
+    counts = sorted({ranks for ranks in asked if ranks <= machine.gpus}, reverse=True)
     if not counts:
         raise SystemExit(f"--gpus {' '.join(map(str, asked))}: this machine has {machine.gpus}.")
     context, model = (512, "toy") if dry else (given.context, given.model)
