@@ -111,6 +111,14 @@ def test_the_operator_is_measured_up_to_half_a_million_tokens_a_gpu(gpus, longes
     assert {row["pattern"] for row in rows} >= {"coordinated heads", "sinks", DENSE}
 
 
+def test_dense_attention_of_a_length_that_would_take_too_long_is_not_begun_later(tmp_path):
+    rows = Rows(tmp_path / "rows.jsonl", [], Machine("made up", 1, FULL))
+    rows.add({"piece": "operator", "pattern": DENSE, "ranks": 1, "way": RING, "S": 1 << 18, "seconds": 2.0})
+    cases = [next(search) for search in planned(options(arguments=["--pieces", "operator"]), rows)]
+    (dense,) = (settings for case in cases for settings in case.batch if settings["pattern"] == DENSE)
+    assert dense["lengths"] == [1 << 15, 1 << 16, 1 << 17]
+
+
 @pytest.mark.parametrize(("gpus", "model"), [(4, "1b"), (8, "1b"), (8, "8b")])
 def test_searches_find_the_longest_context_of_the_bill(gpus, model, tmp_path):
     _, rows = played(tmp_path, gpus, "--pieces", "contexts", "--model", model)

@@ -65,7 +65,11 @@ def operators(
         batch: list[Row] = []
         for pattern in (*PATTERNS, DENSE):
             known = {"piece": "operator", "pattern": pattern, "ranks": ranks, "way": ways_of(pattern, ranks)[-1]}
-            left = [length for length in lengths(ranks) if rows.of(known | {"S": length}) is None]
+            found = {length: rows.of(known | {"S": length}) for length in lengths(ranks)}
+            left = [length for length, row in found.items() if row is None]
+            if pattern == DENSE:  # whose time grows with the square
+                times = [(row["seconds"], row["S"]) for row in found.values() if row is not None]
+                left = [n for n in left if all(seconds * (n / at) ** 2 <= dense_seconds for seconds, at in times)]
             if left:
                 batch.append({"pattern": pattern, "lengths": left, "dense seconds": dense_seconds})
         alone = 2 * ranks > rows.machine.gpus
