@@ -37,6 +37,7 @@ from pi_attention.accounting import Sizes
 from pi_attention.bill import MODELS
 from pi_attention.distributed import Layout
 from pi_attention.models import PiForCausalLM
+from pi_attention.ops import api
 from pi_attention.training.step import Parallel
 from pi_attention.training.train import enable_checkpointing
 
@@ -48,6 +49,8 @@ LAYOUTS = {
     1024: [("dp=128,cp=8", 3), ("dp=16,cp=64", 3), ("cp=1024", 3)],
 }
 """Layouts and ZeRO stages by the number of ranks."""
+LONG = [(model, 1 << power) for model in ("1b", "8b") for power in (17, 20, 22)]
+"""Models and contexts that eight ranks share, with the loss by slices."""
 SLICE = 4096
 """Tokens of the slices by which the loss is computed, where it is."""
 FEW, MORE = 6, 10
@@ -64,13 +67,17 @@ def with_data(make: Callable[..., None]) -> Callable[..., None]:
     return made
 
 
-def peak(sizes: Sizes, layout: Layout, zero: int, loss_slice: int | None) -> int:
+def peak(sizes: Sizes, layout: Layout, zero: int, loss_slice: int | None, context: int = CONTEXT) -> int:
     """Bytes of one rank at the peak of its second step, as the memory tracker counts them."""
     dist.init_process_group("fake", rank=layout.ranks // 2, world_size=layout.ranks, store=FakeStore())
     mesh = layout.mesh("cpu")
     mesh["dp", "cp"]._flatten("dp_cp")
     config = config_of(sizes, PATTERN, tie_word_embeddings=False, loss_slice=loss_slice)
-    with FakeTensorMode(), patch.object(DeviceMesh, "__init__", with_data(DeviceMesh.__init__)):
+    with (
+        FakeTensorMode(),
+        patch.object(DeviceMesh, "__init__", with_data(DeviceMesh.__init__)),
+        patch.object(api, "why_not_triton", lambda query: None),  # no product is computed here
+    ):
         model = PiForCausalLM(config).train()
         enable_checkpointing(model)
         parallel = Parallel(model, mesh, zero=zero, bf16=True)
@@ -78,14 +85,14 @@ def peak(sizes: Sizes, layout: Layout, zero: int, loss_slice: int | None) -> int
         for layer in model.model.layers:
             layer.self_attn.impl = "triton"
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
-        ids = torch.randint(sizes.vocab_size, (1, CONTEXT))
-        block = {"input_ids": ids, "labels": ids, "segment_ids": torch.zeros(1, CONTEXT, dtype=torch.int32)}
+        ids = torch.randint(sizes.vocab_size, (1, context))
+        block = {"input_ids": ids, "labels": ids, "segment_ids": torch.zeros(1, context, dtype=torch.int32)}
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
         with tracker:
             for _ in range(2):
                 tracker.reset_mod_stats()
-                parallel.loss(block, layout.dp * (CONTEXT - 1)).backward()
+                parallel.loss(block, layout.dp * (context - 1)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         snapshot = tracker.get_tracker_snapshot("peak")
@@ -93,11 +100,11 @@ def peak(sizes: Sizes, layout: Layout, zero: int, loss_slice: int | None) -> int
     return sum(parts["Total"] for parts in snapshot.values())
 
 
-def continued(sizes: Sizes, layout: Layout, zero: int, loss_slice: int | None) -> int:
+def continued(sizes: Sizes, layout: Layout, zero: int, loss_slice: int | None, context: int = CONTEXT) -> int:
     """Bytes at the peak of the whole model, from two with few layers."""
     cases = [replace(sizes, num_hidden_layers=layers) for layers in (FEW, MORE)]
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:  # a process group is made once
-        few, more = pool.map(peak, cases, [layout] * 2, [zero] * 2, [loss_slice] * 2)
+        few, more = pool.map(peak, cases, *([value] * 2 for value in (layout, zero, loss_slice, context)))
     return few + (more - few) * (sizes.num_hidden_layers - FEW) // (MORE - FEW)
 
 
@@ -107,7 +114,8 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="track also what the result file has")
     options = parser.parse_args()
     file = RESULTS / "memory.json"
-    rows = json.loads(file.read_text())["rows"] if file.exists() and not options.again else []
+    kept = json.loads(file.read_text()) if file.exists() and not options.again else {}
+    rows, long = kept.get("rows", []), kept.get("long", [])
     about = {"S": CONTEXT, "pattern": "256, 256, 16", "layers": [FEW, MORE], "loss slice": SLICE}
     cases = [
         {"model": name, "ranks": ranks, "layout": layout, "zero": zero}
@@ -125,7 +133,14 @@ def main() -> None:
                 begun = time.perf_counter()
                 row[kind] = continued(sizes, layout, case["zero"], loss_slice)
                 print(json.dumps(row), f"{time.perf_counter() - begun:.0f} s", flush=True)
-                write("memory", about | {"rows": rows})
+                write("memory", about | {"rows": rows, "long": long})
+    for name, context in LONG:
+        case = {"model": name, "ranks": 8, "layout": "cp=8", "S": context}
+        if not any(case.items() <= row.items() for row in long):
+            found = continued(MODELS[name], Layout(cp=8), 3, SLICE, context)
+            long.append({**case, "tracked bytes, loss by slices": found})
+            print(json.dumps(long[-1]), flush=True)
+            write("memory", about | {"rows": rows, "long": long})
 
 
 if __name__ == "__main__":

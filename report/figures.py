@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from benchmarks.multigpu.rows import FILE, read
 from benchmarks.theory import ONE_LAYER, fields
 from benchmarks.timing import RESULTS
 from pi_attention import plots
@@ -14,6 +15,7 @@ from pi_attention.models import PiConfig
 from pi_attention.pattern import PiPattern, coordinated_heads
 from report import gains
 from report.gains import Lines
+from report.multigpu_rows import latest
 from report.pattern import labelled_pattern
 
 DOCS = RESULTS.parents[1] / "docs"
@@ -37,6 +39,19 @@ def times_over_ranks(result: dict[str, Any]) -> Lines:
         label: [(row["S"], row[kind]["ms"]) for row in result["operator"] if kind in row]
         for kind, label in labels.items()
     }
+
+
+def times_of_pieces() -> Lines:
+    """Milliseconds of the operator by tokens of the sequence: on one GPU, and on the most that were measured."""
+    rows = [row for row in latest(read(FILE)) if row["piece"] == "operator" and "seconds" in row]
+    rows = [row for row in rows if row["pattern"] in ("one period", "dense")]
+    gpu, most = max(((row["gpu"], row["ranks"]) for row in rows), key=lambda pair: pair[1])
+    lines: Lines = {}
+    for row in sorted((row for row in rows if row["gpu"] == gpu), key=lambda row: (row["ranks"], row["S"])):
+        if row["ranks"] in (1, most):
+            label = f"{row['way']}, {row['ranks']} GPU{'s' if row['ranks'] > 1 else ''}"
+            lines.setdefault(label, []).append((row["S"], 1e3 * row["seconds"]))
+    return lines
 
 
 def times_of_kernels(result: dict[str, Any]) -> Lines:
@@ -69,6 +84,8 @@ def draw() -> None:
     plots.save(plots.flops_picture(patterns, sizes, lengths), FIGURES / "flops.svg")
     picture = plots.curves(volumes(), "tokens of the sequence", "received a layer (MiB)", log=True)
     plots.save(picture, FIGURES / "volumes.svg")
+    picture = plots.curves(times_of_pieces(), "tokens of the sequence", "forward + backward (ms)", log=True)
+    plots.save(picture, FIGURES / "multigpu.svg")
     for kind, times in (("gpu", times_of_kernels), ("multigpu", times_over_ranks)):
         for file in sorted(RESULTS.glob(f"{kind}-*.json")):
             lines = times(json.loads(file.read_text()))

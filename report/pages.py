@@ -27,6 +27,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "support": pretrained.support,
     "paged": serving.paged,
     "memory": ranks.memory,
+    "eight": ranks.eight,
     "multigpu": ranks.multigpu,
     "pieces": ranks.pieces,
     "coverage": theory.coverage,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pi_attention import PiPattern
-from pi_attention.bill import MODELS, bill
+from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks
 from pi_attention.distributed import Layout
 from report.markdown import Measured, per_file, read, table, version
 from report.multigpu import tables
@@ -27,6 +27,27 @@ def memory() -> str:
             cells += [f"{found / 2**30:.0f} GiB" for found in (row[kind], made.bytes)]
         rows.append(cells)
     return table(["model", "ranks", "layout", "ZeRO", "tracked", "bill", "tracked, loss by slices", "bill"], rows)
+
+
+def eight() -> str:
+    """What the bill says of long contexts on eight GPUs: memory, messages, and the fewest GPUs."""
+    result, rows = read("memory"), []
+    pattern = PiPattern(*map(int, result["pattern"].split(", ")))
+    tracked = {(row["model"], row["S"]): row["tracked bytes, loss by slices"] for row in result["long"]}
+    for model in ("1b", "8b"):
+        for context in (1 << power for power in range(17, 23)):
+            asked = MODELS[model], pattern, context
+            bills = [bill(*asked, 8, way, result["loss slice"]) for way in WAYS]
+            cells = [f"{made.bytes / 2**30:.0f} GiB" for made in bills]
+            found = tracked.get((model, context))
+            cells.insert(1, f"{found / 2**30:.0f} GiB" if found else "–")
+            cells.append(" / ".join(f"{made.received / 2**30:.2f}" for made in bills) + " GiB")
+            for memory in (80, 141):
+                fewest = (fewest_ranks(*asked, memory << 30, way, result["loss slice"]) for way in WAYS)
+                cells.append(" / ".join(map(str, fewest)))
+            rows.append([model.upper(), f"{context:,}", *cells])
+    head = ["model", "tokens in all", "halo", "halo, tracked", "all-gather", "dense ring"]
+    return table([*head, "received a layer", "fewest of 80 GiB", "fewest of 141 GiB"], rows)
 
 
 def _operator(result: Measured) -> str:

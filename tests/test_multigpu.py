@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("transformers")
 
 from benchmarks.multigpu.rows import OUT_OF_MEMORY, Machine, Rows, read
-from benchmarks.multigpu.searches import border, longest, step_of
+from benchmarks.multigpu.searches import border, layouts_of, longest, step_of
 from benchmarks.multigpu.ways import GATHER, HALO, RING, tokens_of
+from pi_attention.distributed import Layout
 from report.multigpu import tables
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,22 @@ def test_whole_runs_dry(tmp_path):
     (killed,) = (row for row in rows if row["piece"] == "killed")
     assert killed["exit status"] != 0 and killed["named by torchrun"] and "exitcode" in killed["said"]
     assert "its losses differ" in tables(table, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_eight_processes_dry(tmp_path):
+    pieces = ["operator", "layouts", "patterns", "contexts", "runs", "killed"]
+    rows, _ = dry(tmp_path / "rows.jsonl", "--gpus", "8", "--minutes", "18", "--pieces", *pieces, timeout=1150)
+    assert {row["ranks"] for row in rows} == {8}
+    errors = [error for row in rows if row["piece"] == "check" for error in row["largest relative error"].values()]
+    assert len(errors) == 7 and max(errors) < 1e-5
+    steps = {(row["layout"], row["zero"]) for row in rows if row["piece"] == "step"}
+    assert steps >= {(str(Layout.parse(layout)), zero) for layout, zero in layouts_of(8)}
+    resumed = [Layout.parse(row["layout"]).ranks for row in rows if row.get("agrees")]
+    assert resumed == [4, 2, 1]
+    (killed,) = (row for row in rows if row["piece"] == "killed")
+    assert killed["exit status"] != 0 and killed["named by torchrun"]
 
 
 @pytest.mark.parametrize("start", [1, 8, 64])
@@ -123,5 +140,5 @@ def test_tables_name_the_fewest_gpus_and_what_does_not_fit():
     rows += [step(RING, 2, 32768, **figures, **{"tokens/s": 60.0})]
     text = tables(table, json.loads(json.dumps(rows)))
     assert "halo|32,768|65,536" in text and "65,536|2|–|–" in text
-    assert "32,768|halo|100|–|–|1" in text  # one GPU reaches what the dense ring does with two
+    assert "32,768|halo|100|–|1" in text  # one GPU reaches what the dense ring does with two
     assert "operator" not in text.split("Training steps")[0]

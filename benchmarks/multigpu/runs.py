@@ -15,26 +15,37 @@ from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.multigpu.rows import Row
+from pi_attention.distributed import Layout
 from pi_attention.training.metrics import read_metrics
 
 SIZES = "--context 2048 --hidden-size 256 --layers 4 --heads 4 --window 64 --period 64 --skips 16 --warmup-steps 4"
 TOY = "--context 128 --hidden-size 32 --layers 2 --heads 4 --window 16 --period 16 --skips 4 --warmup-steps 1"
 RHYTHM = "--log-every 1 --eval-blocks 2"
-WHOLE = "dp=2,cp=2"
-RESUMED = {"cp=2": 0, "dp=1": 2}
-"""Layouts at the same time, with the first GPU of each."""
-BATCHES = {WHOLE: 2, "cp=2": 4, "dp=1": 4}
-"""Blocks of a step on each group, so that a step has four blocks in every layout."""
+BLOCKS = 4
+"""Of a step, in every layout."""
 
 
-def launched(folder: Path, layout: str, *options: str, toy: bool, first: int = 0) -> subprocess.Popen[str]:
+def whole_of(ranks: int) -> Layout:
+    """The layout of a run: two sequences at once, each shared by half of the ranks; one where there are fewer."""
+    return Layout(dp=2, cp=ranks // 2) if ranks >= 4 else Layout(cp=ranks)
+
+
+def resumed_of(ranks: int) -> dict[Layout, int]:
+    """Layouts of half of the ranks, a quarter …, one, side by side, with the first GPU of each."""
+    found, first = {}, 0
+    while ranks > 1:
+        ranks //= 2
+        found[Layout(cp=ranks)] = first
+        first += ranks
+    return found
+
+
+def launched(folder: Path, layout: Layout, *options: str, toy: bool, first: int = 0) -> subprocess.Popen[str]:
     """A running `pi-attention train` of a layout, on the GPUs from `first` on."""
-    ranks = 1
-    for size in re.findall(r"\d+", layout):
-        ranks *= int(size)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*torchrun, "-m", "pi_attention.cli", "train", "--out", str(folder), "--parallel", layout]
-    command += ["--batch-size", str(BATCHES[layout]), *(TOY if toy else SIZES).split(), *RHYTHM.split(), *options]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.ranks)]
+    command = [*torchrun, "-m", "pi_attention.cli", "train", "--out", str(folder), "--parallel", str(layout)]
+    command += ["--batch-size", str(BLOCKS // layout.dp), *(TOY if toy else SIZES).split()]
+    command += [*RHYTHM.split(), *options]
     gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[first:]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     environment.pop("LOCAL_RANK", None)
@@ -59,37 +70,44 @@ def finished(process: subprocess.Popen[str]) -> None:
 
 
 def trained_and_resumed(settings: Row) -> Iterator[Row]:
-    """Train on four ranks to the end, then on two and on one from the middle: the losses beside one another."""
-    steps, half = settings["steps"], settings["steps"] // 2
+    """Train on all ranks to the end, then on fewer from the middle: the losses beside one another.
+
+    The settings stand in the rows of the second part alone, so that a run which was not resumed counts as unmeasured.
+    """
+    steps, half, layout = settings["steps"], settings["steps"] // 2, whole_of(settings["ranks"])
     with tempfile.TemporaryDirectory() as name:
         whole = Path(name) / "whole"
         rhythm = ["--steps", str(steps), "--save-every", str(half), "--eval-every", str(steps)]
         begun = time.monotonic()
-        finished(launched(whole, WHOLE, *rhythm, toy=settings["toy"]))
+        finished(launched(whole, layout, *rhythm, toy=settings["toy"]))
         want = losses_of(whole)
-        yield {**settings, "piece": "run", "layout": WHOLE, "seconds": time.monotonic() - begun, "losses": want}
+        about = {"piece": "run", "ranks": settings["ranks"], "layout": str(layout)}
+        yield about | {"seconds": time.monotonic() - begun, "losses": want}
         resume = [*rhythm, "--resume", "--checkpoint", str(half)]
         resumed = {}
-        for layout, first in RESUMED.items():
-            folder = Path(shutil.copytree(whole, Path(name) / layout))
-            resumed[folder] = layout, launched(folder, layout, *resume, toy=settings["toy"], first=first)
-        for folder, (layout, process) in resumed.items():
+        for fewer, first in resumed_of(settings["ranks"]).items():
+            folder = Path(shutil.copytree(whole, Path(name) / str(fewer)))
+            resumed[folder] = fewer, launched(folder, fewer, *resume, toy=settings["toy"], first=first)
+        rows = []
+        for folder, (fewer, process) in resumed.items():
             finished(process)
             found = losses_of(folder)
             difference = max(abs(found[step] - want[step]) for step in want if step > half)
-            row = {**settings, "piece": "run", "layout": layout, "resumed from": WHOLE, "at": half, "losses": found}
+            rows.append({"layout": str(fewer), "resumed from": str(layout), "at": half, "losses": found})
             agrees = found.keys() == want.keys() and difference < settings["tolerance"]
-            yield row | {"largest difference": difference, "agrees": agrees}
+            rows[-1] |= {"largest difference": difference, "agrees": agrees}
+        yield from ({**settings, "piece": "run"} | row for row in rows)
 
 
 def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
     """Process ids by rank of a torchrun."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     of_rank = {}
-    for pid in map(int, found.stdout.split()):
+    for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
-            of_rank |= {int(v.partition("=")[2]): pid for v in variables if v.startswith("RANK=")}
+            parent = re.search(r"^PPid:\t(\d+)", (folder / "status").read_text(), re.MULTILINE)
+            rank = re.search(r"(?:^|\0)RANK=(\d+)", (folder / "environ").read_text(errors="replace"))
+            if rank and parent and int(parent[1]) == process.pid:
+                of_rank[int(rank[1])] = int(folder.name)
     return of_rank
 
 
@@ -100,7 +118,8 @@ def killed(settings: Row) -> Iterator[Row]:
         folder = Path(name) / "run"
         options = ["--steps", "100000", "--eval-every", "100000", "--save-every", "100000"]
         options += ["--patience", str(settings["patience"])]
-        process = launched(folder, WHOLE, *options, toy=settings["toy"])
+        layout = whole_of(settings["ranks"])
+        process = launched(folder, layout, *options, toy=settings["toy"])
         metrics = folder / "metrics.jsonl"
         while not (metrics.exists() and "loss" in metrics.read_text()):
             if process.poll() is not None:
@@ -120,7 +139,7 @@ def killed(settings: Row) -> Iterator[Row]:
         yield {
             **settings,
             "piece": "killed",
-            "layout": WHOLE,
+            "layout": str(layout),
             "others ended after s": time.monotonic() - begun,
             "exit status": process.returncode,
             "named by a rank": missing is not None,

@@ -11,9 +11,6 @@ from benchmarks.multigpu.ways import GATHER, HALO, RING
 from benchmarks.multigpu.workers import Case, Search
 from pi_attention.distributed import Layout
 
-LAYOUTS = [("dp=1", 3), ("dp=2", 3), ("cp=2", 3), ("tp=2", 3), ("dp=4", 3), ("dp=4", 2), ("dp=4", 1), ("cp=4", 3),
-           ("tp=4", 3), ("dp=2,cp=2", 3), ("tp=2,cp=2", 3), ("dp=2,tp=2", 3)]  # fmt: skip
-"""Layouts and ZeRO stages."""
 WAYS = [HALO, GATHER, RING]
 PRODUCTS = 1 << 17
 """Longest sequence whose dense products are computed in a training step; beyond, memory alone is measured."""
@@ -51,24 +48,53 @@ def together(cases: Iterable[Case], counts: Iterable[int]) -> list[Search]:
     return [one(Case("step", ranks, batch)) for ranks, batch in batches.items() if batch]
 
 
-def operators(rows: Rows, counts: Iterable[int], lengths: list[int], dense_seconds: float) -> list[Search]:
-    """A case for each number of ranks and pattern, of the lengths that have not been measured."""
-    cases = []
+def lengths_on(ranks: int) -> list[int]:
+    """Sequences of the operator: 32,768 tokens to a million, and to half a million a GPU where that is more."""
+    return [1 << power for power in range(15, 23) if 1 << power <= max(1 << 20, ranks << 19)]
+
+
+def operators(
+    rows: Rows, counts: Iterable[int], lengths: Callable[[int], list[int]], dense_seconds: float
+) -> list[Search]:
+    """The patterns of each number of ranks, in the lengths that have not been measured.
+
+    Those that need more than half of the GPUs come one after another, in the same processes.
+    """
+    searches = []
     for ranks in counts:
+        batch: list[Row] = []
         for pattern in (*PATTERNS, DENSE):
-            ways = ways_of(pattern, ranks)
-            known = {"piece": "operator", "pattern": pattern, "ranks": ranks, "way": ways[-1]}
-            left = [length for length in lengths if rows.of(known | {"S": length}) is None]
-            settings = {"pattern": pattern, "lengths": left, "dense seconds": dense_seconds}
+            known = {"piece": "operator", "pattern": pattern, "ranks": ranks, "way": ways_of(pattern, ranks)[-1]}
+            found = {length: rows.of(known | {"S": length}) for length in lengths(ranks)}
+            left = [length for length, row in found.items() if row is None]
+            if pattern == DENSE:  # whose time grows with the square
+                times = [(row["seconds"], row["S"]) for row in found.values() if row is not None]
+                left = [n for n in left if all(seconds * (n / at) ** 2 <= dense_seconds for seconds, at in times)]
             if left:
-                cases.append(Case("operator", ranks, (settings,), limit=150))
-    return [one(case) for case in cases]
+                batch.append({"pattern": pattern, "lengths": left, "dense seconds": dense_seconds})
+        alone = 2 * ranks > rows.machine.gpus
+        batches = [tuple(batch)] if alone else [(settings,) for settings in batch]
+        searches += [one(Case("operator", ranks, each, limit=150)) for each in batches if each]
+    return searches
+
+
+def layouts_of(ranks: int) -> list[tuple[str, int]]:
+    """Layouts of so many ranks, a power of two, with ZeRO stages: each way to share by itself, and mixtures."""
+    alone = [f"{name}={ranks}" for name in ("dp", "cp", "tp")]
+    if ranks < 4:
+        return [(layout, 3) for layout in (alone if ranks > 1 else alone[:1])]
+    half = ranks // 2
+    mixed = [f"dp=2,cp={half}", f"tp=2,cp={half}", f"dp={half},tp=2"]
+    mixed += [f"dp=2,tp=2,cp={ranks // 4}"] if ranks > 4 else []
+    stages = [(layout, zero) for layout in (alone[0], mixed[0]) for zero in (2, 1)]
+    return [*((layout, 3) for layout in (*alone, *mixed)), *stages]
 
 
 def layouts(counts: Iterable[int], context: int, model: str) -> list[Search]:
     """A step of each layout; and of cp without slices of the loss, whose logits the bill counts, too."""
-    cases = [step_of(layout, context, zero=zero, model=model) for layout, zero in LAYOUTS]
-    cases += [step_of(f"cp={ranks}", 2 * context, model=model, **{"loss slice": None}) for ranks in (2, 4)]
+    counts = list(counts)
+    cases = [step_of(layout, context, zero=zero, model=model) for n in counts for layout, zero in layouts_of(n)]
+    cases += [step_of(f"cp={n}", 2 * context, model=model, **{"loss slice": None}) for n in counts if n > 1]
     return together(cases, counts)
 
 
@@ -118,20 +144,34 @@ def longest(memory: int, ranks: int, way: str, model: str, least: int, most: int
     return border(context, lambda size: 2 * size, lambda size: size // 2, case, least=least, most=most)
 
 
-def throughput(counts: Iterable[int], model: str, lengths: Iterable[int], ways: Iterable[str]) -> list[Search]:
-    """Steps of each way at contexts whose dense products are computed, for tokens/s."""
-    lengths = [length for length in lengths if length <= PRODUCTS]
+def throughput(counts: Iterable[int], model: str, context: int, ways: Iterable[str]) -> list[Search]:
+    """Steps of each way, for tokens/s: of a context, of four times that, and of as many tokens on each GPU.
+
+    Of dense attention those whose products are computed.
+    """
     cases = [
         step_of(f"cp={ranks}", length, way, model=model)
         for ranks in counts
-        for length in lengths
+        for length in sorted({context, 4 * context, ranks * context})
         for way in ways
-        if ranks > 1 or way != GATHER
+        if (ranks > 1 or way != GATHER) and (length <= PRODUCTS or way != RING)
     ]
     return together(cases, counts)
 
 
-def largest(machine: Machine, ranks: int, context: int, model: str, most: int, by: int = 4) -> Search:
+def runs(ranks: int, toy: bool) -> list[Search]:
+    """A run on all ranks, resumed on fewer; none where there is one."""
+    settings = {"ranks": ranks, "steps": 4 if toy else 40, "toy": toy, "tolerance": 1e-4 if toy else 0.03}
+    return [one(Case("run", ranks, (settings,), limit=480 if toy else 240))] if ranks > 1 else []
+
+
+def killed(ranks: int, how: str, toy: bool) -> list[Search]:
+    """A run whose second rank gets a signal; none where there is one."""
+    settings = {"ranks": ranks, "toy": toy, "patience": 5 if toy else 15, "signal": how}
+    return [one(Case("killed", ranks, (settings,), limit=480 if toy else 120))] if ranks > 1 else []
+
+
+def largest(machine: Machine, ranks: int, context: int, model: str, most: int, by: int) -> Search:
     """The most layers of a model's shape that fit, at most `most`, from the bill's guess on, by so many layers."""
 
     def case(layers: int) -> Case:

@@ -24,7 +24,7 @@ from pi_attention.models import PiForCausalLM
 from pi_attention.training.step import Parallel
 from pi_attention.training.train import enable_checkpointing
 
-TOY = Sizes(64, 192, 2, 4, 4, 16, 256, 64, 32)
+TOY = Sizes(64, 192, 2, 8, 8, 8, 256, 64, 32)
 BUDGET = 2.0
 """Seconds of a measurement's steps, about."""
 
