@@ -202,7 +202,7 @@ class HaloContext:
                 raise ValueError("a sharded sequence fills a cache without gradients only: pass use_cache=False.")
             cache.resume(*self.kept(key, value))
         tokens, at_home = query.shape[2], self._first_at_home
-        if torch.compiler.is_compiling() or once or not 0 < at_home < tokens:
+        if torch.compiler.is_compiling() or once or at_home is None or at_home >= tokens:
             key, value, ids = self.extend(key, value, segment_ids)
             return _before_others(operator, query, key, value, gate, ids, self.after)
         started = self.start(key, value, at_home)
@@ -212,7 +212,7 @@ class HaloContext:
         gates = (None, None) if gate is None else gate.split(parts, dim=2)
         interior = operator(queries[1], started.key, started.value, gates[1], self._ids_for(key, own))
         key, value, ids = self.finish(started)
-        border = operator(queries[0], key, value, gates[0], ids)
+        border = _before_others(operator, queries[0], key, value, gates[0], ids, 0)
         return torch.cat([border, interior], dim=2)
 
     def attention(
@@ -253,10 +253,12 @@ class HaloContext:
                 "give their starts to HaloContext or attach, and pad no rows."
             )
 
-    def _rows_until_home(self) -> int:
-        """The first token of the shard from which on no query sees another rank's key; 0 where this is not known."""
+    def _rows_until_home(self) -> int | None:
+        """The first token of the shard from which on no query sees another rank's key; None where this is not known."""
         (start, end), documents = self.halo.own, self._documents
-        if not self.pattern.causal or not self.halo.rows:
+        if not self.pattern.causal:
+            return None
+        if not self.halo.rows:
             return 0
         following = bisect_right(documents, start)
         new = documents[following] if following < len(documents) else end  # later queries see no earlier document
