@@ -59,14 +59,14 @@ class Bench:
             plan = forward_plan(self.problem)
             step, other = (plan.skip, (out, lse)) if self.skip else (plan.local, (skip_out, skip_lse))
             keys = (key, value) if self.skip else described_keys(key, value, plan.block)
-            step((query, *keys, query, query, lse, *other, key, value, out, lse, None))
+            step((query, *keys, query, query, lse, *other, key, value, out, lse))
             return
         plan = backward_plan(self.problem, self.grad.stride(), False, False)
         rows = (self.grad, skip_lse if self.skip else lse, self.terms)
         if kernel == "backward query":
             step = plan.skip[0] if self.skip else plan.query
             keys = (key, value) if self.skip else described_keys(key, value, plan.block)
-            of_rows = (out, skip_out, skip_lse, lse, lse, lse, self.terms, None, None)
+            of_rows = (out, skip_out, skip_lse, lse, lse, lse, self.terms)
             step((query, *keys, query, query, *rows, key, value, self.grads[0], *of_rows))
         else:
             step = plan.skip[1] if self.skip else plan.key

@@ -51,6 +51,45 @@ def test_addresses_go_straight_to_the_launcher_of_a_known_version(kernel, monkey
     assert kernel.calls[1][1:] == (3, want)
 
 
+@pytest.mark.parametrize("scratch", [0, 64])
+def test_triton_s_launcher_is_passed_by_where_a_kernel_wants_no_scratch_memory(kernel, monkeypatch, scratch):
+    monkeypatch.setattr(compiled, "DIRECT", True)
+    direct = []
+
+    class CudaLauncher:
+        global_scratch_size, profile_scratch_size = scratch, 0
+        launch_cooperative_grid, launch_pdl = "cooperative", "pdl"
+        __call__ = launch = staticmethod(lambda *arguments: direct.append(arguments))
+
+    kernel.run = CudaLauncher()
+    step, x = step_of(kernel), torch.zeros(64)
+    step((x,))
+    step((x,))
+    options = () if scratch else ("cooperative", "pdl", None, None)
+    hooks = (None, None, None)
+    ours = (x.data_ptr(), 16, 1, 7, 0.5, 16)
+    assert direct == [(3, 1, 1, "stream", "function", *options, "metadata", *hooks, *ours)]
+
+
+def test_tensors_that_are_compiled_out_are_none(kernel, monkeypatch):
+    monkeypatch.setattr(compiled, "DIRECT", True)
+    step, x = Step(Kernel(kernel), 3, (16,), (7,), Constants({"num_warps": 4}, D=16), absent=2), torch.zeros(64)
+    step((x,))
+    step((x,))
+    assert kernel.calls[0][2] == (x, None, None, 16, 7)
+    assert kernel.calls[1][2][6:] == (x.data_ptr(), None, None, 16, 7, 16)
+
+
+def test_a_tensor_descriptor_stays_one(kernel, monkeypatch):
+    monkeypatch.setattr(compiled, "DIRECT", True)
+    step, x = step_of(kernel), torch.zeros(64)
+    described = SimpleNamespace(base=x)
+    for tensors in ((x, described), (x, described), (x[1:], described)):
+        step(tensors)
+    assert [call[0] for call in kernel.calls] == ["triton", "direct", "triton"]
+    assert kernel.calls[1][2][6:8] == (x.data_ptr(), described)
+
+
 def test_another_version_launches_the_compiled_kernel(kernel, monkeypatch):
     monkeypatch.setattr(compiled, "DIRECT", False)
     step, x = step_of(kernel), torch.zeros(64)

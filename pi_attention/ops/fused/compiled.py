@@ -1,8 +1,9 @@
-"""Launch compiled kernels with little host time. A tensor that is None is compiled out of its kernel."""
+"""Launch compiled kernels with little host time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import gcd
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Step:
         strides: integers of which Triton compiles in the traits.
         numbers: integers and floats of which it compiles in nothing but their width.
         constants: compile-time arguments, last in the kernel's order.
+        absent: how many of the kernel's tensors are compiled out: the last ones, which a launch leaves out.
     """
 
     def __init__(
@@ -62,32 +64,31 @@ class Step:
         strides: tuple[int, ...],
         numbers: tuple[int | float, ...],
         constants: Constants,
+        absent: int = 0,
     ) -> None:
         self.kernel, self.programs, self.constants = kernel, programs, constants
-        self.tail = (*strides, *numbers)
-        narrow = max(map(abs, self.tail), default=0) <= INT32_MAX
+        narrow = max(map(abs, (*strides, *numbers)), default=0) <= INT32_MAX
         self.key = (constants.key, _traits(strides)) if narrow else None
+        self.tail = (*[None] * absent, *strides, *numbers)
         self.arguments = (*self.tail, *constants.values.values())
         self.launch: Any = None
 
     def __call__(self, tensors: Sequence[Any]) -> None:
         """Launch on the current device and stream, where the tensors lie, or those of the tensor descriptors."""
         if self.launch is not None and not knobs.runtime.launch_enter_hook.calls:
-            addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
-            if not _unaligned(addresses):
-                run, function, metadata, current_stream, device = self.launch
+            addresses = _addresses(tensors)
+            if addresses is not None:
+                launch, function_and_options, current_stream, device = self.launch
                 stream = current_stream(device)
-                run(self.programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *self.arguments)
+                launch(self.programs, 1, 1, stream, *function_and_options, *addresses, *self.arguments)
                 return
         self._first(tensors)
 
     def _first(self, tensors: Sequence[Any]) -> None:
         """By Triton's own launch, unless the kernel was compiled for another length; remember its compiled form."""
         constants = self.constants
-        bases = [x if isinstance(x, Tensor) else x.base for x in tensors if x is not None]
-        fit = (
-            self.key is not None and not torch.compiler.is_compiling() and not _unaligned([x.data_ptr() for x in bases])
-        )
+        bases = [x if isinstance(x, Tensor) else x.base for x in tensors]
+        fit = self.key is not None and not torch.compiler.is_compiling() and _addresses(bases) is not None
         key = (self.key, bases[0].device, *[x.dtype for x in bases])
         compiled = self.kernel.compiled.get(key) if fit else None
         if compiled is not None:
@@ -99,8 +100,7 @@ class Step:
             return
         self.kernel.compiled[key] = compiled
         if DIRECT:
-            current_stream, device = _stream_finder(), bases[0].device.index
-            self.launch = compiled.run, compiled.function, compiled.packed_metadata, current_stream, device
+            self.launch = *_launcher(compiled), _stream_finder(), bases[0].device.index
 
 
 def _stream_finder() -> Any:
@@ -108,10 +108,23 @@ def _stream_finder() -> Any:
     return triton.runtime.driver.active.get_current_stream
 
 
-def _unaligned(addresses: Sequence[Any]) -> bool:
-    """Whether an address is no multiple of 16, for which the kernels were compiled."""
-    together = 0
-    for address in addresses:
-        if isinstance(address, int):
-            together |= address
-    return together & 15 != 0
+def _launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What launches a compiled kernel, and its arguments between the stream and those of the kernel.
+
+    `CudaLauncher` finds scratch memory for a kernel, and then calls its `launch`, written in C. Our kernels want none.
+    """
+    run, rest = compiled.run, (compiled.packed_metadata, None, None, None)  # no hooks
+    nvidia = type(run).__name__ == "CudaLauncher"  # not imported: Triton for AMD need not have it
+    if nvidia and not run.global_scratch_size and not run.profile_scratch_size:
+        return run.launch, (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
+    return run, (compiled.function, *rest)
+
+
+def _addresses(tensors: Sequence[Any]) -> list[Any] | None:
+    """Of tensors; None where one is no multiple of 16, for which the kernels were compiled. A descriptor stays one."""
+    try:
+        addresses = pointers = [*map(Tensor.data_ptr, tensors)]
+    except TypeError:  # tensor descriptors: a long call, in which the host hardly counts
+        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
+        pointers = [x for x in addresses if isinstance(x, int)]
+    return addresses if gcd(*pointers) % 16 == 0 else None

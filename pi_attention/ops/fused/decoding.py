@@ -65,7 +65,8 @@ def decode_plan(problem: Problem) -> DecodePlan:
         **{"MASS": problem.mass, "GATED": problem.gate is not None, "SINK_LOGIT": problem.sink_logit},
     )
     rows = batch * heads * queries
-    together = Step(join, rows, (), (*problem.gate_strides, rows, heads, queries, splits), constants)
+    numbers = (*problem.gate_strides, rows, heads, queries, splits)
+    together = Step(join, rows, (), numbers, constants, absent=0 if problem.sink_logit else 1)
     return DecodePlan(parts, together, splits, table_of(problem))
 
 
@@ -86,12 +87,12 @@ def run_decode(
     plan = decode_plan(problem)
     parts = torch.empty(2, plan.splits, *query.shape, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(2, plan.splits, *query.shape[:3], dtype=torch.float32, device=query.device)
-    out = empty_as(query)
-    lse, skip_lse = rows_like(query), rows_like(query)
+    out, lse = empty_as(query), rows_like(query)
+    skip_lse = torch.empty_like(lse)
     absent = query
     with on_device(problem.device):
         starts = absent if starts is None else starts
         bands = absent if plan.bands is None else plan.bands
         plan.parts((query, key, value, starts, bands, parts, part_lse))
-        plan.join((parts, part_lse, lse if gate is None else gate, out, lse, skip_lse, one_a_head(sink_logit)))
+        plan.join((parts, part_lse, lse if gate is None else gate, out, lse, skip_lse, *one_a_head(sink_logit)))
     return out, lse, skip_lse

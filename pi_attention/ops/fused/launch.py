@@ -41,6 +41,7 @@ from pi_attention.ops.fused.tiling import (
 )
 
 LOG2E = 1.4426950408889634
+HERE = nullcontext()
 
 forward = Kernel(band_forward_kernel)
 backward_query = Kernel(band_backward_query_kernel)
@@ -53,7 +54,7 @@ sink_sum = Kernel(sink_sum_kernel)
 def on_device(device: torch.device) -> Any:
     """Kernels are launched on the current device: a context in which it is this one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+        return HERE
     return torch.cuda.device(device)
 
 
@@ -98,7 +99,8 @@ def forward_plan(problem: Problem) -> ForwardPlan:
         flags["SINK_LOGIT"] = problem.sink_logit and not skip
         plan = plan_tiles("forward", problem, skip, **flags, DESCRIBED=not skip and described(problem))
         numbers = (*problem.gate_strides, *plan.sizes, problem.scale * LOG2E)
-        return Step(forward, plan.programs, problem.strides, numbers, plan.constants), plan
+        absent = 0 if flags["SINK_LOGIT"] else 1
+        return Step(forward, plan.programs, problem.strides, numbers, plan.constants, absent), plan
 
     skip = step(True)[0] if problem.both else None
     if serves("forward", problem):
@@ -125,30 +127,30 @@ def run_forward(
     out, lse, skip_out, skip_lse = empty_as(query), rows_like(query), None, None
     with on_device(problem.device):
         if plan.skip is not None:
-            skip_out, skip_lse = empty_as(query), rows_like(query)
+            skip_out, skip_lse = empty_as(query), torch.empty_like(lse)
             heads = absent if plan.bands is None else plan.bands
             nothing = (skip_lse, skip_out, skip_lse, absent, absent)  # to fuse with, and no sinks
-            plan.skip((query, key, value, starts, heads, *nothing, skip_out, skip_lse, None))
+            plan.skip((query, key, value, starts, heads, *nothing, skip_out, skip_lse))
         gates = lse if gate is None else gate
         other = (out, lse) if skip_out is None else (skip_out, skip_lse)
         keys = described_keys(key, value, plan.block)
-        plan.local((query, *keys, starts, absent, gates, *other, key, value, out, lse, one_a_head(sink_logit)))
+        plan.local((query, *keys, starts, absent, gates, *other, key, value, out, lse, *one_a_head(sink_logit)))
     return out, lse, skip_out, skip_lse
 
 
 def rows_like(query: Tensor) -> Tensor:
     """Memory for a log-sum-exp [B, H, T], its own: the outputs of a registered operator must not share any."""
-    return torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    return torch.empty(*query.shape[:3], dtype=torch.float32, device=query.device)
 
 
-def one_a_head(sink_logit: Tensor | None) -> Tensor | None:
-    """A sink logit [H] as the kernels read it, whatever its strides and dtype: they are compiled for one of each."""
-    return None if sink_logit is None else sink_logit.to(torch.float32).contiguous()
+def one_a_head(sink_logit: Tensor | None) -> tuple[Tensor, ...]:
+    """A sink logit [H], if any, as the kernels read it: compiled for one dtype and stride, whatever its own are."""
+    return () if sink_logit is None else (sink_logit.to(torch.float32).contiguous(),)
 
 
 def empty_as(x: Tensor) -> Tensor:
     """Contiguous, as the kernels write; `empty_like` takes half the host time of `empty`."""
-    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(*x.shape, dtype=x.dtype, device=x.device)
 
 
 class BackwardPlan(NamedTuple):
@@ -195,7 +197,8 @@ def backward_plan(
             "backward query", problem, skip, ADD=skip, BOTH=both, **flags, DESCRIBED=not skip and described(problem)
         )
         numbers = (*problem.gate_strides, rows, *plan.sizes, *scales)
-        return Step(backward_query, plan.programs, strides, numbers, plan.constants), plan
+        absent = 0 if problem.sink_logit else 2
+        return Step(backward_query, plan.programs, strides, numbers, plan.constants, absent), plan
 
     def of_key(skip: bool, classes: int) -> Step:
         plan = plan_tiles("backward key", problem, skip, ADD=both and not skip)
@@ -277,8 +280,9 @@ def run_backward(
     Args:
         grads: of the output and of both log-sum-exps, None where one has no gradient.
     """
-    grad_out = grads[0]
-    grad_lse, grad_skip_lse = (None if x is None else x.contiguous() for x in grads[1:])
+    grad_out, grad_lse, grad_skip_lse = grads
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_skip_lse = None if grad_skip_lse is None else grad_skip_lse.contiguous()
     aligned = not grad_out.data_ptr() & 15
     plan = backward_plan(problem, grad_out.stride(), grad_lse is not None, grad_skip_lse is not None, aligned)
     absent = query  # a pointer that no kernel reads
@@ -287,13 +291,13 @@ def run_backward(
     skip_out = out if saved.skip_out is None else saved.skip_out
     skip_lse = lse if saved.skip_lse is None else saved.skip_lse
     terms = torch.empty(4, *lse.shape, dtype=torch.float32, device=query.device)
-    grad_gate = None if gate is None else torch.empty(lse.shape, dtype=gate.dtype, device=lse.device)
-    of_sink = None if sink_logit is None else torch.empty_like(lse)
+    grad_gate = None if gate is None else empty_as(gate)
+    of_sink: tuple[Tensor, ...] = () if sink_logit is None else (torch.empty_like(lse),)
     grad_query, grad_key, grad_value = empty_as(query), empty_as(key), empty_as(value)
     of_rows = (
         *(out, skip_out, skip_lse, lse if grad_lse is None else grad_lse),
         *(lse if grad_skip_lse is None else grad_skip_lse, lse if gate is None else gate),
-        *(terms if grad_gate is None else grad_gate, one_a_head(sink_logit), of_sink),
+        *(terms if grad_gate is None else grad_gate, *one_a_head(sink_logit), *of_sink),
     )
     with on_device(problem.device):
         keys = described_keys(key, value, plan.block)
@@ -325,5 +329,5 @@ def run_backward(
             share = (share_key, share_value, owner)
             add((query, key, value, starts, grad_out, lse, terms, grad_key, grad_value, *share))
             together((*share, starts, grad_key, grad_value))
-    grad_sink = None if sink_logit is None or of_sink is None else of_sink.sum(dim=(0, 2)).to(sink_logit.dtype)
+    grad_sink = None if sink_logit is None else of_sink[0].sum(dim=(0, 2)).to(sink_logit.dtype)
     return grad_query, grad_key, grad_value, grad_gate, grad_sink

@@ -72,8 +72,8 @@ class Forward:
         self.step = _step(FORWARD, problem, (heads, queries, *problem.gate_strides), scales, **flags)
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
-        """Query, key, value, starts, –, gate, skip output, its log-sum-exp, –, –, output, log-sum-exp, –."""
-        query, key, value, starts, _, gate, skip_out, skip_lse, _, _, out, lse, _ = tensors
+        """Query, key, value, starts, –, gate, skip output, its log-sum-exp, –, –, output, log-sum-exp."""
+        query, key, value, starts, _, gate, skip_out, skip_lse, _, _, out, lse = tensors
         tiles = (_tile(query, 2 * BM), _tile(key, BN), _tile(value, BN), _tile(skip_out, 2 * BM), _tile(out, BM))
         self.step((*tiles, starts, gate, skip_lse, lse))
 
@@ -89,8 +89,8 @@ class Query:
         self.step = _step(QUERY, problem, sizes, scales, **flags, LSE=lse, SKIP_LSE=skip_lse)
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
-        """Query, key, value, starts, –, output's gradient, log-sum-exp, terms, –, –, query's gradient, rows, –, –."""
-        query, key, value, starts, _, grad_out, lse, terms, _, _, grad_query, *rest, _, _ = tensors
+        """Query, key, value, starts, –, output's gradient, log-sum-exp, terms, –, –, query's gradient, rows."""
+        query, key, value, starts, _, grad_out, lse, terms, _, _, grad_query, *rest = tensors
         tiles = (_tile(query, 2 * BM), _tile(key, BN), _tile(value, BN), _tile(grad_out, 2 * BM), _tile(grad_query, BM))
         self.step((*tiles, starts, lse, terms, *rest))
 
