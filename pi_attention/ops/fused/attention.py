@@ -120,14 +120,13 @@ def fused_attention(
         query, scale = query * scale, 1.0
     code = pattern.to_ints() if torch.compiler.is_compiling() else _ints_of(pattern)  # Dynamo looks through caches
     mass = fusion == "mass"
-    plain = is_plain(query, key, value)
     attend: Any
     if is_decoding(query, key, value, gate, pattern, sink_logit):
-        attend = run_decoding if plain else decode
+        attend = run_decoding if is_plain(query, key, value) else decode
         return attend(query, key, value, gate, starts, code, mass, scale, sink_logit, softcap)
     if pattern.skips == 0:
         gate, mass = None, False
-    attend = Fused.apply if torch.is_grad_enabled() else run_fused if plain else fused
+    attend = Fused.apply if torch.is_grad_enabled() else run_fused if is_plain(query, key, value) else fused
     more = () if sink_logit is None and softcap is None else (sink_logit, softcap)
     out, lse, _, lse_skip = attend(query, key, value, gate, starts, code, mass, scale, *more)
     return out, lse, torch.full_like(lse, -torch.inf) if pattern.skips == 0 else lse_skip
