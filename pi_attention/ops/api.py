@@ -163,9 +163,8 @@ def pi_attention(
 
 def _under_autocast(query: Any) -> bool:
     """Whether autocast is on, and the query of a dtype that it casts (as of `scaled_dot_product_attention`)."""
-    if not isinstance(query, Tensor) or query.device.type == "meta":  # which autocast does not know
-        return False
-    return torch.is_autocast_enabled(query.device.type) and query.dtype in CASTS
+    kind = query.device.type if isinstance(query, Tensor) else "meta"  # which autocast does not know
+    return kind != "meta" and torch.is_autocast_enabled(kind) and query.dtype in CASTS
 
 
 def _as_autocast_would(query: Tensor, key: Tensor, value: Tensor, pattern: PiPattern, options: dict[str, Any]) -> Any:

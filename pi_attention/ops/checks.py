@@ -129,28 +129,30 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     _check_tensor("query", query, "[B, H, T, D]")
     _check_tensor("key", key, "[B, G, S, D]")
     _check_tensor("value", value, "[B, G, S, D]")
-    if key.shape != value.shape:
-        raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape [B, G, S, D].")
+    of_query, of_key = query.shape, key.shape
+    if of_key != value.shape:
+        raise ValueError(f"key {tuple(of_key)} and value {tuple(value.shape)} must have one shape [B, G, S, D].")
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {x.dtype} but query has {query.dtype}: cast them to one dtype.")
         if x.device != query.device:
             raise ValueError(f"{name} is on {x.device} but query is on {query.device}: move them to one device.")
-    if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
+    (batch, heads, queries, dim), (key_batch, groups, keys, key_dim) = of_query, of_key
+    if key_batch != batch or key_dim != dim:
         raise ValueError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch B and head dim D: "
+            f"query {tuple(of_query)} and key {tuple(of_key)} must agree in batch B and head dim D: "
             "the layout is [B, H, T, D], heads before tokens."
         )
-    if 0 in query.shape or 0 in key.shape:
-        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must not have an empty dimension.")
-    if query.shape[1] % key.shape[1]:
+    if 0 in of_query or 0 in of_key:
+        raise ValueError(f"query {tuple(of_query)} and key {tuple(of_key)} must not have an empty dimension.")
+    if heads % groups:
         raise ValueError(
-            f"query has {query.shape[1]} heads and key has {key.shape[1]}: "
+            f"query has {heads} heads and key has {groups}: "
             "for grouped-query attention the key heads must divide the query heads."
         )
-    if query.shape[2] > key.shape[2]:
+    if queries > keys:
         raise ValueError(
-            f"query has {query.shape[2]} tokens but key has {key.shape[2]}: queries are aligned with the end of the "
+            f"query has {queries} tokens but key has {keys}: queries are aligned with the end of the "
             "keys, so there must be at least as many keys. Is the layout [B, H, T, D], heads before tokens?"
         )
 
