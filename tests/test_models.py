@@ -295,7 +295,10 @@ def test_heads_that_differ_have_no_tensor_parallel_plan_of_transformers():
     ):
         assert PiConfig(**SIZES, **differ).base_model_tp_plan is None
         assert PiConfig(**SIZES, layer_patterns=["pi", differ]).base_model_tp_plan is None
-        assert "layers.*.self_attn.q_proj" in PiConfig(**SIZES, **same).base_model_tp_plan
+        assert PiForCausalLM(PiConfig(**SIZES, **differ)).tp_plan == {}
+        assert PiForMaskedLM(PiConfig(**SIZES, **differ, causal=False)).tp_plan == {}
+        plan = PiForCausalLM(PiConfig(**SIZES, **same)).tp_plan
+        assert {"lm_head", "model.layers.*.self_attn.q_proj"} <= set(plan)
 
 
 def test_plain_batches_need_no_segments():

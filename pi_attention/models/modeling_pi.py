@@ -96,6 +96,12 @@ class PiPreTrainedModel(WithCard, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         initialise(super()._init_weights, module)
 
+    def post_init(self) -> None:
+        """As of transformers; where no attention can be split, no head is, which may be tied to the embeddings."""
+        super().post_init()
+        if self.config.base_model_tp_plan is None:
+            self.tp_plan = None
+
 
 class PiModel(PiPreTrainedModel):
     """Embeddings, blocks and a final norm: token ids to hidden states."""
