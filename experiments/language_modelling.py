@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from experiments.data import need
-from experiments.runner import Experiment, Result, Scale, Settings
+from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.texts import blocks, bpe, documents, hub, windows
 from experiments.training import DEVICE, fit, products
 from experiments.variants import (

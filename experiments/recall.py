@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.runner import Experiment, Result, Scale, Settings
+from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE, fit, products
 from experiments.variants import MAIN, PLANNED, VARIANTS, config, specialise
 from pi_attention.models import PiForCausalLM

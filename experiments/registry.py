@@ -13,7 +13,7 @@ from experiments import (
     retrieval_qa,
     series,
 )
-from experiments.runner import Experiment
+from experiments.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment

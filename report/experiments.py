@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import fmean
 
+from experiments.experiment import Result
 from experiments.registry import EXPERIMENTS
 from experiments.rows import load
-from experiments.runner import Result
 from report import language_models
 from report.cells import Column, compared, mean_of, measured_cells, shown
 from report.keys import planned

@@ -1,0 +1,75 @@
+"""Which row a free worker measures next: the first in the order of importance that can begin and would end in time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from experiments.experiment import Experiment, Settings, best_rate, without
+from experiments.rows import Row
+
+FREE = ("variant", "rate", "seed", "window", "period", "skips", "keys", "sinks", "lags")
+"""Settings that rows of the same size may differ in."""
+RECENT, MARGIN = 4, 1.1
+"""A row is expected to take as long as the longest of this many earlier ones, times the margin."""
+
+
+def expected(experiment: Experiment, settings: Settings, rows: list[Row]) -> float:
+    """Seconds that a row will take: as the latest of its variant and size, or of its size, or as the experiment says.
+
+    0 where nothing is known.
+    """
+    alike = [row for row in rows if without(row["settings"], *FREE) == without(settings, *FREE)]
+    same = [row for row in alike if row["settings"].get("variant") == settings.get("variant")]
+    latest = [row["seconds"] for row in (same or alike)[-RECENT:]]
+    if latest:
+        return MARGIN * max(latest)
+    return experiment.seconds(settings) if experiment.seconds is not None else 0.0
+
+
+@dataclass
+class Task:
+    """A row to be measured: at every rate of the grid with seed 0, at the best of them (`rate=None`) with others."""
+
+    experiment: Experiment
+    cell: Settings
+    seed: int
+    rate: float | None
+
+    def settings(self, done: list[Row], failed: list[Settings]) -> Settings | None:
+        """Those of the row; None as long as the best rate is not known, or if no rate ran."""
+        if self.rate is not None:
+            return {**self.cell, "rate": self.rate, "seed": self.seed}
+        grid = [{**self.cell, "rate": rate, "seed": 0} for rate in self.experiment.rates]
+        ran = [row for row in done if row["settings"] in grid]
+        if not ran or len(ran) + sum(settings in failed for settings in grid) < len(grid):
+            return None
+        return {**self.cell, "rate": best_rate(self.experiment, self.cell, ran), "seed": self.seed}
+
+
+def tasks(experiment: Experiment, cells: list[Settings], seeds: int) -> list[Task]:
+    """The rows of an experiment: every cell with seed 0, then with each further seed."""
+    grid = [Task(experiment, cell, 0, rate) for cell in cells for rate in experiment.rates]
+    return grid + [Task(experiment, cell, seed, None) for seed in range(1, seeds) for cell in cells]
+
+
+@dataclass
+class Queue:
+    """What is still to be measured, the most important first, and the finished rows of each experiment."""
+
+    waiting: list[Task]
+    done: dict[str, list[Row]]
+    failed: list[tuple[str, Settings]] = field(default_factory=list)
+
+    def take(self, left: float) -> tuple[Experiment, Settings] | None:
+        """The first row that can begin now and would end within `left` seconds, taken out; finished rows go too."""
+        for task in list(self.waiting):
+            name = task.experiment.name
+            settings = task.settings(self.done[name], [failed for of, failed in self.failed if of == name])
+            if settings is None:
+                continue
+            if any(row["settings"] == settings for row in self.done[name]):
+                self.waiting.remove(task)
+            elif expected(task.experiment, settings, self.done[name]) <= left:
+                self.waiting.remove(task)
+                return task.experiment, settings
+        return None
