@@ -5,6 +5,7 @@ from __future__ import annotations
 from experiments import (
     cost,
     image_text,
+    language_forms,
     language_modelling,
     listops,
     lra,
@@ -21,6 +22,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         language_modelling.EXPERIMENT,
         language_modelling.LONG_EXPERIMENT,
         language_modelling.LARGE_EXPERIMENT,
+        *language_forms.EXPERIMENTS,
         period_sweep.EXPERIMENT,
         recall.EXPERIMENT,
         listops.EXPERIMENT,

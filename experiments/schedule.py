@@ -37,19 +37,23 @@ class Task:
 
     def settings(self, done: list[Row], failed: list[Settings]) -> Settings | None:
         """Those of the row; None as long as the best rate is not known, or if no rate ran."""
-        if self.rate is not None:
-            return {**self.cell, "rate": self.rate, "seed": self.seed}
-        grid = [{**self.cell, "rate": rate, "seed": 0} for rate in self.experiment.rates]
-        ran = [row for row in done if row["settings"] in grid]
-        if not ran or len(ran) + sum(settings in failed for settings in grid) < len(grid):
-            return None
-        return {**self.cell, "rate": best_rate(self.experiment, self.cell, ran), "seed": self.seed}
+        rates = self.experiment.rates if self.rate is None else (self.rate,)
+        if len(rates) > 1:
+            grid = [{**self.cell, "rate": rate, "seed": 0} for rate in rates]
+            ran = [row for row in done if row["settings"] in grid]
+            if not ran or len(ran) + sum(settings in failed for settings in grid) < len(grid):
+                return None
+            rates = (best_rate(self.experiment, self.cell, ran),)
+        return {**self.cell, "rate": rates[0], "seed": self.seed}
 
 
 def tasks(experiment: Experiment, cells: list[Settings], seeds: int) -> list[Task]:
-    """The rows of an experiment: every cell with seed 0, then with each further seed."""
-    grid = [Task(experiment, cell, 0, rate) for cell in cells for rate in experiment.rates]
-    return grid + [Task(experiment, cell, seed, None) for seed in range(1, seeds) for cell in cells]
+    """The rows of an experiment: all seeds of a cell before the next cell, since one seed says little."""
+    rows = []
+    for cell in cells:
+        rows += [Task(experiment, cell, 0, rate) for rate in experiment.rates]
+        rows += [Task(experiment, cell, seed, None) for seed in range(1, seeds)]
+    return rows
 
 
 @dataclass

@@ -30,10 +30,10 @@ def test_a_run_tunes_the_rate_and_skips_finished_rows(tmp_path):
         asked.append((settings["a"], settings["rate"], settings["seed"]))
         return {"validation": abs(settings["rate"] - settings["a"] / 10), "test": settings["seed"] / 10}
 
-    run([toy(measure)], tmp_path, seeds=1)
-    assert asked == [(1, 0.1, 0), (1, 0.2, 0), (2, 0.1, 0), (2, 0.2, 0)]
+    run([toy(measure)], tmp_path, seeds=2)
+    assert asked == [(1, 0.1, 0), (1, 0.2, 0), (1, 0.1, 1), (2, 0.1, 0), (2, 0.2, 0), (2, 0.2, 1)]
     done = run([toy(measure)], tmp_path)["toy"]
-    assert asked[4:] == [(1, 0.1, 1), (2, 0.2, 1), (1, 0.1, 2), (2, 0.2, 2)]
+    assert asked[6:] == [(1, 0.1, 2), (2, 0.2, 2)]
     assert done == load("toy", tmp_path) and len(done) == 8
     with pytest.raises(ValueError, match="leaves no cell of toy"):
         run([toy(measure)], tmp_path, only="nothing")
