@@ -6,9 +6,11 @@ python -m experiments.corpora data/linux.parquet linux-source-6.12/{kernel,mm,fs
 from __future__ import annotations
 
 import gzip
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import pyarrow
@@ -17,6 +19,9 @@ import tyro
 from tyro.conf import Positional
 
 from experiments.duplicates import Seen
+
+GROUP = 2**25
+"""Characters that are compressed, and later made tokens, together."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,9 @@ class Corpus:
         join: make a document of successive files, until it has `least` characters.
         tables: keep files of which more than half of the lines begin with the same word, such as registers of a chip.
         alike: leave out a file if more than this share of its runs of five lines stood in earlier files.
-        beside: written corpora whose documents count as earlier files.
         every: take each n-th of the documents found.
-        level: of zstd, which compresses the file as a whole.
+        level: of zstd, which compresses a group of documents as a whole.
+        most: bytes of the file after which no further group begins.
     """
 
     out: Positional[Path]
@@ -43,9 +48,9 @@ class Corpus:
     join: bool = False
     tables: bool = True
     alike: float = 1.0
-    beside: tuple[Path, ...] = ()
     every: int = 1
     level: int = 3
+    most: float = math.inf
     counts: Counter[str] = field(default_factory=Counter, init=False)
 
     def files(self) -> Iterator[str]:
@@ -62,19 +67,13 @@ class Corpus:
     def kept(self) -> Iterator[str]:
         """The files that are no tables and unlike earlier ones."""
         seen = Seen()
-        if self.alike < 1:
-            for path in self.beside:
-                for text in parquet.read_table(path, columns=["text"])["text"].to_pylist():
-                    seen.add(text)
         for text in self.files():
             self.counts["files"] += 1
             if not self.tables and is_table(text):
                 self.counts["tables"] += 1
-            elif self.alike < 1 and seen.share(text) > self.alike:
+            elif self.alike < 1 and seen.knows(text, self.alike):
                 self.counts["alike"] += 1
             else:
-                if self.alike < 1:
-                    seen.add(text)
                 yield text
 
     def documents(self) -> Iterator[str]:
@@ -87,27 +86,41 @@ class Corpus:
             if not self.join or len(gathered) >= self.least:
                 gathered = ""
 
-    def write(self) -> list[str]:
-        """Write the file, whole or not at all, and return its documents."""
-        texts = list(self.documents())[:: self.every]
-        if not texts:
-            raise ValueError(f"folders={[str(f) for f in self.folders]} hold no file of suffixes={self.suffixes}.")
+    def groups(self) -> Iterator[list[str]]:
+        """Documents of `GROUP` characters together, or a little more."""
+        gathered: list[str] = []
+        for text in islice(self.documents(), 0, None, self.every):
+            gathered.append(text)
+            if sum(map(len, gathered)) >= GROUP:
+                yield gathered
+                gathered = []
+        if gathered:
+            yield gathered
+
+    def write(self) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            FileNotFoundError, ValueError: a folder is missing, or no file fits.
+        """
         self.out.parent.mkdir(parents=True, exist_ok=True)
         part = self.out.with_suffix(".part")
-        whole = 2**31 - 1  # one page, so that repetitions are found however far they lie apart
-        table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.large_string())})
-        parquet.write_table(
-            table,
-            part,
-            compression="zstd",
-            compression_level=self.level,
-            data_page_size=whole,
-            row_group_size=len(texts),
-            use_dictionary=False,
-            write_statistics=False,
-        )
+        schema = pyarrow.schema({"text": pyarrow.large_string()})
+        whole = {"data_page_size": 2**31 - 1, "use_dictionary": False, "write_statistics": False}  # a group is one page
+        with part.open("wb") as file, parquet.ParquetWriter(
+            file, schema, compression="zstd", compression_level=self.level, **whole
+        ) as writer:
+            for texts in self.groups():
+                writer.write_table(pyarrow.table({"text": texts}, schema), row_group_size=len(texts))
+                self.counts["documents"] += len(texts)
+                self.counts["characters"] += sum(map(len, texts))
+                print(f"{file.tell():,} bytes, {dict(self.counts)}", flush=True)
+                if file.tell() >= self.most:
+                    break
+        if not self.counts["documents"]:
+            part.unlink()
+            raise ValueError(f"folders={[str(f) for f in self.folders]} hold no file of suffixes={self.suffixes}.")
         part.replace(self.out)
-        return texts
 
 
 def is_table(text: str) -> bool:
@@ -119,6 +132,4 @@ def is_table(text: str) -> bool:
 
 
 if __name__ == "__main__":
-    corpus = tyro.cli(Corpus, description=__doc__)
-    written = corpus.write()
-    print(f"{corpus.out}: {len(written):,} documents, {sum(map(len, written)):,} characters, {dict(corpus.counts)}")
+    tyro.cli(Corpus, description=__doc__).write()

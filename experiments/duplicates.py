@@ -29,11 +29,10 @@ class Seen:
     def __init__(self) -> None:
         self.hashes: set[int] = set()
 
-    def share(self, text: str) -> float:
-        """The share of a text's runs that stood in earlier texts."""
+    def knows(self, text: str, share: float) -> bool:
+        """Whether more than this share of a text's runs stood in earlier texts; if not, it becomes one of them."""
         found = runs(text).tolist()
-        return sum(run in self.hashes for run in found) / len(found)
-
-    def add(self, text: str) -> None:
-        """Count a text among the earlier ones."""
-        self.hashes.update(runs(text).tolist())
+        known = sum(run in self.hashes for run in found) > share * len(found)
+        if not known:
+            self.hashes.update(found)
+        return known

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import fmean
 
 from experiments.experiment import Result
 from experiments.registry import EXPERIMENTS
 from experiments.rows import load
-from report import language_models
+from report import language_models, law
 from report.cells import Column, compared, mean_of, measured_cells, shown
 from report.keys import planned
 from report.markdown import NOTHING, table
@@ -78,6 +79,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "language_modelling_large": lambda: language_models.perplexities("language_modelling_large"),
     "fusions": language_models.fusions,
     "planned": planned,
+    **{
+        name: partial(language_models.perplexities, name)
+        for name in ("forms", "hybrids", "equal_time", "sizes", "sizes_large")
+    },
+    "law": lambda: law.law(measured_cells(EXPERIMENTS["law"])),
     "period_sweep": lambda: compared(
         "period_sweep", {"context seen": mean_of("coverage", 2)}, by=("window", "period", "skips")
     ),
