@@ -107,9 +107,10 @@ class Corpus:
         part = self.out.with_suffix(".part")
         schema = pyarrow.schema({"text": pyarrow.large_string()})
         whole = {"data_page_size": 2**31 - 1, "use_dictionary": False, "write_statistics": False}  # a group is one page
-        with part.open("wb") as file, parquet.ParquetWriter(
-            file, schema, compression="zstd", compression_level=self.level, **whole
-        ) as writer:
+        with (
+            part.open("wb") as file,
+            parquet.ParquetWriter(file, schema, compression="zstd", compression_level=self.level, **whole) as writer,
+        ):
             for texts in self.groups():
                 writer.write_table(pyarrow.table({"text": texts}, schema), row_group_size=len(texts))
                 self.counts["documents"] += len(texts)

@@ -57,18 +57,19 @@ def hybrids(scale: Scale) -> list[Settings]:
 
 
 LENGTHS = (2048, 4096, 8192, 16384)
-CORNERS = ((2048, 80), (8192, 320), (8192, 80), (2048, 320), (16384, 640), (16384, 80))
-"""Lengths and keys that say most."""
+CORNERS = ((8192, 320), (8192, 80), (2048, 320), (16384, 640), (16384, 80))
+"""Lengths and keys that say most, beside the first of each, which are among the forms."""
 
 
 def law(scale: Scale) -> list[Settings]:
     """Lengths and keys; and at the first of them, fewer and more steps. Longer contexts begin with the shorter ones."""
     grid = [(length, keys) for length in LENGTHS for keys in (80, 160, 320, 640) if (length, keys) not in CORNERS]
-    cells = []
+    cells: list[Settings] = []
     for length, keys in CORNERS[:2] if scale == "smoke" else (*CORNERS, *grid):
         more = {"shorter first": list(LENGTHS[: LENGTHS.index(length)])} if length > LENGTHS[0] else {}
         cells += [cell(scale, variant, length, keys, **more) for variant in MAIN[:2]]
         cells.append(cell(scale, "dense", length, **more))  # which has no number of keys
+    cells = [cell for cell in cells if cell not in forms(scale)]
     cells += [cell(scale, variant, steps=steps) for steps in (2000, 8000, 1000) for variant in MAIN]
     return [cell for number, cell in enumerate(cells) if cell not in cells[:number]]
 

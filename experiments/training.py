@@ -16,7 +16,7 @@ from pi_attention.models.modeling_pi import PiDecoderLayer
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EAGER = 3
 """Steps before a CUDA graph of the step is captured."""
-RECOMPILATIONS = 64
+RECOMPILATIONS = 256
 """Most shapes and patterns of one process."""
 
 Batch = dict[str, Tensor]

@@ -8,14 +8,12 @@ from typing import Any
 from benchmarks.multigpu.rows import FILE, read
 from benchmarks.theory import ONE_LAYER, fields
 from benchmarks.timing import RESULTS
-from experiments.registry import EXPERIMENTS
 from pi_attention import plots
 from pi_attention.bill import MODELS, WAYS, bill
 from pi_attention.explorer import write_explorer
 from pi_attention.models import PiConfig
 from pi_attention.pattern import PiPattern, coordinated_heads
 from report import gains, law
-from report.cells import measured_cells
 from report.gains import Lines
 from report.multigpu_rows import latest
 from report.pattern import labelled_pattern
@@ -73,7 +71,7 @@ def times_of_kernels(result: dict[str, Any]) -> Lines:
 def draw() -> None:
     """Write every picture, and the explorer page."""
     gains.draw(FIGURES)
-    lengths = law.points(measured_cells(EXPERIMENTS["law"]))
+    lengths = law.points(law.measured())
     if lengths:
         plots.save(law.picture(lengths), FIGURES / "law.svg")
     write_explorer(DOCS / "explorer.html", PiPattern(64, 64, 8), heads=8, layers=6, context=8192)

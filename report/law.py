@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from benchmarks.intervals import interval
 from experiments.experiment import Settings, without
 from experiments.forms import BASELINE
+from experiments.registry import EXPERIMENTS
 from pi_attention.plots.style import COLOURS, figure_of
-from report.cells import Cell, shown
+from report.cells import Cell, measured_cells, shown
 from report.markdown import NOTHING, table
 
-FORM = "coordinated 4"
+FORM, HEADS = "coordinated 4", 4
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,14 @@ class Point:
         return bool(self.dense) and fmean(self.dense) > 0
 
 
+def measured() -> list[Cell]:
+    """The cells that have rows: of this experiment, and of the forms, at four heads, which have its first point."""
+    forms = [(cell, rows) for cell, rows in measured_cells(EXPERIMENTS["forms"]) if cell["heads"] == HEADS]
+    return [*measured_cells(EXPERIMENTS["law"]), *forms]
+
+
 def points(cells: list[Cell], part: str = "test") -> list[Point]:
-    """The points of all cells of the experiment that have rows of the form and of the window with the same seed."""
+    """The points of all cells that have rows of the form and of the window with the same seed."""
     rows = {_key(cell): {row["settings"]["seed"]: row["result"][part] for row in rows} for cell, rows in cells}
 
     def below(variant: str, cell: Settings, base: dict[int, float]) -> tuple[float, ...]:

@@ -2,10 +2,15 @@
 
 import pytest
 
-from experiments.language_forms import law as law_cells
+from experiments import language_forms
 from report import law
 from report.cells import Cell
 from report.markdown import NOTHING
+
+
+def law_cells(scale):
+    of_forms = [cell for cell in language_forms.forms(scale) if cell["heads"] == law.HEADS]
+    return [*language_forms.law(scale), *of_forms]
 
 
 def made_up(perplexity, seeds=3, cells=None) -> list[Cell]:
