@@ -69,6 +69,8 @@ class Run:
     """Run only the cells whose settings, as JSON, contain this text."""
     minutes: float = math.inf
     """Begin no row that would end later than this. Earlier rows of the same size say how long one takes."""
+    in_turn: bool = False
+    """Take a cell of each experiment in turn, instead of all cells of the first one before the second."""
 
     def execute(self, console: Console) -> None:
         """Run what was asked for, in the order of the names."""
@@ -85,6 +87,7 @@ class Run:
             seeds=self.seeds,
             only=self.only,
             minutes=self.minutes,
+            in_turn=self.in_turn,
         )
 
     def chosen(self) -> list[Experiment]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from experiments.experiment import Experiment, Scale, Settings
 from experiments.rows import RESULTS, Row, load
-from experiments.schedule import Queue, tasks
+from experiments.schedule import Queue, ordered, tasks
 from experiments.workers import Here, Worker, start
 
 
@@ -34,6 +34,7 @@ def run(
     seeds: int | None = None,
     only: str = "",
     minutes: float = math.inf,
+    in_turn: bool = False,
 ) -> dict[str, list[Row]]:
     """Measure every row that has no result yet, and return the rows of each experiment, older ones too.
 
@@ -46,6 +47,7 @@ def run(
         seeds: of each cell; as many as the experiment has when None.
         only: restrict to the cells whose settings, written as JSON, contain this text.
         minutes: no row begins that is expected to end later than this.
+        in_turn: take a cell of each experiment in turn, instead of all cells of the first one before the second.
 
     Raises:
         ValueError: no cell is left.
@@ -61,7 +63,7 @@ def run(
         if experiment.prepare is not None:
             for cell in cells[experiment.name]:
                 experiment.prepare(cell, data)
-    waiting = [task for e in experiments for task in tasks(e, cells[e.name], seeds or e.seeds)]
+    waiting = ordered([tasks(e, cells[e.name], seeds or e.seeds) for e in experiments], in_turn)
     queue = Queue(waiting, {experiment.name: load(experiment.name, folder) for experiment in experiments})
     crew = start(workers)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 
 from experiments.experiment import Experiment, Settings, best_rate, without
 from experiments.rows import Row
@@ -47,13 +48,19 @@ class Task:
         return {**self.cell, "rate": rates[0], "seed": self.seed}
 
 
-def tasks(experiment: Experiment, cells: list[Settings], seeds: int) -> list[Task]:
-    """The rows of an experiment: all seeds of a cell before the next cell, since one seed says little."""
-    rows = []
-    for cell in cells:
-        rows += [Task(experiment, cell, 0, rate) for rate in experiment.rates]
-        rows += [Task(experiment, cell, seed, None) for seed in range(1, seeds)]
-    return rows
+def tasks(experiment: Experiment, cells: list[Settings], seeds: int) -> list[list[Task]]:
+    """The rows of each cell: all of its seeds, before the next cell, since one seed says little."""
+    return [
+        [Task(experiment, cell, 0, rate) for rate in experiment.rates]
+        + [Task(experiment, cell, seed, None) for seed in range(1, seeds)]
+        for cell in cells
+    ]
+
+
+def ordered(experiments: list[list[list[Task]]], in_turn: bool) -> list[Task]:
+    """The rows of several experiments one after the other, or of a cell of each in turn."""
+    cells = chain(*zip_longest(*experiments, fillvalue=[])) if in_turn else chain(*experiments)
+    return [task for rows in cells for task in rows]
 
 
 @dataclass

@@ -63,9 +63,15 @@ def test_experiments_come_in_the_order_of_importance(tmp_path):
         asked.append((settings["of"], settings["seed"]))
         return {"validation": 0.0, "test": 0.0}
 
-    first, second = (toy(measure, [{"of": name}], (0.1,), name, seeds=2) for name in ("first", "second"))
+    first, second, third = (
+        toy(measure, [{"of": f"{name}{number}"} for number in range(cells)], (0.1,), name, seeds=seeds)
+        for name, cells, seeds in (("a", 1, 2), ("b", 2, 2), ("c", 3, 1))
+    )
     run([second, first], tmp_path)
-    assert asked == [("second", 0), ("second", 1), ("first", 0), ("first", 1)]
+    assert asked == [("b0", 0), ("b0", 1), ("b1", 0), ("b1", 1), ("a0", 0), ("a0", 1)]
+    asked.clear()
+    run([first, second, third], tmp_path / "in turn", in_turn=True)
+    assert asked == [("a0", 0), ("a0", 1), ("b0", 0), ("b0", 1), ("c0", 0), ("b1", 0), ("b1", 1), ("c1", 0), ("c2", 0)]
 
 
 def test_no_row_begins_that_would_end_after_the_deadline(tmp_path):
