@@ -38,7 +38,7 @@ class Corpus:
         alike: leave out a file if more than this share of its runs of five lines stood in earlier files.
         every: take each n-th of the documents found.
         level: of zstd, which compresses a group of documents as a whole.
-        most: bytes of the file after which no further group begins.
+        most: bytes of the file: no further group, where one as large as the last would make it larger.
     """
 
     out: Positional[Path]

@@ -43,28 +43,32 @@ LONG: Settings = SIZES["small"] | {"steps": 4000}
 LARGE: Settings = SIZES["small"] | {"hidden": 768, "layers": 14, "heads": 12, "steps": 1000}
 
 
-def stages(settings: Settings) -> dict[int, int]:
-    """The steps of each length: half of them at the first of those "shorter first", the others shared by the rest."""
+def shares(settings: Settings) -> dict[int, float]:
+    """The share of training at each length: half at the first of those "shorter first", the rest split evenly."""
     first, *others = [*settings.get("shorter first", []), settings["context"]]
-    if not others:
-        return {first: settings["steps"]}
-    half = settings["steps"] // 2
-    return {first: half} | dict.fromkeys(others, (settings["steps"] - half) // len(others))
+    return {first: 0.5} | dict.fromkeys(others, 0.5 / len(others)) if others else {first: 1.0}
 
 
 def train(model: PiForCausalLM, settings: Settings, pieces: Documents) -> Result:
-    """Train in place, for the steps of the settings, or for as many as take the seconds in their place."""
+    """Train in place for the steps of the settings, in all or at each length; without steps, for their seconds."""
 
     def batches(length: int, generator: torch.Generator) -> Iterator[Batch]:
         drawn = windows(pieces, length, max(1, settings["tokens"] // length), generator)
         return ({"input_ids": ids, "labels": ids} for ids in drawn)
 
-    if "steps" not in settings:
-        probed = batches(settings["context"], torch.Generator())
-        settings = settings | {"steps": steps_within(model, probed, settings["seconds"])}
+    asked = settings.get("steps")
+    if asked is None:
+        steps = {
+            length: steps_within(model, batches(length, torch.Generator()), share * settings["seconds"])
+            for length, share in shares(settings).items()
+        }
+    elif isinstance(asked, list):
+        steps = dict(zip(shares(settings), asked, strict=True))
+    else:
+        steps = {length: round(share * asked) for length, share in shares(settings).items()}
     drawn = partial(batches, generator=torch.Generator().manual_seed(1 + settings["seed"]))
-    last, pace = fit_by_length(model, drawn, stages(settings), rate=settings["rate"])
-    result = {"training loss": last, "steps": sum(stages(settings).values())}
+    last, pace = fit_by_length(model, drawn, steps, rate=settings["rate"])
+    result = {"training loss": last, "steps": list(steps.values())}
     return result if math.isnan(pace) else result | {"tokens/s": round(pace * settings["tokens"])}
 
 

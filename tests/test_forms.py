@@ -9,7 +9,7 @@ from experiments import forms
 from experiments.forms import BASELINE, EVERY, FUSIONS, WHOLE
 from experiments.language_forms import EXPERIMENTS, FUSED, law
 from experiments.language_forms import forms as of_forms
-from experiments.language_modelling import stages, train
+from experiments.language_modelling import shares, train
 from experiments.recurrence import by_recurrence, recurrence
 from experiments.training import PROBED, Pace, fit, fit_by_length, steps_within
 from experiments.variants import config
@@ -114,8 +114,8 @@ def tiny():
 
 
 def test_half_of_the_steps_are_at_the_shortest_length():
-    assert stages({"steps": 7, "context": 64}) == {64: 7}
-    assert stages({"steps": 8, "context": 64, "shorter first": [16, 32]}) == {16: 4, 32: 2, 64: 2}
+    assert shares({"context": 64}) == {64: 1.0}
+    assert shares({"context": 64, "shorter first": [16, 32]}) == {16: 0.5, 32: 0.25, 64: 0.25}
     model, batches = tiny()
     asked = []
 
@@ -139,7 +139,8 @@ def test_training_for_seconds_takes_as_many_steps_as_its_speed_says(monkeypatch)
     fit(model, batches(8), steps=12, rate=1e-3, pace=pace)
     assert pace.steps_a_second == 2.0
     pieces = [torch.arange(900).numpy() % 50]
-    settings = {"context": 16, "tokens": 16, "rate": 1e-3, "seed": 0}
-    monkeypatch.setattr("experiments.language_modelling.steps_within", lambda model, batches, seconds: 3)
-    assert train(model, settings | {"seconds": 1}, pieces)["steps"] == 3
-    assert train(model, settings | {"seconds": 1, "steps": 2}, pieces)["steps"] == 2  # a row measured again
+    settings = {"context": 32, "shorter first": [16], "tokens": 32, "rate": 1e-3, "seed": 0}
+    monkeypatch.setattr("experiments.language_modelling.steps_within", lambda model, batches, seconds: int(seconds))
+    assert train(model, settings | {"seconds": 6}, pieces)["steps"] == [3, 3]
+    assert train(model, settings | {"seconds": 6, "steps": [1, 2]}, pieces)["steps"] == [1, 2]  # measured again
+    assert train(model, settings | {"steps": 4}, pieces)["steps"] == [2, 2]
