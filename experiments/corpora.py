@@ -111,12 +111,14 @@ class Corpus:
             part.open("wb") as file,
             parquet.ParquetWriter(file, schema, compression="zstd", compression_level=self.level, **whole) as writer,
         ):
+            last = size = 0
             for texts in self.groups():
                 writer.write_table(pyarrow.table({"text": texts}, schema), row_group_size=len(texts))
                 self.counts["documents"] += len(texts)
                 self.counts["characters"] += sum(map(len, texts))
                 print(f"{file.tell():,} bytes, {dict(self.counts)}", flush=True)
-                if file.tell() >= self.most:
+                last, size = size, file.tell()
+                if 2 * size - last > self.most:
                     break
         if not self.counts["documents"]:
             part.unlink()

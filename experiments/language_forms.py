@@ -51,9 +51,10 @@ def forms(scale: Scale) -> list[Settings]:
 def hybrids(scale: Scale) -> list[Settings]:
     """Twelve layers of eight heads: one in 6, 12 or 4 sees everything; beside none of them, and all."""
     rests = (BASELINE, "coordinated 4", "dilated heads")
-    mixed = [f"{rest} + {whole}, 1 in {n}" for n in (6, 12, 4) for whole in WHOLE for rest in rests]
+    every, layers = ((6,), 6) if scale == "smoke" else ((6, 12, 4), 12)
+    mixed = [f"{rest} + {whole}, 1 in {n}" for n in every for whole in WHOLE for rest in rests]
     variants = (*MAIN, *mixed, "dilated heads")
-    return [cell(scale, variant, heads=8, layers=12) for variant in variants]
+    return [cell(scale, variant, heads=8, layers=layers) for variant in variants]
 
 
 LENGTHS = (2048, 4096, 8192, 16384)
