@@ -79,7 +79,7 @@ SIZED: tuple[Settings, ...] = (
     {"steps": 5500},  # 180 M tokens for 9 M parameters
     {"hidden": 512, "layers": 8, "heads": 8, "tokens": 65536, "steps": 10400},  # 682 M for 34 M
 )
-LARGE: Settings = {"hidden": 768, "layers": 16, "heads": 12, "tokens": 65536, "steps": 5000}  # 328 M for 126 M
+LARGE: Settings = {"hidden": 768, "layers": 16, "heads": 12, "tokens": 65536, "steps": 3600}  # 236 M for 126 M
 BY_SIZE = (*MAIN, "coordinated 4 + dense, 1 in 4", f"{BASELINE} + dense, 1 in 4", f"{BASELINE} + coordinated 4, 1 in 4")
 
 
