@@ -84,8 +84,8 @@ BY_SIZE = (*MAIN, "coordinated 4 + dense, 1 in 4", f"{BASELINE} + dense, 1 in 4"
 
 
 def of_size(scale: Scale, sizes: tuple[Settings, ...]) -> list[Settings]:
-    """The main forms and hybrids on the larger corpus."""
-    corpus = "shakespeare" if scale == "smoke" else "kernel+packages"
+    """The main forms and hybrids on the largest corpus."""
+    corpus = "shakespeare" if scale == "smoke" else "kernel+packages+drivers"
     return [cell(scale, variant, **size) | {"corpus": corpus} for size in sizes for variant in BY_SIZE]
 
 
