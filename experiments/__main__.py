@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import stat
 import sys
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.experiment import Experiment, Scale, on_dataset, without
 from experiments.registry import EXPERIMENTS
 from experiments.rows import RESULTS, load
-from experiments.runner import Experiment, Scale, on_dataset, run, without
+from experiments.runner import RowsFailed, run
 from pi_attention.cli.terminal import in_words, make_console, print_line, warnings_in_one_line
 from pi_attention.paths import need_folder, status_of
 
@@ -50,7 +52,7 @@ class Run:
     """Run experiments; finished rows are skipped, and each new row is written at once."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Names of the experiments, as `list` prints them; all by default."""
+    """Names of the experiments, as `list` prints them, the most important first; all by default."""
     scale: Scale = "small"
     """"smoke" shows that the code works, in seconds on a CPU. "laptop" takes an hour there. "small" needs a GPU."""
     data: Path = Path("data")
@@ -65,23 +67,28 @@ class Run:
     """Seeds of each variant. By default as many as the experiment asks for."""
     only: str = ""
     """Run only the cells whose settings, as JSON, contain this text."""
+    minutes: float = math.inf
+    """Begin no row that would end later than this. Earlier rows of the same size say how long one takes."""
+    in_turn: bool = False
+    """Take a cell of each experiment in turn, instead of all cells of the first one before the second."""
 
     def execute(self, console: Console) -> None:
-        """Run what was asked for, one experiment after the other."""
+        """Run what was asked for, in the order of the names."""
         entries = self.chosen()
         need_no_file("data", self.data)
         need_folder("results", self.results)
-        for entry in entries:
-            console.print(entry.title, style="bold")
-            run(
-                entry,
-                self.scale,
-                self.data,
-                folder=self.results,
-                workers=self.workers,
-                seeds=self.seeds,
-                only=self.only,
-            )
+        console.print(", ".join(entry.title for entry in entries), style="bold")
+        run(
+            entries,
+            self.scale,
+            self.data,
+            folder=self.results,
+            workers=self.workers,
+            seeds=self.seeds,
+            only=self.only,
+            minutes=self.minutes,
+            in_turn=self.in_turn,
+        )
 
     def chosen(self) -> list[Experiment]:
         """The experiments to run.
@@ -95,6 +102,8 @@ class Run:
         for name, value in (("workers", self.workers), ("seeds", self.seeds)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not self.minutes > 0:
+            raise ValueError(f"minutes={self.minutes} leaves no time: give the minutes until the machine goes back.")
         if self.dataset is None:
             asked = [EXPERIMENTS[name] for name in self.names]
             return asked or [entry for entry in EXPERIMENTS.values() if entry.cells(self.scale)]
@@ -122,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with warnings_in_one_line():
             command.execute(make_console())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RowsFailed) as error:
         print_line("error", in_words(error))
         sys.exit(2)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.runner import Result, Settings
+from experiments.experiment import Result, Settings
 from experiments.training import DEVICE, fit, products, segments
 from experiments.variants import config, specialise
 from pi_attention.models import PiConfig, PiModel

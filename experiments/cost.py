@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.runner import Experiment, Result, Scale, Settings
+from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE
 from experiments.variants import config
 from pi_attention.accounting import model_flops

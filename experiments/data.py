@@ -29,7 +29,7 @@ def prepared(data: Path, name: str, make: Callable[[], dict[str, np.ndarray]]) -
     if not path.exists():
         path.parent.mkdir(exist_ok=True, parents=True)
         part = path.with_suffix(".part.npz")
-        np.savez_compressed(part, **make())
+        np.savez(part, **make())
         part.replace(path)
     with np.load(path) as arrays:
         return dict(arrays)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.data import IMAGES
-from experiments.runner import Experiment, Result, Scale, Settings
+from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE, fit, products, segments
 from experiments.variants import MAIN, config, specialise
 from pi_attention.models import PiConfig, PiModel

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from tokenizers import Tokenizer
-from torch import Tensor
 
-from experiments.data import need
-from experiments.runner import Experiment, Result, Scale, Settings
-from experiments.texts import blocks, bpe, documents, hub, windows
-from experiments.training import DEVICE, fit, products
+from experiments.experiment import Experiment, Result, Scale, Settings
+from experiments.language_losses import BUCKETS, by_document, gates, is_transferred, losses, wikitext
+from experiments.recurrence import by_recurrence
+from experiments.texts import Documents, blocks, bpe, documents, windows
+from experiments.training import DEVICE, Batch, fit_by_length, steps_within
 from experiments.variants import (
     BASELINE,
     COORDINATED,
@@ -30,9 +28,7 @@ from experiments.variants import (
     specialise,
 )
 from pi_attention.models import PiForCausalLM
-from pi_attention.nn import record_aux
 
-BUCKETS = 8
 SIZES: dict[Scale, Settings] = {
     "smoke": {"corpus": "shakespeare", "vocabulary": 512, "hidden": 32, "layers": 2, "heads": 2, "steps": 2,
               "tokens": 512, "blocks": 2},
@@ -47,101 +43,72 @@ LONG: Settings = SIZES["small"] | {"steps": 4000}
 LARGE: Settings = SIZES["small"] | {"hidden": 768, "layers": 14, "heads": 12, "steps": 1000}
 
 
-@torch.no_grad()
-def losses(model: PiForCausalLM, held_out: Tensor) -> Tensor:
-    """The loss of predicting each token [N, length − 1] of blocks [N, length]."""
-    found = []
-    for block in held_out.split(max(1, 16384 // held_out.shape[1])):
-        ids = block.to(DEVICE)
-        with products():
-            logits = model(ids, use_cache=False).logits[:, :-1]
-        found.append(F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none").cpu())
-    return torch.cat(found)
+def shares(settings: Settings) -> dict[int, float]:
+    """The share of training at each length: half at the first of those "shorter first", the rest split evenly."""
+    first, *others = [*settings.get("shorter first", []), settings["context"]]
+    return {first: 0.5} | dict.fromkeys(others, 0.5 / len(others)) if others else {first: 1.0}
 
 
-def by_document(found: Tensor, owners: list[int]) -> list[float]:
-    """The mean loss of each document, of losses [N, length − 1] of blocks and the number of each block's document."""
-    owner = torch.tensor(owners)
-    return [float(found[owner == number].mean()) for number in sorted(set(owners))]
+def train(model: PiForCausalLM, settings: Settings, pieces: Documents) -> Result:
+    """Train in place for the steps of the settings, in all or at each length; without steps, for their seconds."""
 
+    def batches(length: int, generator: torch.Generator) -> Iterator[Batch]:
+        drawn = windows(pieces, length, max(1, settings["tokens"] // length), generator)
+        return ({"input_ids": ids, "labels": ids} for ids in drawn)
 
-def class_of(text: str) -> str:
-    """What kind of token this is, by its first character that is no space."""
-    kept = text.lstrip(" ")
-    if not kept.strip():
-        return "white space"
-    if kept[0].isdigit():
-        return "digits"
-    if not kept[0].isalpha():
-        return "punctuation"
-    return "start of a word" if text != kept else "inside a word"
-
-
-@torch.no_grad()
-def gates(model: PiForCausalLM, block: Tensor, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The mean gate (share of the local band) over one block [T].
-
-    By layer and head, by position in eighths, by class of the token that has the gate; and its spread over tokens.
-    """
-    with record_aux(model) as aux, products():
-        model(block[None].to(DEVICE), use_cache=False)
-    values = torch.stack([calls[0].gate[0].float().cpu() for calls in aux.values()])  # [L, H, T]
-    by_position = torch.stack([part.mean() for part in values.tensor_split(BUCKETS, dim=-1)])
-    classes = [class_of(tokenizer.decode([token])) for token in block.tolist()]
-    places = {name: [i for i, found in enumerate(classes) if found == name] for name in sorted(set(classes))}
-    return {
-        "by head": values.mean(-1).tolist(),
-        "by position": by_position.tolist(),
-        "by token class": {name: float(values[:, :, rows].mean()) for name, rows in places.items()},
-        "spread": float(values.std(dim=-1).mean()),
-    }
-
-
-@cache
-def wikitext(corpus: str, vocabulary: int, length: int, data: Path) -> tuple[Tensor, float]:
-    """Blocks of the real WikiText-103 test set in a corpus' tokenizer, and its tokens for each word token.
-
-    Of a corpus that is WikiText on the hub, the test set of that.
-    """
-    if corpus.partition(":")[0].endswith("/wikitext"):
-        text = "".join(hub(corpus, "test"))
+    asked = settings.get("steps")
+    if asked is None:
+        steps = {
+            length: steps_within(model, batches(length, torch.Generator()), share * settings["seconds"])
+            for length, share in shares(settings).items()
+        }
+    elif isinstance(asked, list):
+        steps = dict(zip(shares(settings), asked, strict=True))
     else:
-        text = need(data / "wikitext-103" / "wiki.test.tokens", "WikiText-103's test file").read_text(encoding="utf-8")
-    ids = bpe(corpus, vocabulary, data).encode(text).ids
-    kept = len(ids) // length * length
-    words = len(text.split()) + text.count("\n")  # <eos> for each line, as is the custom
-    return torch.tensor(ids[:kept]).view(-1, length), len(ids) / words
+        steps = {length: round(share * asked) for length, share in shares(settings).items()}
+    drawn = partial(batches, generator=torch.Generator().manual_seed(1 + settings["seed"]))
+    last, pace = fit_by_length(model, drawn, steps, rate=settings["rate"])
+    result = {"training loss": last, "steps": list(steps.values())}
+    return result if math.isnan(pace) else result | {"tokens/s": round(pace * settings["tokens"])}
 
 
 def measure(settings: Settings, data: Path) -> Result:
     """Train one variant; the result has perplexities a token."""
     torch.manual_seed(settings["seed"])
-    generator = torch.Generator().manual_seed(1 + settings["seed"])
     parts = documents(settings["corpus"], settings["vocabulary"], data)
     context = settings["context"]
     model = PiForCausalLM(config(settings, vocab_size=settings["vocabulary"])).to(DEVICE)
     specialise(model, settings)
-    drawn = windows(parts["training"], context, max(1, settings["tokens"] // context), generator)
-    batches = ({"input_ids": ids, "labels": ids} for ids in drawn)
-    last = fit(model, batches, steps=settings["steps"], rate=settings["rate"])
+    training = train(model, settings, parts["training"])
     held_out = {part: blocks(parts[part], context, settings["blocks"]) for part in ("validation", "test")}
     found = {part: losses(model, ids) for part, (ids, _) in held_out.items()}
-    test = found["test"]
+    test, ids = found["test"], held_out["test"][0]
+    keys = settings["keys"] if "keys" in settings else settings["window"] + settings["skips"]
     result: Result = {
         "validation": math.exp(float(found["validation"].mean())),
         "test": math.exp(float(test.mean())),
         "loss by document": {part: by_document(found[part], owners) for part, (_, owners) in held_out.items()},
         "by position": [math.exp(float(part.mean())) for part in test.tensor_split(BUCKETS, dim=1)],
-        "training loss": last,
+        "by recurrence": by_recurrence(test, ids, keys),
+        **training,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    if settings["corpus"] != "shakespeare":
+    if is_transferred(settings["corpus"]):
         other, ratio = wikitext(settings["corpus"], settings["vocabulary"], context, data)
         result["wikitext-103 word perplexity"] = math.exp(float(losses(model, other).mean()) * ratio)
     if model.config.gate:
         tokenizer = bpe(settings["corpus"], settings["vocabulary"], data)
-        result["gate"] = gates(model, held_out["test"][0][0], tokenizer)
+        result["gate"] = gates(model, ids[0], tokenizer)
     return result
+
+
+def guessed_seconds(settings: Settings) -> float:
+    """What a row takes on an H100: fitted to rows of 9 M to 124 M parameters, with products of dense attention."""
+    hidden, layers, vocabulary = (settings[name] for name in ("hidden", "layers", "vocabulary"))
+    parameters = 12 * layers * hidden**2 + 2 * vocabulary * hidden
+    a_token = 0.25e-6 + 16e-15 * parameters + 12e-15 * layers * hidden * settings["context"]
+    spent = settings["seconds"] if "seconds" in settings else a_token * settings["steps"] * settings["tokens"]
+    return 25 + spent
 
 
 def prepare(settings: Settings, data: Path) -> None:
@@ -151,7 +118,7 @@ def prepare(settings: Settings, data: Path) -> None:
     next(windows(parts["training"], context, 1, torch.Generator()))
     for part in ("validation", "test"):
         blocks(parts[part], context, 1)
-    if name != "shakespeare":
+    if is_transferred(name):
         wikitext(name, vocabulary, context, data)
 
 
@@ -204,6 +171,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     rates=(1e-3, 3e-3),
     prepare=prepare,
+    seconds=guessed_seconds,
 )
 LONG_EXPERIMENT = replace(
     EXPERIMENT,

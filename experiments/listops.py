@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.classification import PAD, classify
 from experiments.data import prepared
-from experiments.runner import Experiment, Result, Scale, Settings
+from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.variants import MAIN
 
 END = PAD + 1

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.classification import classify
 from experiments.data import need, prepared
-from experiments.runner import Experiment, Result, Scale, Settings
+from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.variants import MAIN
 
 VOCABULARY = 257  # padding, then bytes

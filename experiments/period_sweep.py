@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments import language_modelling
-from experiments.runner import Experiment, Result, Scale, Settings
+from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.variants import config
 from pi_attention.receptive_field import receptive_field
 

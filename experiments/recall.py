@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.runner import Experiment, Result, Scale, Settings
-from experiments.training import DEVICE, fit, products
+from experiments.experiment import Experiment, Result, Scale, Settings
+from experiments.training import DEVICE, fit_by_length, products
 from experiments.variants import MAIN, PLANNED, VARIANTS, config, specialise
 from pi_attention.models import PiForCausalLM
 from pi_attention.receptive_field import receptive_field
@@ -84,8 +84,8 @@ def measure(settings: Settings, data: Path) -> Result:
             yield {"input_ids": ids, "labels": labels}
 
     lengths = [*settings.get("shorter first", []), context]
-    for length in lengths:
-        last = fit(model, batches(length), steps=settings["steps"] // len(lengths), rate=settings["rate"])
+    steps = dict.fromkeys(lengths, settings["steps"] // len(lengths))
+    last, _ = fit_by_length(model, batches, steps, rate=settings["rate"])
 
     @torch.no_grad()
     def accuracy(ids: Tensor, labels: Tensor) -> float:

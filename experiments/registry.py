@@ -5,15 +5,17 @@ from __future__ import annotations
 from experiments import (
     cost,
     image_text,
+    language_forms,
     language_modelling,
     listops,
     lra,
     period_sweep,
+    questions,
     recall,
     retrieval_qa,
     series,
 )
-from experiments.runner import Experiment
+from experiments.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -21,8 +23,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         language_modelling.EXPERIMENT,
         language_modelling.LONG_EXPERIMENT,
         language_modelling.LARGE_EXPERIMENT,
+        *language_forms.EXPERIMENTS,
         period_sweep.EXPERIMENT,
         recall.EXPERIMENT,
+        questions.EXPERIMENT,
         listops.EXPERIMENT,
         lra.EXPERIMENT,
         retrieval_qa.EXPERIMENT,

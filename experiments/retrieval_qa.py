@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from experiments.data import joined, squad
-from experiments.runner import Experiment, Result, Scale, Settings
+from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.span_finders import from_language_model, from_pretrained
 from experiments.texts import documents
 from experiments.training import DEVICE, fit, products, segments

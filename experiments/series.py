@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.data import need, prepared
-from experiments.runner import Experiment, Result, Scale, Settings
+from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE, fit, products, segments
 from experiments.variants import MAIN, config, specialise
 from pi_attention.models import PiConfig, PiModel

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from experiments.data import need
-from experiments.runner import Settings
+from experiments.experiment import Settings
 from experiments.texts import bpe, documents, windows
 from experiments.training import DEVICE, fit
 from experiments.variants import COORDINATED_HEADS, MAIN, attention, config, specialise

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from pi_attention.models.modeling_pi import PiDecoderLayer
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EAGER = 3
 """Steps before a CUDA graph of the step is captured."""
-RECOMPILATIONS = 64
+RECOMPILATIONS = 256
 """Most shapes and patterns of one process."""
 
 Batch = dict[str, Tensor]
@@ -82,7 +84,31 @@ def captured(update: Callable[[Batch], Tensor], example: Batch) -> Callable[[Bat
     return replay
 
 
-def fit(model: nn.Module, batches: Iterator[Batch], *, steps: int, rate: float) -> float:
+@dataclass
+class Pace:
+    """How fast the steps of `fit` are, once everything is compiled."""
+
+    after: int = 20
+    """Steps that do not count."""
+    begun: float = math.nan
+    steps_a_second: float = math.nan
+
+    def note(self, steps: int) -> None:
+        """So many steps were asked for."""
+        if steps == self.after:
+            self.begun = _now()
+        elif steps > self.after:
+            self.steps_a_second = (steps - self.after) / (_now() - self.begun)
+
+
+def _now() -> float:
+    """The time when the device has done everything so far."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def fit(model: nn.Module, batches: Iterator[Batch], *, steps: int, rate: float, pace: Pace | None = None) -> float:
     """Train in place and return the last step's loss.
 
     AdamW with weight decay 0.1 on matrices, the schedule of `rate_at`, gradients clipped to norm 1.
@@ -93,6 +119,7 @@ def fit(model: nn.Module, batches: Iterator[Batch], *, steps: int, rate: float) 
         batches: at least `steps` of them, all of one shape.
         steps: optimizer steps.
         rate: peak learning rate.
+        pace: notes the steps a second.
     """
     model.train()
     cuda = DEVICE.type == "cuda"
@@ -118,6 +145,8 @@ def fit(model: nn.Module, batches: Iterator[Batch], *, steps: int, rate: float) 
     stream = torch.cuda.Stream() if cuda else None  # what is captured must not have run on the default stream before
     with compiled(model):
         for number in range(steps):
+            if pace is not None and number == pace.after:
+                pace.note(number)
             for group in optimizer.param_groups:
                 if cuda:
                     group["lr"].fill_(rate * rate_at(number, steps))
@@ -134,5 +163,39 @@ def fit(model: nn.Module, batches: Iterator[Batch], *, steps: int, rate: float) 
                 optimizer.zero_grad()
                 step = captured(update, batch)
             loss = step(batch)
+        if pace is not None:
+            pace.note(steps)
     model.eval()
     return loss.item()
+
+
+def fit_by_length(
+    model: nn.Module, batches: Callable[[int], Iterator[Batch]], steps: dict[int, int], *, rate: float
+) -> tuple[float, float]:
+    """Train in place at one length after the other, each with a schedule of its own.
+
+    Args:
+        model: as in `fit`.
+        batches: those of a length.
+        steps: of each length, in the order of training.
+        rate: peak learning rate of every length.
+
+    Returns:
+        Loss of the last step, and steps a second at the last length; NaN where these were too few to tell.
+    """
+    pace = Pace()
+    for length, count in steps.items():
+        pace = Pace()
+        last = fit(model, batches(length), steps=count, rate=rate, pace=pace)
+    return last, pace.steps_a_second
+
+
+PROBED = 100
+"""Steps by which the speed is known."""
+
+
+def steps_within(model: nn.Module, batches: Iterator[Batch], seconds: float) -> int:
+    """How many steps of training take so many seconds; the model stays as it is."""
+    pace = Pace()
+    fit(model, batches, steps=pace.after + PROBED, rate=0.0, pace=pace)
+    return max(1, round(seconds * pace.steps_a_second))

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.runner import Settings
+from experiments import forms
+from experiments.experiment import Settings
+from experiments.forms import BASELINE
 from pi_attention.models import PiConfig
 from pi_attention.nn import PiAttention
 from pi_attention.nn.gate import GATE_WIDTH
@@ -27,7 +29,6 @@ from pi_attention.pattern import (
 )
 from pi_attention.planner import plan
 
-BASELINE = "ring-local, same keys"
 DILATED_HEADS = "pi, dilated heads"
 """A quarter of the window; what it saves goes to skips, whose period is 1 in the first head and grows by head."""
 VARIANTS = (
@@ -74,12 +75,15 @@ def attention(settings: Settings) -> dict[str, Any]:
     """What a variant says of the attention, as fields of `PiConfig`.
 
     Args:
-        settings: variant, window, period, skips, heads; context, for the periods that depend on it; layers, for those
-            that are planned and for hybrids; sinks, of the variants that have some: 4 without it.
+        settings: variant and keys of a form, heads, context; or variant, window, period, skips, heads, and what some
+            variants need: context, for periods that depend on it; layers, for those that are planned and for hybrids;
+            sinks, 4 without it.
 
     Raises:
         ValueError: there is no such variant.
     """
+    if "keys" in settings:
+        return forms.attention(settings)
     variant, heads, layers = settings["variant"], settings["heads"], settings.get("layers", 1)
     w, period, m = settings["window"], settings["period"], settings["skips"]
     sinks, context = min(settings.get("sinks", 4), m), settings["context"]

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 
 from benchmarks.intervals import interval
+from experiments.experiment import Experiment, Result, Settings, best_rate, without
 from experiments.registry import EXPERIMENTS
 from experiments.rows import Row, load
-from experiments.runner import Experiment, Result, Settings, best_rate, without
 from experiments.variants import BASELINE
 from report.keys import mean_keys
 from report.markdown import NOTHING, table

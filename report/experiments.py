@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import fmean
 
+from experiments.experiment import Result
 from experiments.registry import EXPERIMENTS
 from experiments.rows import load
-from experiments.runner import Result
-from report import language_models
+from report import language_models, law, slices
 from report.cells import Column, compared, mean_of, measured_cells, shown
 from report.keys import planned
 from report.markdown import NOTHING, table
@@ -70,6 +71,8 @@ def cost() -> str:
     return f"torch {row['torch']}.\n\n" + table(head, lines)
 
 
+OF_FORMS = ("forms", "hybrids", "equal_time", "sizes", "sizes_large")
+"""Experiments with language models by form, beside the law."""
 TABLES: dict[str, Callable[[], str]] = {
     "language_modelling": lambda: language_models.perplexities("language_modelling"),
     "gates": language_models.gates,
@@ -78,6 +81,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "language_modelling_large": lambda: language_models.perplexities("language_modelling_large"),
     "fusions": language_models.fusions,
     "planned": planned,
+    **{name: partial(language_models.perplexities, name) for name in OF_FORMS},
+    **{f"{name}_slices": partial(slices.of_experiment, name) for name in OF_FORMS},
+    "law": lambda: law.law(law.measured()),
     "period_sweep": lambda: compared(
         "period_sweep", {"context seen": mean_of("coverage", 2)}, by=("window", "period", "skips")
     ),
@@ -90,6 +96,7 @@ TABLES: dict[str, Callable[[], str]] = {
             "context seen": mean_of("coverage", 2),
         },
     ),
+    "questions": lambda: compared("questions", digits=2),
     "listops": lambda: compared("listops"),
     "lra": lambda: compared("lra"),
     "retrieval_qa": retrieval_qa,

@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.intervals import interval
+from experiments.experiment import Result, Settings
 from experiments.registry import EXPERIMENTS
-from experiments.runner import Result, Settings
 from experiments.variants import BASELINE, COORDINATED_HEADS, DILATED_HEADS
 from pi_attention import plots
 from report.cells import grouped, measured_cells

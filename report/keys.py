@@ -6,8 +6,8 @@ from statistics import fmean
 
 import torch
 
+from experiments.experiment import Settings
 from experiments.registry import EXPERIMENTS
-from experiments.runner import Settings
 from experiments.variants import RANDOM_BLOCKS, config, random_blocks
 from pi_attention.accounting import decoding_keys, visible_pairs
 from pi_attention.pattern import PiPattern

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from statistics import fmean
 
+from experiments.experiment import Result
 from experiments.registry import EXPERIMENTS
 from experiments.rows import Row
-from experiments.runner import Result
 from experiments.variants import BASELINE, COORDINATED_HEADS, DILATED_HEADS
 from report.cells import Cell, by_seed, grouped, heading, mean_of, measured_cells, shown
 from report.keys import mean_keys

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 from benchmarks.intervals import interval
 from experiments import runner
 from experiments.__main__ import main
-from experiments.language_modelling import by_document
+from experiments.language_losses import by_document
 from experiments.registry import EXPERIMENTS
 from experiments.rows import append, load
 from experiments.span_finders import pattern_of
@@ -24,7 +22,6 @@ from experiments.variants import (
     COORDINATED,
     COORDINATED_HEADS,
     HYBRIDS,
-    MAIN,
     RANDOM_BLOCKS,
     SIDE,
     VARIANTS,
@@ -37,6 +34,7 @@ from pi_attention.models import PiForCausalLM
 from pi_attention.models.configuration_pi import DENSE
 from report import gains
 
+COORDINATED_4 = "coordinated 4"
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "window": 16, "period": 16, "skips": 8, "context": 256}
 
 
@@ -126,31 +124,6 @@ def test_random_blocks_have_the_keys_of_the_others():
         assert same != reaches
 
 
-def toy(measure):
-    return runner.Experiment("toy", "", "", "lower", lambda scale: [{"a": 1}, {"a": 2}], measure, (0.1, 0.2))
-
-
-def test_a_run_tunes_the_rate_skips_finished_rows_and_survives_an_error(tmp_path):
-    asked = []
-
-    def measure(settings, folder):
-        asked.append((settings["a"], settings["rate"], settings["seed"]))
-        if settings["seed"] == 2 and asked.count(asked[-1]) == 1:
-            raise RuntimeError("cut off")
-        return {"validation": abs(settings["rate"] - settings["a"] / 10), "test": settings["seed"] / 10}
-
-    with pytest.raises(RuntimeError):
-        runner.run(toy(measure), "smoke", tmp_path, folder=tmp_path)
-    assert len(runner.load("toy", tmp_path)) == 6
-    with pytest.raises(RuntimeError):
-        runner.run(toy(measure), "smoke", tmp_path, folder=tmp_path)
-    done = runner.run(toy(measure), "smoke", tmp_path, folder=tmp_path)
-    assert asked[:6] == [(1, 0.1, 0), (1, 0.2, 0), (2, 0.1, 0), (2, 0.2, 0), (1, 0.1, 1), (2, 0.2, 1)]
-    assert len(done) == 8 and len(asked) == 10
-    with pytest.raises(ValueError, match="leaves no cell"):
-        runner.run(toy(measure), "smoke", tmp_path, folder=tmp_path, only="nothing")
-
-
 def test_rows_are_lines_and_one_that_was_cut_off_is_measured_again(tmp_path):
     append("toy", {"settings": 1}, tmp_path)
     append("toy", {"settings": 2}, tmp_path)
@@ -164,28 +137,6 @@ def test_rows_are_lines_and_one_that_was_cut_off_is_measured_again(tmp_path):
     path.write_bytes(b"torn\n" + path.read_bytes())
     with pytest.raises(ValueError, match=r"toy\.jsonl, line 1 is no JSON"):
         load("toy", tmp_path)
-
-
-def test_a_rate_that_diverges_is_not_the_best():
-    rows = [{"settings": {"rate": r, "seed": 0}, "result": {"validation": v}} for r, v in ((1, math.nan), (2, 7.0))]
-    assert runner.best_rate(toy(None), {}, rows) == 2
-
-
-def seen_gpu(settings, data):
-    mine = os.environ["CUDA_VISIBLE_DEVICES"]
-    (data / f"gpu {mine}").touch()
-    until = time.monotonic() + 60
-    while len(list(data.glob("gpu *"))) < 2 and time.monotonic() < until:  # so that no worker takes all rows
-        time.sleep(0.05)
-    return {"validation": 0.0, "test": int(mine)}
-
-
-def test_workers_take_the_visible_gpus_in_turn(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    rows = runner.run(toy(seen_gpu), "smoke", tmp_path, folder=tmp_path, workers=2)
-    assert {row["result"]["test"] for row in rows} == {3, 5}
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
 
 
 def test_losses_are_kept_by_document():
@@ -215,21 +166,22 @@ def test_pictures_show_what_was_measured(tmp_path):
     assert len(shown) == 4 and "images as pixels" in shown["gains.svg"] and "planned" in shown["recall_by_lag.svg"]
 
 
-def first_cells(experiment, count):
-    """The experiment with the smoke cells of some variants only."""
-    cells = [cell for cell in experiment.cells("smoke") if cell["variant"] in MAIN]
-    groups = {cell.get("task", cell.get("images")): cell for cell in cells if cell["variant"] == "pi"}
-    chosen = list(groups.values()) if count == 1 else cells
-    return replace(experiment, cells=lambda scale: chosen, rates=experiment.rates[:1])
+def first_cells(experiment):
+    """The experiment with one smoke cell of each task only, with a pattern of its own."""
+    cells = experiment.cells("smoke")
+    own = "pi" if any(cell["variant"] == "pi" for cell in cells) else COORDINATED_4
+    groups = {cell.get("task", cell.get("images")): cell for cell in cells if cell["variant"] == own}
+    return replace(experiment, cells=lambda scale: list(groups.values()), rates=experiment.rates[:1])
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_each_experiment_runs_at_toy_size(name, made_up, tmp_path):
-    rows = runner.run(first_cells(EXPERIMENTS[name], 1), "smoke", made_up, folder=tmp_path, seeds=1)
+    rows = runner.run([first_cells(EXPERIMENTS[name])], "smoke", made_up, folder=tmp_path, seeds=1)[name]
     for row in rows:
         assert math.isfinite(row["result"]["test"]) and row["result"]["parameters"] > 0
-        assert row["settings"]["variant"] == "pi"
-    again = EXPERIMENTS[name].measure(rows[0]["settings"], made_up)
+        assert row["settings"]["variant"] in ("pi", COORDINATED_4)
+    steps = {"steps": rows[0]["result"]["steps"]} if "seconds" in rows[0]["settings"] else {}
+    again = EXPERIMENTS[name].measure(rows[0]["settings"] | steps, made_up)
     if name != "cost":  # which measures time
         assert again["test"] == rows[0]["result"]["test"]
 
@@ -239,7 +191,7 @@ def test_every_variant_runs_in_processes(name, made_up, tmp_path, request):
     if not request.config.getoption("--smoke"):
         pytest.skip("make experiments-smoke runs it")
     experiment = replace(EXPERIMENTS[name], rates=EXPERIMENTS[name].rates[:1])
-    rows = runner.run(experiment, "smoke", made_up, folder=tmp_path, workers=2, seeds=1)
+    rows = runner.run([experiment], "smoke", made_up, folder=tmp_path, workers=2, seeds=1)[name]
     assert len(rows) == len(experiment.cells("smoke"))
     assert BASELINE in {row["settings"]["variant"] for row in rows} or name == "period_sweep"
     assert Path(tmp_path / f"{name}.jsonl").exists()
@@ -253,6 +205,7 @@ def test_the_command_lists_runs_and_names_what_is_wrong(made_up, tmp_path, capsy
         (["other"], "'other' is no experiment"),
         (["recall", "--workers", "0"], "workers must be at least 1"),
         (["recall", "--seeds", "0"], "seeds must be at least 1"),
+        (["recall", "--minutes", "0"], "minutes=0.0 leaves no time"),
         (["--dataset", "a/b"], "dataset needs the name"),
         (["recall", "--dataset", "a/b"], "trains on no corpus"),
         (["recall", "--results", __file__], "cannot be a folder"),

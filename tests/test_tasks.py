@@ -16,6 +16,7 @@ from experiments import (
     corpora,
     data,
     image_text,
+    language_losses,
     language_modelling,
     listops,
     lra,
@@ -25,6 +26,7 @@ from experiments import (
     span_finders,
     texts,
 )
+from experiments.experiment import on_dataset
 
 
 def test_recall_sequences_ask_for_what_was_shown():
@@ -90,16 +92,46 @@ def test_a_corpus_is_written_from_folders(tmp_path):
     (folder / "short.c").write_text(";")
     (folder / "other.txt").write_text("no source at all")
     made = corpora.Corpus(tmp_path / "new" / "linux.parquet", (folder,), suffixes=(".c", ".h"), least=3)
-    assert made.write() == ["int one;", "int two;", "int three;"] == texts.corpus("linux", tmp_path / "new")
-    assert replace(made, every=2).write() == ["int one;", "int three;"]
+    made.write()
+    assert texts.corpus("linux", tmp_path / "new") == ["int one;", "int two;", "int three;"]
+    replace(made, every=2).write()
+    assert texts.corpus("linux", tmp_path / "new") == ["int one;", "int three;"]
+    replace(made, out=tmp_path / "new" / "more.parquet", join=True, least=20).write()
+    assert texts.corpus("linux+more", tmp_path / "new")[2:] == ["int one;\nint two;\nint three;"]
     with pytest.raises(ValueError, match="hold no file"):
         replace(made, suffixes=(".py",)).write()
     with pytest.raises(FileNotFoundError, match="is no folder"):
         replace(made, folders=(tmp_path / "none",)).write()
 
 
+def test_tables_and_near_copies_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.corpora.GROUP", 1)
+    code = [f"    {name} = {name} + {number};" for number, name in enumerate("abcdefghijklmnopqrstuvwxyz" * 20)]
+    files = {
+        "a.c": "\n".join(code),
+        "b.c": "\n".join(["/* of another owner */", *code[:300], *code[310:]]),  # a near copy
+        "c.c": "\n".join(code[:100] + [line.replace("+", "-") for line in code]),  # a sixth of it stood before
+        "d.c": "\n".join(f"#define REGISTER_{number} {number}" for number in range(50)),
+        "e.c": "\n".join([" * what the next line does", "call(it);"] * 40),
+    }
+    (tmp_path / "source").mkdir()
+    for name, text in files.items():
+        (tmp_path / "source" / name).write_text(text)
+    made = corpora.Corpus(tmp_path / "made.parquet", (tmp_path / "source",), suffixes=(".c",))
+    made.write()
+    assert texts.corpus("made", tmp_path) == list(files.values())
+    strict = replace(made, tables=False, alike=0.5)
+    strict.write()
+    assert texts.corpus("made", tmp_path) == [files["a.c"], files["c.c"], files["e.c"]]
+    assert (strict.counts["tables"], strict.counts["alike"], strict.counts["documents"]) == (1, 1, 3)
+    size = made.out.stat().st_size
+    replace(strict, most=size - 1).write()
+    assert texts.corpus("made", tmp_path) == [files["a.c"], files["c.c"]]  # the rest would not fit
+    assert made.out.stat().st_size < size
+
+
 def test_classes_of_tokens():
-    found = {text: language_modelling.class_of(text) for text in (" the", "ing", "7th", " (", "\n", "  ", "Ah")}
+    found = {text: language_losses.class_of(text) for text in (" the", "ing", "7th", " (", "\n", "  ", "Ah")}
     assert found == {
         " the": "start of a word", "ing": "inside a word", "7th": "digits", " (": "punctuation", "\n": "white space",
         "  ": "white space", "Ah": "inside a word",
@@ -228,7 +260,7 @@ def wikitext(monkeypatch):
         return datasets.Dataset.from_dict({"text": [*LINES, f" = {split} = \n", f" {words} \n"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    texts.bpe.cache_clear(), texts.documents.cache_clear(), language_modelling.wikitext.cache_clear()
+    texts.bpe.cache_clear(), texts.documents.cache_clear(), language_losses.wikitext.cache_clear()
     return asked
 
 
@@ -238,24 +270,24 @@ def test_wikitext_of_the_hub_becomes_articles_again(wikitext, tmp_path):
     assert "".join(articles) == "".join(line.rstrip("\n") + "\n" for line in [*LINES, *articles[-1].splitlines()])
     assert texts.hub("other/name:part", "test")[1] == LINES[1]
     assert wikitext == [("Salesforce/wikitext", "wikitext-103-v1", "test"), ("other/name", "part", "test")]
-    _, ratio = language_modelling.wikitext("Salesforce/wikitext", 512, 64, tmp_path)
+    _, ratio = language_losses.wikitext("Salesforce/wikitext", 512, 64, tmp_path)
     words = len("".join(articles).split()) + len(LINES) + 2  # the end of a line counts
     ids = texts.bpe("Salesforce/wikitext", 512, tmp_path).encode("".join(articles)).ids
     assert ratio == pytest.approx(len(ids) / words)
 
 
 def test_a_language_model_trains_on_the_splits_of_the_hub(wikitext, tmp_path):
-    experiment = runner.on_dataset(language_modelling.EXPERIMENT, "Salesforce/wikitext")
-    row, *_ = runner.run(experiment, "smoke", tmp_path, folder=tmp_path, seeds=1, only='"pi"')
+    trained = on_dataset(language_modelling.EXPERIMENT, "Salesforce/wikitext")
+    row, *_ = runner.run([trained], "smoke", tmp_path, folder=tmp_path, seeds=1, only='"pi"')["language_modelling"]
     assert row["settings"]["corpus"] == "Salesforce/wikitext" and row["result"]["test"] < 1000
     assert {split for _, _, split in wikitext} == {"train", "validation", "test"}
     assert (tmp_path / "prepared" / "Salesforce--wikitext-512-train.npz").exists()
     with pytest.raises(ValueError, match="take a shorter context"):
         language_modelling.prepare(row["settings"] | {"context": 16384}, tmp_path)
     with pytest.raises(ValueError, match="no corpus of text"):
-        runner.on_dataset(listops.EXPERIMENT, "Salesforce/wikitext")
+        on_dataset(listops.EXPERIMENT, "Salesforce/wikitext")
     with pytest.raises(ValueError, match="OWNER/NAME"):
-        runner.on_dataset(language_modelling.EXPERIMENT, "wikitext")
+        on_dataset(language_modelling.EXPERIMENT, "wikitext")
 
 
 def test_reviews_and_images_are_read(made_up):
