@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from pi_attention.data.corpus import load_documents
 from pi_attention.data.packing import IGNORE, PackedBlocks, hold_out
-from pi_attention.data.tokenizers import beginning, byte_tokenizer, load_tokenizer
+from pi_attention.data.tokenizers import beginning, byte_pair_tokenizer, byte_tokenizer, load_tokenizer
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.tasks.generation import generate_text
 
@@ -73,6 +73,17 @@ def test_byte_tokenizer_survives_saving(tmp_path):
     assert loaded("aπ", add_special_tokens=False)["input_ids"] == list("aπ".encode())
     with pytest.raises(ValueError, match="tokenizer"):
         load_tokenizer(str(tmp_path / "none"))
+
+
+def test_byte_pairs_stand_for_their_text_whatever_it_holds():
+    documents = [f"{i} times {j} is {i * j}. <|endoftext|> é\n" for i in range(30) for j in range(20)]
+    tokenizer = byte_pair_tokenizer(documents, 600)
+    assert 257 < len(tokenizer) <= 600
+    assert tokenizer.backend_tokenizer.to_str() == byte_pair_tokenizer(documents, 600).backend_tokenizer.to_str()
+    for text in ("", "12 times 3", "héllo\n\n  π ☃ \x00\t <|endoftext|>", documents[7]):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text and tokenizer.eos_token_id not in ids
+    assert len(tokenizer(documents[0])["input_ids"]) < len(documents[0]) / 2
 
 
 def test_blocks_hold_every_token_in_order_and_keep_documents_apart():

@@ -140,6 +140,36 @@ def test_a_stopped_run_resumes_to_the_same_weights(stop, finished, corpus, tmp_p
     assert steps == sorted(steps)
 
 
+def test_byte_pairs_are_trained_once_and_kept_with_the_run(corpus, tmp_path):
+    out = tmp_path / "pairs"
+    run("train", "--data", corpus, "--out", str(out), "--steps", "12", "--tokenizer", "bpe:512", *TINY)
+    tokens, whole = (out / "tokenizer" / "tokenizer.json").read_bytes(), weights(out)
+    assert (out / "model" / "tokenizer.json").read_bytes() == tokens
+    assert whole["model.embed_tokens.weight"].shape[0] == len(json.loads(tokens)["model"]["vocab"]) <= 512
+    for name in ("model", "checkpoint-12"):
+        shutil.rmtree(out / name)
+    kept = json.loads(tokens)
+    kept["model"]["merges"].pop()  # a resumed run trains none anew: it would show
+    (out / "tokenizer" / "tokenizer.json").write_text(json.dumps(kept))
+    run("train", "--out", str(out), "--resume")
+    assert json.loads((out / "model" / "tokenizer.json").read_bytes())["model"]["merges"] == kept["model"]["merges"]
+    (out / "tokenizer" / "tokenizer.json").write_bytes(tokens)
+    for name in ("model", "checkpoint-12"):
+        shutil.rmtree(out / name)
+    run("train", "--out", str(out), "--resume")
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, weights(out)[name]), name
+    assert "bits per byte" in run("eval", str(out)).stdout
+    run("generate", str(out), "--max-new-tokens", "5")
+
+
+@pytest.mark.parametrize("name", ["bpe:", "bpe:511", "bpe:65537", "bpe:-600", "bpe:1e3", "bpe:²"])
+def test_a_vocabulary_that_byte_pairs_cannot_have_is_named(name, tmp_path):
+    result = run("train", "--out", str(tmp_path / "run"), "--tokenizer", name, check=False)
+    assert result.returncode == 2 and "a vocabulary from 512 to 65536" in " ".join(result.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_is_whole_or_absent(monkeypatch, corpus, tmp_path):
     """Stop a save at every file that it writes: the newest visible checkpoint always loads."""
     import pi_attention.training.checkpoints as checkpoints

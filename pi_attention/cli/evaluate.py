@@ -82,7 +82,7 @@ class Eval:
         from pi_attention.data.packing import PackedBlocks
         from pi_attention.training.config import TrainConfig, load_yaml
         from pi_attention.training.resume import SETTINGS, need_whole_settings
-        from pi_attention.training.train import load_blocks
+        from pi_attention.training.text import blocks_of, load_parts
 
         context = self.context or model.config.max_position_embeddings
         if self.data is not None:
@@ -93,4 +93,4 @@ class Eval:
         need_whole_settings(self.run / SETTINGS)
         config = load_yaml(TrainConfig, self.run / SETTINGS)
         config.data.context = context
-        return load_blocks(config, tokenizer)[1]
+        return blocks_of(config, load_parts(config), tokenizer)[1]

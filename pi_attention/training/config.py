@@ -24,7 +24,7 @@ class DataSettings:
     text_field: str = "text"
     """The field of .jsonl, .csv and .parquet files and data sets that holds the text."""
     tokenizer: str = "bytes"
-    """"bytes", or the name or folder of any Hugging Face tokenizer."""
+    """"bytes", "bpe:2048" (byte pairs, trained on the text), or the name or folder of any Hugging Face tokenizer."""
     validation_fraction: float = 0.05
     """Share of the text held out for validation: whole documents if there are at least ten."""
     context: int = 2048
@@ -160,6 +160,7 @@ class TrainConfig:
         for name, value in positive.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        pairs_of(self.data.tokenizer)
         if self.optimizer.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive, got {self.optimizer.learning_rate}.")
         model = self.model
@@ -171,6 +172,20 @@ class TrainConfig:
                 "Change one."
             )
         model.pattern().check_heads(model.heads)
+
+
+def pairs_of(name: str) -> int | None:
+    """The vocabulary of a tokenizer "bpe:VOCABULARY"; None of any other name.
+
+    Raises:
+        ValueError: the vocabulary is no whole number from 512 to 65,536.
+    """
+    kind, colon, size = name.partition(":")
+    if kind != "bpe" or not colon:
+        return None
+    if not (size.isascii() and size.isdecimal() and 512 <= int(size) <= 65536):
+        raise ValueError(f"tokenizer={name!r}: give a vocabulary from 512 to 65536, such as bpe:2048.")
+    return int(size)
 
 
 def pattern_of(settings: object) -> PiPattern:

@@ -18,9 +18,6 @@ from rich.console import Console
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import set_seed
 
-from pi_attention.data.corpus import load_documents
-from pi_attention.data.packing import PackedBlocks, hold_out
-from pi_attention.data.tokenizers import load_tokenizer
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.paths import need_folder
 from pi_attention.training.card import write_run_card
@@ -33,6 +30,7 @@ from pi_attention.training.report import SUMMARY, write_report
 from pi_attention.training.resume import SETTINGS, need_same_model, refuse_to_overwrite, settings_to_resume
 from pi_attention.training.run import Run
 from pi_attention.training.step import Parallel
+from pi_attention.training.text import blocks_of, keep_tokenizer, load_parts, run_tokenizer
 from pi_attention.training.trackers import check_trackers
 
 MODEL = "model"
@@ -60,10 +58,11 @@ def train(asked: TrainConfig, console: Console) -> bool:
     with joined(layout, config.run.patience, device) as mesh:
         console = console if mesh is None or dist.get_rank() == 0 else Console(quiet=True)
         set_seed(config.run.seed)
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        parts = load_parts(config)
+        tokenizer = run_tokenizer(config, parts[0])
         if checkpoint is not None:
             need_same_model(model_config(config, tokenizer), checkpoint, out / SETTINGS)
-        training, validation = load_blocks(config, tokenizer)
+        training, validation = blocks_of(config, parts, tokenizer)
         model = PiForCausalLM(model_config(config, tokenizer)).to(device).train()
         if config.optimizer.gradient_checkpointing:
             enable_checkpointing(model)
@@ -73,7 +72,7 @@ def train(asked: TrainConfig, console: Console) -> bool:
         if mesh is not None:
             dist.barrier()  # every rank has seen that the folder holds no run, or which checkpoints
         if parallel.is_first:
-            claim_folder(config, checkpoint if asked.run.checkpoint is not None else None)
+            claim_folder(config, tokenizer, checkpoint if asked.run.checkpoint is not None else None)
         console.print(
             f"{parameters / 1e6:.1f} M parameters, {len(training.tokens):,} training and {len(validation.tokens):,} "
             f"validation tokens, context {config.data.context}"
@@ -116,27 +115,14 @@ def settings_and_checkpoint(asked: TrainConfig) -> tuple[TrainConfig, Path | Non
     return config, checkpoint
 
 
-def claim_folder(config: TrainConfig, chosen: Path | None) -> None:
-    """Write the run's settings into its folder; later checkpoints than the one that the user chose go aside."""
+def claim_folder(config: TrainConfig, tokenizer: Any, chosen: Path | None) -> None:
+    """Write the run's own tokenizer and its settings into its folder; checkpoints after the chosen one go aside."""
     out = config.run.out
     out.mkdir(parents=True, exist_ok=True)
+    keep_tokenizer(config, tokenizer)
     save_yaml(config, out / SETTINGS)
     if chosen is not None:
         put_aside_after(out, chosen)
-
-
-def load_blocks(config: TrainConfig, tokenizer: Any) -> tuple[PackedBlocks, PackedBlocks]:
-    """Training and validation blocks of the run's corpus."""
-    documents = load_documents(config.data.data, text_field=config.data.text_field)
-    parts = hold_out(documents, config.data.validation_fraction, config.run.seed)
-    blocks = []
-    for name, part in zip(("training", "validation"), parts, strict=True):
-        try:
-            blocks.append(PackedBlocks(part, tokenizer, config.data.context))
-        except ValueError as error:
-            of = f"the {name} part of data={config.data.data!r}, validation_fraction={config.data.validation_fraction}"
-            raise ValueError(f"{of}: {error}") from error
-    return blocks[0], blocks[1]
 
 
 def model_config(config: TrainConfig, tokenizer: Any) -> PiConfig:

@@ -1,0 +1,57 @@
+"""The text of a run: its documents, its tokenizer, its blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pi_attention.data.corpus import load_documents
+from pi_attention.data.packing import PackedBlocks, hold_out
+from pi_attention.data.tokenizers import byte_pair_tokenizer, load_tokenizer
+from pi_attention.training.checkpoints import publish
+from pi_attention.training.config import TrainConfig, pairs_of
+from pi_attention.training.resume import SETTINGS
+
+TOKENIZER = "tokenizer"
+PARTIAL_TOKENIZER = ".partial-tokenizer"
+
+
+def load_parts(config: TrainConfig) -> tuple[list[str], list[str]]:
+    """Training and validation documents."""
+    documents = load_documents(config.data.data, text_field=config.data.text_field)
+    return hold_out(documents, config.data.validation_fraction, config.run.seed)
+
+
+def run_tokenizer(config: TrainConfig, documents: list[str]) -> Any:
+    """By its name; or byte pairs trained on the run's documents, which a resumed run finds in its folder."""
+    vocabulary, out = pairs_of(config.data.tokenizer), config.run.out
+    if vocabulary is None:
+        return load_tokenizer(config.data.tokenizer)
+    if (out / SETTINGS).exists() and (out / TOKENIZER).is_dir():
+        return load_tokenizer(str(out / TOKENIZER))
+    return byte_pair_tokenizer(documents, vocabulary)
+
+
+def keep_tokenizer(config: TrainConfig, tokenizer: Any) -> None:
+    """Write byte pairs into the run's folder, before its settings are there; another tokenizer has a name."""
+    out = config.run.out
+    if pairs_of(config.data.tokenizer) is not None and not (out / SETTINGS).exists():
+        tokenizer.save_pretrained(out / PARTIAL_TOKENIZER)
+        publish(out / PARTIAL_TOKENIZER, out / TOKENIZER)
+
+
+def blocks_of(
+    config: TrainConfig, parts: tuple[list[str], list[str]], tokenizer: Any
+) -> tuple[PackedBlocks, PackedBlocks]:
+    """Training and validation blocks of the documents.
+
+    Raises:
+        ValueError: a part is too short for one block.
+    """
+    blocks = []
+    for name, part in zip(("training", "validation"), parts, strict=True):
+        try:
+            blocks.append(PackedBlocks(part, tokenizer, config.data.context))
+        except ValueError as error:
+            of = f"the {name} part of data={config.data.data!r}, validation_fraction={config.data.validation_fraction}"
+            raise ValueError(f"{of}: {error}") from error
+    return blocks[0], blocks[1]
