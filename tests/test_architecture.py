@@ -119,6 +119,7 @@ WITHIN = {
         "card",
         "progress",
         "resume",
+        "text",
         "run",
         "ranks",
         "report",
