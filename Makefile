@@ -8,7 +8,7 @@ RUN ?= runs/demo
 .PHONY: demo test test-oldest test-newest test-all test-gpu test-vllm experiments-smoke lint docs build test-wheel clean
 
 demo: $(VENV)/installed
-	$(BIN)/pi-attention train --out $(RUN) $(if $(wildcard $(RUN)/train.yaml),--resume)
+	$(BIN)/pi-attention train --out $(RUN) $(if $(wildcard $(RUN)/train.yaml),--resume,--tokenizer bpe:2048)
 	$(BIN)/pi-attention eval $(RUN)
 	$(BIN)/pi-attention generate $(RUN)
 	$(BIN)/pi-attention inspect $(RUN)
