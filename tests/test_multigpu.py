@@ -34,6 +34,7 @@ def dry(out, *options, timeout=500):
     return rows, done
 
 
+@pytest.mark.slow
 def test_the_operator_dry_on_two_ranks_is_measured_once(tmp_path):
     out = tmp_path / "rows.jsonl"
     asked = ["--pieces", "operator", "--gpus", "1", "2"]
