@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from experiments.experiment import Experiment, Result, Scale, Settings
+from experiments.questions import distinct
 from experiments.training import DEVICE, fit_by_length, products
 from experiments.variants import MAIN, PLANNED, VARIANTS, config, specialise
 from pi_attention.models import PiForCausalLM
@@ -27,18 +28,13 @@ VOCABULARY = REST + FILLER
 IGNORE = -100
 
 
-def _distinct(batch: int, count: int, most: int, generator: torch.Generator) -> Tensor:
-    """`count` different numbers below `most` for each row, in random order."""
-    return torch.rand(batch, most, generator=generator).argsort(dim=1)[:, :count]
-
-
 def sequences(batch: int, context: int, pairs: int, asks: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Input ids and labels [batch, context]: `pairs` keys with values, each asked for `asks` times at later places."""
     ids = REST + torch.randint(FILLER, (batch, context), generator=generator)
     labels = torch.full_like(ids, IGNORE)
-    keys = _distinct(batch, pairs, KEYS, generator)
+    keys = distinct(batch, pairs, KEYS, generator)
     values = torch.randint(VALUES, (batch, pairs), generator=generator)
-    places = _distinct(batch, pairs * (1 + asks), context - 1, generator)
+    places = distinct(batch, pairs * (1 + asks), context - 1, generator)
     slots = places.view(batch, pairs, 1 + asks).sort(dim=2).values
     ids.scatter_(1, slots[:, :, 0], PAIR + keys * VALUES + values)
     for slot in slots[:, :, 1:].unbind(dim=2):
@@ -53,10 +49,10 @@ def at_lag(batch: int, context: int, lag: int, pairs: int, generator: torch.Gene
     The other `pairs` − 1 pairs stand at random places.
     """
     ids = REST + torch.randint(FILLER, (batch, context), generator=generator)
-    keys = _distinct(batch, pairs, KEYS, generator)
+    keys = distinct(batch, pairs, KEYS, generator)
     values = torch.randint(VALUES, (batch, pairs), generator=generator)
     shown = context - 1 - lag
-    others = _distinct(batch, pairs - 1, context - 2, generator)
+    others = distinct(batch, pairs - 1, context - 2, generator)
     others += others >= shown
     slots = torch.cat([torch.full((batch, 1), shown), others], dim=1)
     ids.scatter_(1, slots, PAIR + keys * VALUES + values)
