@@ -93,4 +93,4 @@ class Eval:
         need_whole_settings(self.run / SETTINGS)
         config = load_yaml(TrainConfig, self.run / SETTINGS)
         config.data.context = context
-        return blocks_of(config, load_parts(config), tokenizer)[1]
+        return blocks_of(config, "validation", load_parts(config)[1], tokenizer)

@@ -39,19 +39,14 @@ def keep_tokenizer(config: TrainConfig, tokenizer: Any) -> None:
         publish(out / PARTIAL_TOKENIZER, out / TOKENIZER)
 
 
-def blocks_of(
-    config: TrainConfig, parts: tuple[list[str], list[str]], tokenizer: Any
-) -> tuple[PackedBlocks, PackedBlocks]:
-    """Training and validation blocks of the documents.
+def blocks_of(config: TrainConfig, part: str, documents: list[str], tokenizer: Any) -> PackedBlocks:
+    """The blocks of the run's "training" or "validation" documents.
 
     Raises:
-        ValueError: a part is too short for one block.
+        ValueError: the part is too short for one block.
     """
-    blocks = []
-    for name, part in zip(("training", "validation"), parts, strict=True):
-        try:
-            blocks.append(PackedBlocks(part, tokenizer, config.data.context))
-        except ValueError as error:
-            of = f"the {name} part of data={config.data.data!r}, validation_fraction={config.data.validation_fraction}"
-            raise ValueError(f"{of}: {error}") from error
-    return blocks[0], blocks[1]
+    try:
+        return PackedBlocks(documents, tokenizer, config.data.context)
+    except ValueError as error:
+        of = f"the {part} part of data={config.data.data!r}, validation_fraction={config.data.validation_fraction}"
+        raise ValueError(f"{of}: {error}") from error

@@ -58,11 +58,12 @@ def train(asked: TrainConfig, console: Console) -> bool:
     with joined(layout, config.run.patience, device) as mesh:
         console = console if mesh is None or dist.get_rank() == 0 else Console(quiet=True)
         set_seed(config.run.seed)
-        parts = load_parts(config)
-        tokenizer = run_tokenizer(config, parts[0])
+        documents, held_out = load_parts(config)
+        tokenizer = run_tokenizer(config, documents)
         if checkpoint is not None:
             need_same_model(model_config(config, tokenizer), checkpoint, out / SETTINGS)
-        training, validation = blocks_of(config, parts, tokenizer)
+        training = blocks_of(config, "training", documents, tokenizer)
+        validation = blocks_of(config, "validation", held_out, tokenizer)
         model = PiForCausalLM(model_config(config, tokenizer)).to(device).train()
         if config.optimizer.gradient_checkpointing:
             enable_checkpointing(model)
