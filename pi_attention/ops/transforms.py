@@ -7,8 +7,14 @@ from torch.autograd import forward_ad
 
 
 def transforming() -> bool:
-    """Whether forward-mode differentiation or a transform of torch.func (grad, jvp, vmap, jacrev …) is active.
+    """Whether forward-mode differentiation or a transform of torch.func (grad, jvp, vmap, jacrev …) is active."""
+    return getattr(forward_ad, "_current_level", -1) >= 0 or _in_functional_transform()
 
-    Inside of `torch.compile` too: the compiler takes the depth of the transforms for a constant of what it traces.
-    """
-    return getattr(forward_ad, "_current_level", -1) >= 0 or torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+
+def _in_functional_transform() -> bool:
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+
+
+# As torch.compiler.assume_constant_result does, which takes a second to import: the compiler calls this function while
+# it traces. What it traces is compiled for one stack of transforms.
+_in_functional_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
