@@ -30,7 +30,7 @@ from pi_attention.ops.fused.hopper.steps import (
 def _consumer(
     out_desc, q_s, k_s, v_s, o_s, q_full, q_empty, o_full, o_empty, k_full, k_empty, v_full, v_empty,
     Starts, Gate, SkipLse, Lse, sg_b, sg_h, sg_t, total, tiles, H, T, S, window, sinks, scale_log2,
-    WHICH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     SEGMENTS: gl.constexpr, FUSE: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Rows [WHICH·BM, (WHICH + 1)·BM) of every tile; o_s holds their skip output, then their output."""
@@ -45,7 +45,7 @@ def _consumer(
     slot, count = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         batch, head, token0, begin, first, steps, sink_tiles = range_of_rows(
-            tile, tiles, H, T, S, window, sinks, 2 * BM, BN
+            tile, tiles, H, T, S, window, sinks, GROUP, 2 * BM, BN
         )
         token0 += WHICH * BM
         token = token0 + gl.arange(0, BM, rows)
@@ -132,13 +132,13 @@ def forward_kernel(
             out_desc, q_s, k_s, v_s, o_s, q_full, q_empty, o_full, o_empty, k_full, k_empty, v_full,
             v_empty, Starts, Gate, SkipLse, Lse, sg_b, sg_h, sg_t, total, tiles, H, T, S, window, sinks,
             scale_log2,
-            0, BM, BN, D, STAGES, SEGMENTS, FUSE, MASS, GATED,
+            0, GROUP, BM, BN, D, STAGES, SEGMENTS, FUSE, MASS, GATED,
         )),
         (_consumer, (
             out_desc, q_s, k_s, v_s, o_s, q_full, q_empty, o_full, o_empty, k_full, k_empty, v_full,
             v_empty, Starts, Gate, SkipLse, Lse, sg_b, sg_h, sg_t, total, tiles, H, T, S, window, sinks,
             scale_log2,
-            1, BM, BN, D, STAGES, SEGMENTS, FUSE, MASS, GATED,
+            1, GROUP, BM, BN, D, STAGES, SEGMENTS, FUSE, MASS, GATED,
         )),
         (rows_producer, (
             q_desc, q_desc, k_desc, v_desc, skip_desc, q_s, q_s, k_s, v_s, o_s, q_full, q_empty, o_full,

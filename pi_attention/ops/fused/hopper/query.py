@@ -69,7 +69,7 @@ def _consumer(
     grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Starts, Lse, Terms,
     Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h, sg_t, all_rows,
     total, tiles, H, T, S, window, sinks, scale, scale_log2,
-    WHICH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     SEGMENTS: gl.constexpr, BOTH: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr,
     SKIP_LSE: gl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def _consumer(
     slot, count = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         batch, head, token0, begin, first, steps, sink_tiles = range_of_rows(
-            tile, tiles, H, T, S, window, sinks, 2 * BM, BN
+            tile, tiles, H, T, S, window, sinks, GROUP, 2 * BM, BN
         )
         token0 += WHICH * BM
         of_head = (batch * H + head).to(gl.int64) * T
@@ -170,13 +170,13 @@ def query_kernel(
             grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             Starts, Lse, Terms, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h,
             sg_t, all_rows, total, tiles, H, T, S, window, sinks, scale, scale_log2,
-            0, BM, BN, D, STAGES, SEGMENTS, BOTH, MASS, GATED, LSE, SKIP_LSE,
+            0, GROUP, BM, BN, D, STAGES, SEGMENTS, BOTH, MASS, GATED, LSE, SKIP_LSE,
         )),
         (_consumer, (
             grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             Starts, Lse, Terms, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h,
             sg_t, all_rows, total, tiles, H, T, S, window, sinks, scale, scale_log2,
-            1, BM, BN, D, STAGES, SEGMENTS, BOTH, MASS, GATED, LSE, SKIP_LSE,
+            1, GROUP, BM, BN, D, STAGES, SEGMENTS, BOTH, MASS, GATED, LSE, SKIP_LSE,
         )),
         (rows_producer, (
             q_desc, grad_desc, k_desc, v_desc, q_desc, q_s, grad_s, k_s, v_s, q_s, q_full, q_empty,

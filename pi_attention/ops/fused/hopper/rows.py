@@ -22,7 +22,7 @@ def rows_producer(
     count = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         batch, head, token0, begin, first, steps, sink_tiles = range_of_rows(
-            tile, tiles, H, T, S, window, sinks, BQ, BN
+            tile, tiles, H, T, S, window, sinks, GROUP, BQ, BN
         )
         mbarrier.wait(q_empty.index(0), (count & 1) ^ 1)
         mbarrier.expect(q_full.index(0), (BQ * D * 4) if GRAD else (BQ * D * 2))

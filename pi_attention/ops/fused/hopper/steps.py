@@ -26,14 +26,15 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def range_of_rows(tile, tiles, H, T, S, window, sinks, BQ: gl.constexpr, BN: gl.constexpr):
+def range_of_rows(tile, tiles, H, T, S, window, sinks, GROUP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr):
     """Of a tile of BQ query rows: batch, head, its first token, and the tiles of BN keys that it walks.
 
     Band tile i begins at position `begin` + i·BN, first ≤ i < steps. Tiles of sinks come before, counted backwards from
-    `first`; there are none where the window covers all sinks.
+    `first`; there are none where the window covers all sinks. The query heads of a key head take a tile one after
+    another, as in `kernels.steps.tile_of_head`.
     """
-    row_of_heads = tile // tiles
-    token0 = tile % tiles * BQ
+    row_of_heads = tile // (tiles * GROUP) * GROUP + tile % GROUP
+    token0 = tile % (tiles * GROUP) // GROUP * BQ
     position0 = S - T + token0
     back = (window + BN - 2) // BN
     begin = position0 - back * BN

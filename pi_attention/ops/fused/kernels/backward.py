@@ -30,6 +30,7 @@ from pi_attention.ops.fused.kernels.steps import (
     soft_cap,
     store_rows,
     through_soft_cap,
+    tile_of_head,
     visible,
 )
 
@@ -317,7 +318,7 @@ def band_backward_query_kernel(
     The local band comes first and makes the terms of all rows; with SKIP they are there.
     """
     rows = tl.cast(rows, tl.int64)
-    tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    tile, row_of_heads = tile_of_head(tl.program_id(0), tiles, GROUP)
     batch, head = row_of_heads // H, row_of_heads % H
     group = head // GROUP
     period, phase, first, last, mirror_first, mirror_last = band_of_head(

@@ -23,6 +23,7 @@ from pi_attention.ops.fused.kernels.steps import (
     soft_cap,
     start_of_softmax,
     store_rows,
+    tile_of_head,
     visible,
 )
 
@@ -148,7 +149,7 @@ def band_forward_kernel(
     With FUSE, Out is g·(this band) + (1 − g)·SkipOut, g from the gate logits and the two log-sum-exps.
     SINK_LOGIT: the head's sink logit takes its share of Out, and none of Lse.
     """
-    tile, row_of_heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    tile, row_of_heads = tile_of_head(tl.program_id(0), tiles, GROUP)
     batch, head = row_of_heads // H, row_of_heads % H
     group = head // GROUP
     period, phase, first, last, mirror_first, mirror_last = band_of_head(

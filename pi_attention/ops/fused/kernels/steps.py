@@ -35,6 +35,16 @@ def band_of_head(Bands, head, period, phase, first, last, mirror_first, mirror_l
 
 
 @triton.jit
+def tile_of_head(program, tiles, GROUP: tl.constexpr):
+    """The tile of query rows of a program, and its head among those of all batch rows.
+
+    The query heads of a key head take a tile one after another: they read the same keys.
+    """
+    of_group, within = program // (tiles * GROUP), program % (tiles * GROUP)
+    return within // GROUP, of_group * GROUP + within % GROUP
+
+
+@triton.jit
 def first_row(origin, period):
     """The least row r with origin + r·period ≥ 0."""
     return tl.where(origin >= 0, -(origin // period), (period - 1 - origin) // period)
