@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -34,6 +34,17 @@ class Bounded(NamedTuple):
         return cls(kept, max((p.reach or 0 for p in kept), default=0), max((p.sinks for p in kept), default=0))
 
 
+class Parts(NamedTuple):
+    """The requests of a row by what they need."""
+
+    fresh: tuple[Tensor, Tensor, Tensor | None] | None
+    """Without earlier keys: the places of their queries and of their keys, and segment ids where they are several."""
+    decoding: tuple[Tensor, Pages] | None
+    """With one query, and earlier keys: the places of the queries, and where the keys lie."""
+    others: list[tuple[slice, slice]]
+    """Queries and keys of each."""
+
+
 @dataclass(frozen=True)
 class Requests:
     """Of each request in a row: how many queries and how many keys it has, and where they start.
@@ -43,6 +54,7 @@ class Requests:
 
     queries: list[int]
     keys: list[int]
+    _parts: dict[torch.device, Parts] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def spans(self) -> list[tuple[slice, slice]]:
@@ -50,6 +62,30 @@ class Requests:
         first_queries, first_keys = accumulate(self.queries, initial=0), accumulate(self.keys, initial=0)
         starts = zip(first_queries, first_keys, self.queries, self.keys, strict=False)
         return [(slice(q, q + t), slice(k, k + s)) for q, k, t, s in starts]
+
+    def parts(self, device: torch.device) -> Parts:
+        """The kinds of requests, told apart once for all layers: a tensor from the host waits for the GPU."""
+        if device not in self._parts:
+            self._parts[device] = self._told_apart(device)
+        return self._parts[device]
+
+    def _told_apart(self, device: torch.device) -> Parts:
+        fresh: list[tuple[slice, slice]] = []
+        decoding: list[tuple[slice, slice]] = []
+        others: list[tuple[slice, slice]] = []
+        for span, queries, keys in zip(self.spans, self.queries, self.keys, strict=True):
+            if queries:
+                (fresh if queries == keys else decoding if queries == 1 else others).append(span)
+        parts = Parts(None, None, others)
+        if fresh:
+            ids = _numbered([q.stop - q.start for q, _ in fresh], device) if len(fresh) > 1 else None
+            places, of_keys = (_places([span[side] for span in fresh], device) for side in (0, 1))
+            parts = parts._replace(fresh=(places, of_keys, ids))
+        if decoding:
+            spans = [k for _, k in decoding]
+            pages = Pages.of([span.stop - span.start for span in spans], _places(spans, device))
+            parts = parts._replace(decoding=(_places([q for q, _ in decoding], device), pages))
+        return parts
 
     def attend(self, operator: Operator, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
         """The operator, each request for itself: [1, H, ΣT, D].
@@ -63,23 +99,16 @@ class Requests:
             value: like key.
             gate: logits [1, H, ΣT], or None.
         """
-        fresh: list[tuple[slice, slice]] = []
-        decoding: list[tuple[slice, slice]] = []
-        others: list[tuple[slice, slice]] = []
-        for span, queries, keys in zip(self.spans, self.queries, self.keys, strict=True):
-            if queries:
-                (fresh if queries == keys else decoding if queries == 1 else others).append(span)
+        parts = self.parts(query.device)
         out = torch.empty_like(query)
-        if fresh:
-            places = _places([q for q, _ in fresh], query.device)
-            of_keys = _places([k for _, k in fresh], query.device)
-            ids = _numbered([q.stop - q.start for q, _ in fresh], query.device) if len(fresh) > 1 else None
+        if parts.fresh is not None:
+            places, of_keys, ids = parts.fresh
             of_gate = None if gate is None else gate[:, :, places]
             out[:, :, places] = operator(query[:, :, places], key[:, :, of_keys], value[:, :, of_keys], of_gate, ids)
-        if decoding:
-            places = _places([q for q, _ in decoding], query.device)
-            out[:, :, places] = _decode(operator, query, key, value, gate, places, [k for _, k in decoding])
-        for q, k in others:
+        if parts.decoding is not None:
+            places, pages = parts.decoding
+            out[:, :, places] = _decode(operator, query, key, value, gate, places, pages)
+        for q, k in parts.others:
             of_gate = None if gate is None else gate[:, :, q]
             out[:, :, q] = operator(query[:, :, q], key[:, :, k], value[:, :, k], of_gate, None)
         return out
@@ -164,10 +193,9 @@ def _decode(
     value: Tensor,
     gate: Tensor | None,
     places: Tensor,
-    spans: list[slice],
+    pages: Pages,
 ) -> Tensor:
     """One query a request: rows of a batch, padded on the left. Returns [1, H, requests, D]."""
-    pages = Pages.of([span.stop - span.start for span in spans], _places(spans, query.device))
     keys, values, ids = pages.gathered(*(x[0].transpose(0, 1) for x in (key, value)))
     queries = query[0][:, places].transpose(0, 1)[:, :, None]  # [requests, H, 1, D]
     of_gate = None if gate is None else gate[0][:, places].T[:, :, None]

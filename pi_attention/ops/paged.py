@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -41,15 +42,20 @@ class Pages:
         """The most keys that a request has."""
         return max(self.lengths)
 
-    def gathered(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values [N, G, longest, D] of slots [slots, G, D], padded on the left, and their segment ids."""
+    @cached_property
+    def padded(self) -> tuple[Tensor, Tensor | None]:
+        """Slots [N, longest] of the keys, padded on the left, and their segment ids; None where nothing is padded."""
         ends = self.table[: len(self.lengths) + 1].long()
         place = ends[1:, None] - torch.arange(self.longest, 0, -1, device=ends.device)
         slots = self.table[torch.maximum(place, ends[:-1, None])].long()  # padding repeats the first key
-        keys, values = (x[slots].transpose(1, 2) for x in (key, value))
         if len(set(self.lengths)) == 1:
-            return keys, values, None
-        return keys, values, torch.where(place < ends[:-1, None], -1, 0).to(torch.int32)
+            return slots, None
+        return slots, torch.where(place < ends[:-1, None], -1, 0).to(torch.int32)
+
+    def gathered(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [N, G, longest, D] of slots [slots, G, D], padded on the left, and their segment ids."""
+        slots, ids = self.padded
+        return key[slots].transpose(1, 2), value[slots].transpose(1, 2), ids
 
 
 def paged_attention(
