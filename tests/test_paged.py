@@ -103,13 +103,14 @@ def test_the_kernels_find_the_same_in_keys_that_are_ordered_and_in_a_table():
 
 def test_kernels_that_are_named_and_cannot_serve_are_refused():
     need_triton()
-    problem, pages = requests((9,), heads=128, groups=1), Pages.of([9], torch.arange(9))
-    query, key, value = problem[0].float().requires_grad_(), *torch.randn(2, 9, 1, 8)
+    double = requests((9,), heads=128, groups=1)[0].to(DEVICE)
+    pages = Pages.of([9], torch.arange(9, device=DEVICE))
+    query, key, value = double.float().requires_grad_(), *torch.randn(2, 9, 1, 8, device=DEVICE)
     for given_query in (query, query.detach()):
         with pytest.raises(NotImplementedError, match='impl="triton" cannot serve this call: many heads of a group'):
             paged_attention(given_query, key, value, pages, PiPattern(4, 4, 2), impl="triton")
     with pytest.raises(NotImplementedError, match="float64"):
-        paged_attention(problem[0], key, value, pages, PiPattern(4, 4, 2), impl="triton")
+        paged_attention(double, key, value, pages, PiPattern(4, 4, 2), impl="triton")
 
 
 @pytest.mark.parametrize(
