@@ -15,7 +15,7 @@ from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pi_attention.ops.fused.compiled import Constants, Kernel, Launch, Step
-from pi_attention.ops.fused.hopper.serves import serves
+from pi_attention.ops.fused.hopper.serves import serves, serves_skips
 from pi_attention.ops.fused.kernels.backward import (
     band_backward_key_kernel,
     band_backward_query_kernel,
@@ -74,7 +74,7 @@ def _block(plan: TilePlan) -> list[int] | None:
 class ForwardPlan(NamedTuple):
     """The launches of a forward pass, in order."""
 
-    skip: Step | None
+    skip: Launch | None
     """None for a pattern without skips."""
     local: Launch
     bands: Tensor | None
@@ -102,7 +102,13 @@ def forward_plan(problem: Problem) -> ForwardPlan:
         absent = 0 if flags["SINK_LOGIT"] else 1
         return Step(forward, plan.programs, problem.strides, numbers, plan.constants, absent), plan
 
-    skip = step(True)[0] if problem.both else None
+    skip: Launch | None = None
+    if problem.both and serves_skips("forward", problem):
+        from pi_attention.ops.fused.hopper.launch import Forward
+
+        skip = Forward(problem, skip=True)
+    elif problem.both:
+        skip = step(True)[0]
     if serves("forward", problem):
         from pi_attention.ops.fused.hopper.launch import Forward
 
@@ -160,7 +166,7 @@ class BackwardPlan(NamedTuple):
     """The local band's gradient of the queries, with the terms of every row and the gradient of the gate."""
     one_pass: Step | None
     """All gradients of the skip band; where that kernel serves, else the next two."""
-    skip: tuple[Step, Step] | None
+    skip: tuple[Step, Launch] | None
     """The skip band's gradients of the queries, then of keys and values."""
     key: Launch
     """The local band's gradients of keys and values."""
@@ -205,10 +211,15 @@ def backward_plan(
         return Step(backward_key, plan.programs, strides, (rows, *plan.sizes, classes, *scales), plan.constants)
 
     classes = key_classes(problem, both)
-    one_pass = skip = members = None
+    one_pass = members = None
+    skip: tuple[Step, Launch] | None = None
     if both and one_pass_rows(problem):
         plan = plan_one_pass(problem)
         one_pass = Step(skip_backward, plan.programs, strides, (rows, *plan.sizes, *scales), plan.constants)
+    elif both and aligned and serves_skips("key", problem, grad_strides):
+        from pi_attention.ops.fused.hopper.launch import Key
+
+        skip = of_query(True)[0], Key(problem, skip=True)
     elif both:
         skip = of_query(True)[0], of_key(True, classes)
     if heads_differ(problem.pattern):

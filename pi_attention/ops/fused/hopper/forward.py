@@ -1,4 +1,4 @@
-"""Forward kernel of the local band, with its sinks, and the fusion gate in its epilogue."""
+"""Forward kernel of one band; the local one has its sinks, and the fusion gate in its epilogue."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,9 +29,11 @@ from pi_attention.ops.fused.hopper.steps import (
 @gluon.jit
 def _consumer(
     out_desc, q_s, k_s, v_s, o_s, q_full, q_empty, o_full, o_empty, k_full, k_empty, v_full, v_empty,
-    Starts, Gate, SkipLse, Lse, sg_b, sg_h, sg_t, total, tiles, H, T, S, window, sinks, scale_log2,
+    Starts, Bands, Gate, SkipLse, Lse, sg_b, sg_h, sg_t, total, tiles, H, T, S, period, phase, first, last, sinks,
+    scale_log2,
     WHICH: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    SEGMENTS: gl.constexpr, FUSE: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr,
+    SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, FUSE: gl.constexpr, MASS: gl.constexpr,
+    GATED: gl.constexpr,
 ):  # fmt: skip
     """Rows [WHICH·BM, (WHICH + 1)·BM) of every tile; o_s holds their skip output, then their output."""
     warps: gl.constexpr = gl.num_warps()
@@ -44,15 +46,18 @@ def _consumer(
     zero = gl.zeros([BM, BN], gl.float32, scores)
     slot, count = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        batch, head, token0, begin, first, steps, sink_tiles = range_of_rows(
-            tile, tiles, H, T, S, window, sinks, GROUP, 2 * BM, BN
+        batch, head, residue, row0, begin, first_tile, steps, sink_tiles, _, _, span, lowest = range_of_rows(
+            tile, Bands, tiles, H, T, S, period, phase, first, last, sinks, GROUP, 2 * BM, BN, SKIP, PER_HEAD
         )
-        token0 += WHICH * BM
-        token = token0 + gl.arange(0, BM, rows)
+        row0 += WHICH * BM
+        of_tile = row0 + gl.arange(0, BM, rows)
+        token = of_tile
+        if SKIP:
+            token = residue + of_tile * period
         present = token < T
-        position0, position = token0 + (S - T), token + (S - T)
+        position0, position = row0 + (S - T), of_tile + (S - T)
         row = (batch * H + head).to(gl.int64) * T + token
-        low, one_from = lowest_keys(Starts, batch, position, position0, present, S, window, BM, SEGMENTS)
+        low, one_from = lowest_keys(Starts, batch, position, position0, present, S, span, lowest, BM, SEGMENTS)
         lse_skip = gl.zeros([BM], gl.float32, rows)
         logit = lse_skip
         if FUSE:  # loaded here, so that it is there at the end
@@ -64,21 +69,21 @@ def _consumer(
         mbarrier.wait(q_full.index(0), count & 1)
         q = q_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM).load(queries)
         mbarrier.arrive(q_empty.index(0), count=1)
-        mine = gl.maximum(first, WHICH * (BM // BN))
-        end = (window + BN - 2) // BN + (WHICH + 1) * (BM // BN)
-        for i in range(first - sink_tiles, steps):
+        mine = gl.maximum(first_tile, WHICH * (BM // BN))
+        end = (span + BN - 2) // BN + (WHICH + 1) * (BM // BN)
+        for i in range(first_tile - sink_tiles, steps):
             s, phase = slot % STAGES, (slot // STAGES) & 1
-            of_sinks = i < first
+            of_sinks = i < first_tile
             mbarrier.wait(k_full.index(s), phase)
             if of_sinks | ((i >= mine) & (i < end)):
-                key0 = gl.where(of_sinks, (i - first + sink_tiles) * BN, begin + i * BN)
+                key0 = gl.where(of_sinks, (i - first_tile + sink_tiles) * BN, begin + i * BN)
                 k = k_s.index(s).reshape([BN, D])
                 score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
                 score = warpgroup_mma_wait(0, deps=[score])
                 mbarrier.arrive(k_empty.index(s), count=1)
-                if is_edge(key0, position0, one_from, of_sinks, window, BM, BN):
+                if is_edge(key0, position0, one_from, of_sinks, span, BM, BN):
                     key = key0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
-                    seen = seen_keys(key, position, low, of_sinks, sinks, window)
+                    seen = seen_keys(key, position, low, of_sinks, sinks, span)
                     score = gl.where(seen, score, float("-inf"))
                 p, past, m, l = online_softmax(score, m, l, scale_log2)
                 acc = acc * gl.convert_layout(past, of_output)[:, None]
@@ -103,7 +108,7 @@ def _consumer(
             out += gl.convert_layout(1.0 - g, of_output)[:, None] * mine_s.load(outputs).to(gl.float32)
         mine_s.store(out.to(k_s.dtype))
         fence_async_shared()
-        copy_out(out_desc, [batch, head, token0, 0], o_s.slice(WHICH * BM, BM, dim=2))
+        copy_out(out_desc, [batch, head, residue, row0, 0], o_s.slice(WHICH * BM, BM, dim=3))
         tma.store_wait(0)
         mbarrier.arrive(o_empty.index(0), count=1)
         count += 1
@@ -111,38 +116,41 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
-    q_desc, k_desc, v_desc, skip_desc, out_desc, Starts, Gate, SkipLse, Lse,
-    sg_b, sg_h, sg_t, total, tiles, H, T, S, window, sinks, scale_log2,
+    q_desc, k_desc, v_desc, skip_desc, out_desc, Starts, Bands, Gate, SkipLse, Lse,
+    sg_b, sg_h, sg_t, total, tiles, H, T, S, period, phase, first, last, sinks, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    SEGMENTS: gl.constexpr, FUSE: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr,
+    SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, FUSE: gl.constexpr, MASS: gl.constexpr,
+    GATED: gl.constexpr,
 ):  # fmt: skip
-    """Out [B, H, T, D] and Lse [B, H, T]: `total` tiles of 2·BM query rows, `tiles` of them a head.
+    """Out [B, H, T, D] and Lse [B, H, T]: `total` tiles of 2·BM query rows of one residue, `tiles` of them a head.
 
+    The descriptors count [batch, head, residue, row, feature]; without SKIP there is one residue, and all have as many
+    rows. SKIP: no segments, as many queries as keys, no gate; the first `sinks` keys are hidden.
     With FUSE, Out is g·(this band) + (1 − g)·(skip band), g from the gate logits and the two log-sum-exps.
     """
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 2 * BM, D], q_desc.layout)
-    o_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 2 * BM, D], q_desc.layout)
-    k_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
-    v_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 1, 2 * BM, D], q_desc.layout)
+    o_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 2 * BM, D], q_desc.layout)
+    k_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, 1, BN, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, 1, BN, D], k_desc.layout)
     q_full, q_empty, o_full, o_empty = barriers(1, 1), barriers(1, 2), barriers(1, 1), barriers(1, 2)
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     gl.warp_specialize([
         (_consumer, (
             out_desc, q_s, k_s, v_s, o_s, q_full, q_empty, o_full, o_empty, k_full, k_empty, v_full,
-            v_empty, Starts, Gate, SkipLse, Lse, sg_b, sg_h, sg_t, total, tiles, H, T, S, window, sinks,
-            scale_log2,
-            0, GROUP, BM, BN, D, STAGES, SEGMENTS, FUSE, MASS, GATED,
+            v_empty, Starts, Bands, Gate, SkipLse, Lse, sg_b, sg_h, sg_t, total, tiles, H, T, S, period,
+            phase, first, last, sinks, scale_log2,
+            0, GROUP, BM, BN, D, STAGES, SEGMENTS, SKIP, PER_HEAD, FUSE, MASS, GATED,
         )),
         (_consumer, (
             out_desc, q_s, k_s, v_s, o_s, q_full, q_empty, o_full, o_empty, k_full, k_empty, v_full,
-            v_empty, Starts, Gate, SkipLse, Lse, sg_b, sg_h, sg_t, total, tiles, H, T, S, window, sinks,
-            scale_log2,
-            1, GROUP, BM, BN, D, STAGES, SEGMENTS, FUSE, MASS, GATED,
+            v_empty, Starts, Bands, Gate, SkipLse, Lse, sg_b, sg_h, sg_t, total, tiles, H, T, S, period,
+            phase, first, last, sinks, scale_log2,
+            1, GROUP, BM, BN, D, STAGES, SEGMENTS, SKIP, PER_HEAD, FUSE, MASS, GATED,
         )),
         (rows_producer, (
             q_desc, q_desc, k_desc, v_desc, skip_desc, q_s, q_s, k_s, v_s, o_s, q_full, q_empty, o_full,
-            o_empty, k_full, k_empty, v_full, v_empty, total, tiles, H, T, S, window, sinks,
-            GROUP, 2 * BM, BN, D, STAGES, False, FUSE,
+            o_empty, k_full, k_empty, v_full, v_empty, Bands, total, tiles, H, T, S, period, phase, first,
+            last, sinks, GROUP, 2 * BM, BN, D, STAGES, False, FUSE, SKIP, PER_HEAD,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Gradients of keys and values in the local band."""
+"""Gradients of keys and values in one band."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -10,54 +10,93 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from pi_attention.ops.fused.hopper.steps import HIDDEN, LOG2E, RUN_TIME, barriers, copy_in, copy_out
+from pi_attention.ops.fused.hopper.steps import (
+    HIDDEN,
+    LOG2E,
+    RUN_TIME,
+    barriers,
+    copy_in,
+    copy_out,
+    lags_of_head,
+    rows_of_sinks,
+)
 
 
 @gluon.jit
-def _range_of_keys(tile, tiles, groups, T, S, window, BK: gl.constexpr, BN: gl.constexpr):
-    """Of a tile of BK keys: batch, key head, its first key, the token of its first query, and tiles of BN queries."""
-    of_group = tile // tiles
-    key0 = tile % tiles * BK
-    steps = gl.minimum((BK + window - 2) // BN + 1, (S - key0 + BN - 1) // BN)
-    return of_group // groups, of_group % groups, key0, key0 - (S - T), steps
+def _range_of_keys(tile, tiles, groups, S, period, span, BK: gl.constexpr, BN: gl.constexpr, SKIP: gl.constexpr):
+    """Of a tile of BK keys: batch, key head, residue, its first row, and tiles of BN queries of each head.
+
+    Of a head, query row r counts as key row r − `first_query`, by which key j is seen by [j, j + span), as in the
+    local band; `span` is that of the head with the most lags.
+    """
+    of_group, within = tile // tiles, tile % tiles
+    residue, key0, length = 0, within * BK, S
+    if SKIP:
+        residue, key0, length = within % period, within // period * BK, S // period
+    steps = gl.minimum((BK + span - 2) // BN + 1, (length - key0 + BN - 1) // BN)
+    return of_group // groups, of_group % groups, residue, key0, steps
+
+
+@gluon.jit
+def _first_query(residue, period, phase, first):
+    """The residue of the queries that see keys of a residue, and the row of the first one that sees key row 0."""
+    of_query = residue + phase
+    beyond = of_query >= period
+    return gl.where(beyond, of_query - period, of_query), gl.where(beyond, first + 1, first)
+
+
+@gluon.jit
+def _lags(Bands, head, phase, first, last, PER_HEAD: gl.constexpr):
+    """How many lags a head's band has."""
+    _, first, last = lags_of_head(Bands, head, phase, first, last, PER_HEAD)
+    return last - first
 
 
 @gluon.jit
 def _producer(
     q_desc, grad_desc, k_desc, v_desc, grad_k_desc, grad_v_desc, lse_desc, terms_desc,
     q_s, grad_s, k_s, v_s, grad_k_s, grad_v_s, lse_s, weight_s, shift_s,
-    k_full, k_empty, sum_full, sum_empty, full, empty, total, tiles, H, T, S, window,
+    k_full, k_empty, sum_full, sum_empty, full, empty, Bands, total, tiles, H, T, S, period, phase, first, last, span,
     GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
+    SKIP: gl.constexpr, PER_HEAD: gl.constexpr,
 ):  # fmt: skip
     """Load each tile's keys and values, its tiles of queries with their row terms, and last the sums so far."""
     slot = 0
     count = 0
-    heads = total // tiles * GROUP
+    vectors = total // tiles * GROUP
+    if SKIP:
+        vectors *= period
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        batch, group, key0, token0, steps = _range_of_keys(tile, tiles, H // GROUP, T, S, window, 2 * BM, BN)
+        batch, group, residue, key0, steps = _range_of_keys(tile, tiles, H // GROUP, S, period, span, 2 * BM, BN, SKIP)
         mbarrier.wait(k_empty.index(0), (count & 1) ^ 1)
         mbarrier.expect(k_full.index(0), 2 * BM * D * 4)
-        copy_in(k_desc, [batch, group, key0, 0], k_full.index(0), k_s)
-        copy_in(v_desc, [batch, group, key0, 0], k_full.index(0), v_s)
+        copy_in(k_desc, [batch, group, residue, key0, 0], k_full.index(0), k_s)
+        copy_in(v_desc, [batch, group, residue, key0, 0], k_full.index(0), v_s)
         for i in range(steps * GROUP):
             s = slot % STAGES
             head = group * GROUP + i // steps
-            token = token0 + i % steps * BN
+            row = key0 + i % steps * BN - (S - T)
+            of_query, vector = 0, batch * H + head
+            if SKIP:
+                phase, first, _ = lags_of_head(Bands, head, phase, first, last, PER_HEAD)
+                of_query, first_query = _first_query(residue, period, phase, first)
+                row += first_query
+                vector = vector * period + of_query
             mbarrier.wait(empty.index(s), ((slot // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(s), BN * D * 4 + BN * 12)
-            copy_in(q_desc, [batch, head, token, 0], full.index(s), q_s.index(s))
-            copy_in(lse_desc, [batch * H + head, token], full.index(s), lse_s.index(s))
-            copy_in(terms_desc, [batch * H + head, token], full.index(s), weight_s.index(s))
-            copy_in(grad_desc, [batch, head, token, 0], full.index(s), grad_s.index(s))
-            copy_in(terms_desc, [heads + batch * H + head, token], full.index(s), shift_s.index(s))
+            copy_in(q_desc, [batch, head, of_query, row, 0], full.index(s), q_s.index(s))
+            copy_in(lse_desc, [vector, row], full.index(s), lse_s.index(s))
+            copy_in(terms_desc, [vector, row], full.index(s), weight_s.index(s))
+            copy_in(grad_desc, [batch, head, of_query, row, 0], full.index(s), grad_s.index(s))
+            copy_in(terms_desc, [vectors + vector, row], full.index(s), shift_s.index(s))
             slot += 1
         mbarrier.wait(sum_empty.index(0), (count & 1) ^ 1)
         if ADD:
             mbarrier.expect(sum_full.index(0), 2 * BM * D * 4)
             for half in gl.static_range(2):
-                at = [batch, group, key0 + half * BM, 0]
-                copy_in(grad_k_desc, at, sum_full.index(0), grad_k_s.slice(half * BM, BM, dim=2))
-                copy_in(grad_v_desc, at, sum_full.index(0), grad_v_s.slice(half * BM, BM, dim=2))
+                at = [batch, group, residue, key0 + half * BM, 0]
+                copy_in(grad_k_desc, at, sum_full.index(0), grad_k_s.slice(half * BM, BM, dim=3))
+                copy_in(grad_v_desc, at, sum_full.index(0), grad_v_s.slice(half * BM, BM, dim=3))
         else:
             mbarrier.arrive(sum_full.index(0), count=1)
         count += 1
@@ -66,9 +105,10 @@ def _producer(
 @gluon.jit
 def _consumer(
     grad_k_desc, grad_v_desc, q_s, grad_s, k_s, v_s, grad_k_s, grad_v_s, lse_s, weight_s, shift_s,
-    k_full, k_empty, sum_full, sum_empty, full, empty, Starts, total, tiles, H, T, S, window, scale, scale_log2,
+    k_full, k_empty, sum_full, sum_empty, full, empty, Starts, Bands, total, tiles, H, S, period, phase, first, last,
+    span, sinks, scale, scale_log2,
     WHICH: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, SEGMENTS: gl.constexpr, ADD: gl.constexpr,
+    STAGES: gl.constexpr, SEGMENTS: gl.constexpr, ADD: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr,
 ):  # fmt: skip
     """Keys [WHICH·BM, (WHICH + 1)·BM) of every tile. A query that is absent is a row of zeros and adds nothing."""
     warps: gl.constexpr = gl.num_warps()
@@ -84,14 +124,18 @@ def _consumer(
     slot = 0
     count = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        batch, group, key0, token0, steps = _range_of_keys(tile, tiles, H // GROUP, T, S, window, 2 * BM, BN)
-        key0 += WHICH * BM
+        batch, group, residue, tile0, steps = _range_of_keys(tile, tiles, H // GROUP, S, period, span, 2 * BM, BN, SKIP)
+        key0 = tile0 + WHICH * BM
+        hidden = 0
+        if SKIP:
+            hidden = rows_of_sinks(sinks, residue, period)
         key = key0 + gl.arange(0, BM, gl.SliceLayout(1, scores))
         dk = gl.zeros([BM, D], gl.float32, outputs)
         dv = gl.zeros([BM, D], gl.float32, outputs)
         begin = WHICH * (BM // BN)
-        end = begin + (BM + window - 2) // BN + 1
+        end = begin + (BM + span - 2) // BN + 1
         of_batch = Starts + batch.to(gl.int64) * S
+        mine = _lags(Bands, group * GROUP, phase, first, last, PER_HEAD)
         mbarrier.wait(k_full.index(0), count & 1)
         for i in range(GROUP * steps):
             s = slot % STAGES
@@ -102,8 +146,12 @@ def _consumer(
                 d_out = grad_s.index(s).reshape([BN, D])
                 score = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 d_weight = warpgroup_mma(v, d_out.permute((1, 0)), zero, use_acc=False, is_async=True)
-                position0 = token0 + step * BN + (S - T)
-                edge = (position0 < key0 + BM - 1) | (position0 + BN - 1 >= key0 + window)
+                position0 = tile0 + step * BN
+                if GROUP > 1:
+                    mine = _lags(Bands, group * GROUP + i // steps, phase, first, last, PER_HEAD)
+                edge = (position0 < key0 + BM - 1) | (position0 + BN - 1 >= key0 + mine)
+                if SKIP:
+                    edge = edge | (key0 < hidden)
                 if SEGMENTS:
                     one_from = gl.load(of_batch + gl.minimum(position0 + BN, S) - 1)
                     edge = edge | (one_from < 0) | (one_from > key0)
@@ -112,12 +160,14 @@ def _consumer(
                 p = gl.exp2(score * scale_log2 - (lse * LOG2E)[None, :])
                 if edge:
                     position = position0 + gl.arange(0, BN, queries)
-                    low = position - window + 1
+                    low = position - mine + 1
                     if SEGMENTS:
                         there = (position >= 0) & (position < S)
                         start = gl.load(of_batch + position, mask=there, other=-1)
                         low = gl.maximum(low, gl.where(start < 0, HIDDEN, start))
                     seen = (key[:, None] >= low[None, :]) & (key[:, None] <= position[None, :])
+                    if SKIP:
+                        seen = seen & (key >= hidden)[:, None]
                     p = gl.where(seen, p, 0.0)
                 weight = weight_s.index(s).reshape([BN]).load(queries)
                 weighted = gl.convert_layout((p * weight[None, :]).to(k_s.dtype), weights)
@@ -139,8 +189,8 @@ def _consumer(
         grad_v.store(dv.to(k_s.dtype))
         grad_k.store(dk.to(k_s.dtype))
         fence_async_shared()
-        copy_out(grad_v_desc, [batch, group, key0, 0], grad_v_s.slice(WHICH * BM, BM, dim=2))
-        copy_out(grad_k_desc, [batch, group, key0, 0], grad_k_s.slice(WHICH * BM, BM, dim=2))
+        copy_out(grad_v_desc, [batch, group, residue, key0, 0], grad_v_s.slice(WHICH * BM, BM, dim=3))
+        copy_out(grad_k_desc, [batch, group, residue, key0, 0], grad_k_s.slice(WHICH * BM, BM, dim=3))
         tma.store_wait(0)
         mbarrier.arrive(sum_empty.index(0), count=1)
         count += 1
@@ -148,18 +198,21 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def key_kernel(
-    q_desc, grad_desc, k_desc, v_desc, grad_k_desc, grad_v_desc, lse_desc, terms_desc, Starts,
-    total, tiles, H, T, S, window, scale, scale_log2,
+    q_desc, grad_desc, k_desc, v_desc, grad_k_desc, grad_v_desc, lse_desc, terms_desc, Starts, Bands,
+    total, tiles, H, T, S, period, phase, first, last, span, sinks, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    SEGMENTS: gl.constexpr, ADD: gl.constexpr,
+    SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """GradK and GradV [B, G, S, D], added to what is there with ADD: `total` tiles of 2·BM keys, `tiles` a key head."""
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], q_desc.layout)
-    grad_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], q_desc.layout)
-    k_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 2 * BM, D], k_desc.layout)
-    v_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 2 * BM, D], k_desc.layout)
-    grad_k_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 2 * BM, D], k_desc.layout)
-    grad_v_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 2 * BM, D], k_desc.layout)
+    """GradK and GradV [B, G, S, D], added to what is there with ADD: `total` tiles of 2·BM keys, `tiles` a key head.
+
+    The descriptors count as those of `forward_kernel`. SKIP: the row vectors lie residue by residue.
+    """
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, 1, BN, D], q_desc.layout)
+    grad_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, 1, BN, D], q_desc.layout)
+    k_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 2 * BM, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 2 * BM, D], k_desc.layout)
+    grad_k_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 2 * BM, D], k_desc.layout)
+    grad_v_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 2 * BM, D], k_desc.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BN], lse_desc.layout)
     weight_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BN], lse_desc.layout)
     shift_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BN], lse_desc.layout)
@@ -168,19 +221,20 @@ def key_kernel(
     gl.warp_specialize([
         (_consumer, (
             grad_k_desc, grad_v_desc, q_s, grad_s, k_s, v_s, grad_k_s, grad_v_s, lse_s, weight_s,
-            shift_s, k_full, k_empty, sum_full, sum_empty, full, empty, Starts, total, tiles, H, T, S,
-            window, scale, scale_log2,
-            0, GROUP, BM, BN, D, STAGES, SEGMENTS, ADD,
+            shift_s, k_full, k_empty, sum_full, sum_empty, full, empty, Starts, Bands, total, tiles, H, S,
+            period, phase, first, last, span, sinks, scale, scale_log2,
+            0, GROUP, BM, BN, D, STAGES, SEGMENTS, ADD, SKIP, PER_HEAD,
         )),
         (_consumer, (
             grad_k_desc, grad_v_desc, q_s, grad_s, k_s, v_s, grad_k_s, grad_v_s, lse_s, weight_s,
-            shift_s, k_full, k_empty, sum_full, sum_empty, full, empty, Starts, total, tiles, H, T, S,
-            window, scale, scale_log2,
-            1, GROUP, BM, BN, D, STAGES, SEGMENTS, ADD,
+            shift_s, k_full, k_empty, sum_full, sum_empty, full, empty, Starts, Bands, total, tiles, H, S,
+            period, phase, first, last, span, sinks, scale, scale_log2,
+            1, GROUP, BM, BN, D, STAGES, SEGMENTS, ADD, SKIP, PER_HEAD,
         )),
         (_producer, (
             q_desc, grad_desc, k_desc, v_desc, grad_k_desc, grad_v_desc, lse_desc, terms_desc, q_s,
             grad_s, k_s, v_s, grad_k_s, grad_v_s, lse_s, weight_s, shift_s, k_full, k_empty, sum_full,
-            sum_empty, full, empty, total, tiles, H, T, S, window, GROUP, BM, BN, D, STAGES, ADD,
+            sum_empty, full, empty, Bands, total, tiles, H, T, S, period, phase, first, last, span,
+            GROUP, BM, BN, D, STAGES, ADD, SKIP, PER_HEAD,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from triton import cdiv
 from triton.experimental.gluon import language as gl
@@ -13,7 +14,7 @@ from pi_attention.ops.fused.compiled import Constants, Kernel, Step
 from pi_attention.ops.fused.hopper.forward import forward_kernel
 from pi_attention.ops.fused.hopper.key import key_kernel
 from pi_attention.ops.fused.hopper.query import query_kernel
-from pi_attention.ops.fused.tiling import Problem, multiprocessors
+from pi_attention.ops.fused.tiling import Problem, heads_differ, multiprocessors, row_lags
 
 LOG2E = 1.4426950408889634
 BM = BN = 64
@@ -33,13 +34,17 @@ def stages(kernel: str, dim: int) -> int:
 
 FORWARD, QUERY, KEY = Kernel(forward_kernel), Kernel(query_kernel), Kernel(key_kernel)
 
-HEADS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+HEADS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
 ROWS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
-def _tile(x: Tensor, rows: int) -> TensorDescriptor:
-    """Of [B, H, T, D], `rows` rows of one head at a time."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[3]], HEADS)
+def _tile(x: Tensor, rows: int, period: int = 1) -> TensorDescriptor:
+    """Of [B, H, T, D], `rows` rows of one residue of one head at a time; the period divides T."""
+    batch, heads, length, dim = x.shape
+    of_batch, of_head, of_token, of_feature = x.stride()
+    shape = [batch, heads, period, length // period, dim]
+    strides = [of_batch, of_head, of_token, period * of_token, of_feature]
+    return TensorDescriptor(x, shape, strides, [1, 1, 1, rows, dim], HEADS)
 
 
 def _row(x: Tensor) -> TensorDescriptor:
@@ -47,46 +52,67 @@ def _row(x: Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, BN], ROWS)
 
 
-def _step(kernel: Kernel, problem: Problem, sizes: tuple[int, ...], scales: tuple[float, ...], **flags: bool) -> Step:
+def _lags(problem: Problem, skip: bool) -> tuple[int, int, int, int, int]:
+    """Period, phase and row lags [first, last) of the band, of the first head; and the most lags of a head."""
+    keys = problem.key[2]
+    if not skip:
+        window = min(problem.pattern.window, keys)
+        return 1, 0, 0, window, window
+    heads = range(len(problem.pattern.periods) if heads_differ(problem.pattern) else 1)
+    lags = [row_lags(problem.pattern, True, head, keys) for head in heads]
+    return *lags[0][:4], max(last - first for _, _, first, last, *_ in lags)
+
+
+def _step(
+    kernel: Kernel, problem: Problem, sizes: tuple[int, ...], scales: tuple[float, ...], skip: bool, **flags: bool
+) -> Step:
     """A launch of `kernel`; `sizes` begin with the heads and the length that are cut into tiles."""
     heads, length = sizes[:2]
     name = kernel.kernel.__name__.removesuffix("_kernel")
-    tiles = cdiv(length, 2 * BM)
+    *lags, span = _lags(problem, skip)
+    tiles = lags[0] * cdiv(length // lags[0], 2 * BM)
     total = tiles * heads * problem.query[0]
     dim = problem.query[3]
     shape = {"GROUP": problem.group, "D": dim, "BM": BM, "BN": BN, "STAGES": stages(name, dim)}
-    lengths = (problem.query[1], problem.query[2], problem.key[2], min(problem.pattern.window, problem.key[2]))
-    numbers = (*sizes[2:], total, tiles, *lengths, *(() if name == "key" else (problem.sinks,)), *scales)
+    if name != "query":
+        flags = {"SKIP": skip, "PER_HEAD": skip and heads_differ(problem.pattern)} | flags
+    lengths = (problem.query[1], problem.query[2], problem.key[2])
+    most = (span,) if name == "key" else ()
+    numbers = (*sizes[2:], total, tiles, *lengths, *lags, *most, problem.sinks, *scales)
     programs = min(total, multiprocessors(problem.device))
     return Step(kernel, programs, (), numbers, Constants(OPTIONS, **shape, SEGMENTS=problem.segments, **flags))
 
 
 class Forward:
-    """The forward pass of the local band with the fusion; takes the tensors that `band_forward_kernel` takes."""
+    """The forward pass of one band, of the local one with the fusion; takes what `band_forward_kernel` takes."""
 
-    def __init__(self, problem: Problem) -> None:
-        flags = {"FUSE": problem.both, "MASS": problem.both and problem.mass}
-        flags["GATED"] = problem.both and problem.gate is not None
+    def __init__(self, problem: Problem, skip: bool = False) -> None:
+        fuse = problem.both and not skip
+        flags = {"FUSE": fuse, "MASS": fuse and problem.mass, "GATED": fuse and problem.gate is not None}
         _, heads, queries, _ = problem.query
         scales = (problem.scale * LOG2E,)
-        self.step = _step(FORWARD, problem, (heads, queries, *problem.gate_strides), scales, **flags)
+        self.step = _step(FORWARD, problem, (heads, queries, *problem.gate_strides), scales, skip, **flags)
+        self.skip, self.period = skip, _lags(problem, skip)[0]
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
-        """Query, key, value, starts, –, gate, skip output, its log-sum-exp, –, –, output, log-sum-exp."""
-        query, key, value, starts, _, gate, skip_out, skip_lse, _, _, out, lse = tensors
-        tiles = (_tile(query, 2 * BM), _tile(key, BN), _tile(value, BN), _tile(skip_out, 2 * BM), _tile(out, BM))
-        self.step((*tiles, starts, gate, skip_lse, lse))
+        """Query, key, value, starts, bands, gate, skip output, its log-sum-exp, –, –, output, log-sum-exp."""
+        query, key, value, starts, bands, gate, skip_out, skip_lse, _, _, out, lse = tensors
+        tiled = ((query, 2 * BM), (key, BN), (value, BN), (skip_out, 2 * BM), (out, BM))
+        tiles = (_tile(x, rows, self.period) for x, rows in tiled)
+        self.step((*tiles, starts, bands, gate, skip_lse, lse))
 
 
 class Query:
-    """The gradient of the queries, and the row terms; takes the tensors that `band_backward_query_kernel` takes."""
+    """The gradient of the queries in the local band, and row terms; takes what `band_backward_query_kernel` takes."""
+
+    skip = False
 
     def __init__(self, problem: Problem, lse: bool, skip_lse: bool) -> None:
         batch, heads, queries, _ = problem.query
         flags = {"BOTH": problem.both, "MASS": problem.mass, "GATED": problem.gate is not None}
         sizes = (heads, queries, *problem.gate_strides, batch * heads * queries)
         scales = (problem.scale, problem.scale * LOG2E)
-        self.step = _step(QUERY, problem, sizes, scales, **flags, LSE=lse, SKIP_LSE=skip_lse)
+        self.step = _step(QUERY, problem, sizes, scales, False, **flags, LSE=lse, SKIP_LSE=skip_lse)
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Query, key, value, starts, –, output's gradient, log-sum-exp, terms, –, –, query's gradient, rows."""
@@ -96,17 +122,26 @@ class Query:
 
 
 class Key:
-    """The gradients of keys and values; takes the tensors that `band_backward_key_kernel` takes."""
+    """The gradients of keys and values of one band; takes the tensors that `band_backward_key_kernel` takes."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, skip: bool = False) -> None:
         groups, keys = problem.key[1:3]
         scales = (problem.scale, problem.scale * LOG2E)
-        self.step = _step(KEY, problem, (groups, keys), scales, ADD=problem.both)
+        self.step = _step(KEY, problem, (groups, keys), scales, skip, ADD=problem.both and not skip)
+        self.skip, self.period = skip, _lags(problem, skip)[0]
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
-        """Query, key, value, starts, –, –, output's gradient, log-sum-exp, terms, gradients of key and value."""
-        query, key, value, starts, _, _, grad_out, lse, terms, grad_key, grad_value = tensors
-        length = lse.shape[2]
-        tiles = (_tile(query, BN), _tile(grad_out, BN), _tile(key, 2 * BM), _tile(value, 2 * BM))
-        sums = (_tile(grad_key, BM), _tile(grad_value, BM))
-        self.step((*tiles, *sums, _row(lse.view(-1, length)), _row(terms.view(-1, length)), starts))
+        """Query, key, value, starts, bands, –, output's gradient, log-sum-exp, terms, gradients of key and value."""
+        query, key, value, starts, bands, _, grad_out, lse, terms, grad_key, grad_value = tensors
+        if self.skip:
+            lse, terms = _by_residue(lse, terms[2:], self.period)
+        tiled = ((query, BN), (grad_out, BN), (key, 2 * BM), (value, 2 * BM), (grad_key, BM), (grad_value, BM))
+        tiles = (_tile(x, rows, self.period) for x, rows in tiled)
+        length = lse.shape[-1]
+        self.step((*tiles, _row(lse.view(-1, length)), _row(terms.view(-1, length)), starts, bands))
+
+
+def _by_residue(lse: Tensor, terms: Tensor, period: int) -> tuple[Tensor, Tensor]:
+    """Row vectors [B, H, T] and [2, B, H, T] as [B, H, period, T / period] and so on: single elements make no tile."""
+    vectors = torch.cat([lse[None], terms]).unflatten(-1, (-1, period)).transpose(-1, -2).contiguous()
+    return vectors[0], vectors[1:]

@@ -68,7 +68,7 @@ def _rows_of(Out, of_head, token0, T, BM: gl.constexpr, D: gl.constexpr, layout:
 def _consumer(
     grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Starts, Lse, Terms,
     Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h, sg_t, all_rows,
-    total, tiles, H, T, S, window, sinks, scale, scale_log2,
+    total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
     WHICH: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     SEGMENTS: gl.constexpr, BOTH: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr,
     SKIP_LSE: gl.constexpr,
@@ -83,8 +83,8 @@ def _consumer(
     zero = gl.zeros([BM, BN], gl.float32, scores)
     slot, count = 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        batch, head, token0, begin, first, steps, sink_tiles = range_of_rows(
-            tile, tiles, H, T, S, window, sinks, GROUP, 2 * BM, BN
+        batch, head, residue, token0, begin, first_tile, steps, sink_tiles, _, _, span, lowest = range_of_rows(
+            tile, Starts, tiles, H, T, S, period, phase, first, last, sinks, GROUP, 2 * BM, BN, False, False
         )
         token0 += WHICH * BM
         of_head = (batch * H + head).to(gl.int64) * T
@@ -100,7 +100,7 @@ def _consumer(
             lse_skip = gl.load(SkipLse + index, mask=present, other=0.0)
             logit = gate_logits(Gate, sg_b, sg_h, sg_t, batch, head, token, present, GATED)
         position0, position = token0 + (S - T), token + (S - T)
-        low, one_from = lowest_keys(Starts, batch, position, position0, present, S, window, BM, SEGMENTS)
+        low, one_from = lowest_keys(Starts, batch, position, position0, present, S, span, lowest, BM, SEGMENTS)
         mbarrier.wait(q_full.index(0), count & 1)
         q = q_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM)
         d_out = grad_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM)
@@ -111,24 +111,24 @@ def _consumer(
         )  # fmt: skip
         base = gl.where(lse == float("-inf"), 0.0, lse) * LOG2E
         dq = gl.zeros([BM, D], gl.float32, outputs)
-        mine = gl.maximum(first, WHICH * (BM // BN))
-        end = (window + BN - 2) // BN + (WHICH + 1) * (BM // BN)
-        for i in range(first - sink_tiles, steps):
+        mine = gl.maximum(first_tile, WHICH * (BM // BN))
+        end = (span + BN - 2) // BN + (WHICH + 1) * (BM // BN)
+        for i in range(first_tile - sink_tiles, steps):
             s, phase = slot % STAGES, (slot // STAGES) & 1
-            of_sinks = i < first
+            of_sinks = i < first_tile
             mbarrier.wait(k_full.index(s), phase)
             mbarrier.wait(v_full.index(s), phase)
             if of_sinks | ((i >= mine) & (i < end)):
-                key0 = gl.where(of_sinks, (i - first + sink_tiles) * BN, begin + i * BN)
+                key0 = gl.where(of_sinks, (i - first_tile + sink_tiles) * BN, begin + i * BN)
                 k = k_s.index(s).reshape([BN, D])
                 v = v_s.index(s).reshape([BN, D])
                 score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
                 d_weight = warpgroup_mma(d_out, v.permute((1, 0)), zero, use_acc=False, is_async=True)
                 score = warpgroup_mma_wait(1, deps=[score])
                 p = gl.exp2(score * scale_log2 - base[:, None])
-                if is_edge(key0, position0, one_from, of_sinks, window, BM, BN):
+                if is_edge(key0, position0, one_from, of_sinks, span, BM, BN):
                     key = key0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
-                    p = gl.where(seen_keys(key, position, low, of_sinks, sinks, window), p, 0.0)
+                    p = gl.where(seen_keys(key, position, low, of_sinks, sinks, span), p, 0.0)
                 d_weight = warpgroup_mma_wait(0, deps=[d_weight])
                 mbarrier.arrive(v_empty.index(s), count=1)
                 d_score = p * (weight[:, None] * d_weight - shift[:, None])
@@ -141,7 +141,7 @@ def _consumer(
             slot += 1
         q.store((dq * scale).to(k_s.dtype))
         fence_async_shared()
-        copy_out(grad_q_desc, [batch, head, token0, 0], q_s.index(0).slice(WHICH * BM, BM, dim=2))
+        copy_out(grad_q_desc, [batch, head, residue, token0, 0], q_s.index(0).slice(WHICH * BM, BM, dim=3))
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(0), count=1)
         count += 1
@@ -151,17 +151,17 @@ def _consumer(
 def query_kernel(
     q_desc, k_desc, v_desc, grad_desc, grad_q_desc, Starts, Lse, Terms,
     Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
-    sg_b, sg_h, sg_t, rows, total, tiles, H, T, S, window, sinks, scale, scale_log2,
+    sg_b, sg_h, sg_t, rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     SEGMENTS: gl.constexpr, BOTH: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr,
     SKIP_LSE: gl.constexpr,
 ):  # fmt: skip
     """GradQ [B, H, T, D] and Terms [4, B, H, T]: `total` tiles of 2·BM query rows, `tiles` of them a head."""
     all_rows = rows.to(gl.int64)
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 2 * BM, D], q_desc.layout)
-    grad_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 2 * BM, D], q_desc.layout)
-    k_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
-    v_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 1, 2 * BM, D], q_desc.layout)
+    grad_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 1, 2 * BM, D], q_desc.layout)
+    k_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, 1, BN, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, 1, BN, D], k_desc.layout)
     q_full, q_empty = barriers(1, 1), barriers(1, 2)
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
@@ -169,18 +169,18 @@ def query_kernel(
         (_consumer, (
             grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             Starts, Lse, Terms, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h,
-            sg_t, all_rows, total, tiles, H, T, S, window, sinks, scale, scale_log2,
+            sg_t, all_rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
             0, GROUP, BM, BN, D, STAGES, SEGMENTS, BOTH, MASS, GATED, LSE, SKIP_LSE,
         )),
         (_consumer, (
             grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             Starts, Lse, Terms, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h,
-            sg_t, all_rows, total, tiles, H, T, S, window, sinks, scale, scale_log2,
+            sg_t, all_rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
             1, GROUP, BM, BN, D, STAGES, SEGMENTS, BOTH, MASS, GATED, LSE, SKIP_LSE,
         )),
         (rows_producer, (
             q_desc, grad_desc, k_desc, v_desc, q_desc, q_s, grad_s, k_s, v_s, q_s, q_full, q_empty,
-            q_full, q_empty, k_full, k_empty, v_full, v_empty, total, tiles, H, T, S, window, sinks,
-            GROUP, 2 * BM, BN, D, STAGES, True, False,
+            q_full, q_empty, k_full, k_empty, v_full, v_empty, Starts, total, tiles, H, T, S, period, phase,
+            first, last, sinks, GROUP, 2 * BM, BN, D, STAGES, True, False, False, False,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

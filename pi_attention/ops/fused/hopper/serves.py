@@ -7,13 +7,16 @@ from functools import lru_cache
 import torch
 import triton
 
-from pi_attention.ops.fused.tiling import INTERPRETED, Problem, capability
+from pi_attention.ops.fused.tiling import INTERPRETED, Problem, capability, row_lags
 
 MEASURED = triton.__version__.startswith("3.6.")
 """Whether this version of Gluon was tried on a GPU. Its names change from version to version."""
 
 LEAST = 1 << 25
 """Elements of the query from which they serve: below, the kernels are short and the host's descriptors cost more."""
+
+LEAST_OF_SKIPS = 64, 1024
+"""Lags and rows of a residue from which they serve the skip band: smaller ones leave most of a tile unused."""
 
 HEAD_DIMS = {"forward": (128,), "query": (128,), "key": (64, 128)}
 """Head dims at which they are the faster ones, measured on an H200."""
@@ -42,3 +45,18 @@ def serves(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) ->
         return False  # row vectors are loaded by tiles, too; and it walks over queries that are not there
     strides = problem.strides + grad_strides
     return all(s > 0 and (s == 1 if i % 4 == 3 else s % 8 == 0) for i, s in enumerate(strides))
+
+
+def serves_skips(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) -> bool:
+    """Whether the Hopper kernel "forward" or "key" serves the skip band of a call, too.
+
+    Its tiles are rows of one residue: heads have one period, which divides the length.
+    """
+    pattern, length = problem.pattern, problem.key[2]
+    period, _, first, last = row_lags(pattern, True, 0, length)[:4]
+    lags, rows = LEAST_OF_SKIPS
+    if len(set(pattern.periods)) > 1 or length % (4 * period) or problem.query[2] != length:
+        return False
+    if last - first < lags or length // period < rows or problem.segments or problem.sink_logit:
+        return False
+    return serves(kernel, problem, grad_strides)

@@ -7,7 +7,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in Triton 3.8
 copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-RUN_TIME = ["total", "tiles", "H", "T", "S", "window", "sinks", "rows", "sg_b", "sg_h", "sg_t"]
+RUN_TIME = ["total", "tiles", "H", "T", "S", "period", "phase", "first", "last", "span", "sinks", "rows"]
+RUN_TIME += ["sg_b", "sg_h", "sg_t"]
 """Arguments that vary from call to call: no value of theirs is compiled in."""
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -26,30 +27,74 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def range_of_rows(tile, tiles, H, T, S, window, sinks, GROUP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr):
-    """Of a tile of BQ query rows: batch, head, its first token, and the tiles of BN keys that it walks.
+def lags_of_head(Bands, head, phase, first, last, PER_HEAD: gl.constexpr):
+    """Phase and row lags [first, last) of a head's band: from the table `Bands` where heads differ."""
+    if PER_HEAD:
+        phase = gl.load(Bands + head * 6 + 1)
+        first = gl.load(Bands + head * 6 + 2)
+        last = gl.load(Bands + head * 6 + 3)
+    return phase, first, last
 
-    Band tile i begins at position `begin` + i·BN, first ≤ i < steps. Tiles of sinks come before, counted backwards from
+
+@gluon.jit
+def keys_of_residue(residue, period, phase, first):
+    """The residue of the keys that queries of a residue see, and how far these are counted up.
+
+    Key row j counts as j + shift, by which query row r sees (r − span, r], as in the local band.
+    """
+    of_key = residue - phase
+    before = of_key < 0
+    return gl.where(before, of_key + period, of_key), gl.where(before, first + 1, first)
+
+
+@gluon.jit
+def rows_of_sinks(sinks, of_key, period):
+    """Rows of a residue that are sinks."""
+    return (gl.maximum(sinks - of_key, 0) + period - 1) // period
+
+
+@gluon.jit
+def range_of_rows(
+    tile, Bands, tiles, H, T, S, period, phase, first, last, sinks,
+    GROUP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr,
+):  # fmt: skip
+    """Of a tile of BQ query rows: where it lies, and the tiles of BN keys that it walks.
+
+    Returns batch, head, residue, first row; then `begin`, the first and the end of the band's tiles, the tiles of
+    sinks; then residue, shift (see `keys_of_residue`), span and the lowest of the keys.
+
+    Band tile i begins at key `begin` + i·BN, first ≤ i < steps. Tiles of sinks come before, counted backwards from
     `first`; there are none where the window covers all sinks. The query heads of a key head take a tile one after
     another, as in `kernels.steps.tile_of_head`.
     """
     row_of_heads = tile // (tiles * GROUP) * GROUP + tile % GROUP
-    token0 = tile % (tiles * GROUP) // GROUP * BQ
-    position0 = S - T + token0
-    back = (window + BN - 2) // BN
+    within = tile % (tiles * GROUP) // GROUP
+    head = row_of_heads % H
+    residue, of_key, shift, low, row0, length = 0, 0, 0, 0, within * BQ, T
+    if SKIP:
+        phase, first, last = lags_of_head(Bands, head, phase, first, last, PER_HEAD)
+        residue, row0, length = within % period, within // period * BQ, T // period
+        of_key, shift = keys_of_residue(residue, period, phase, first)
+        low = shift + rows_of_sinks(sinks, of_key, period)
+    span = last - first
+    position0 = S - T + row0
+    back = (span + BN - 2) // BN
     begin = position0 - back * BN
-    first = gl.maximum(-begin, 0) // BN
-    rows = gl.minimum(BQ, T - token0)
-    sink_tiles = (gl.maximum(gl.minimum(sinks, position0 + rows - window), 0) + BN - 1) // BN
+    first_tile = gl.maximum(low - begin, 0) // BN
+    rows = gl.minimum(BQ, length - row0)
+    sink_tiles = 0
+    if not SKIP:
+        sink_tiles = (gl.maximum(gl.minimum(sinks, position0 + rows - span), 0) + BN - 1) // BN
     steps = back + (rows + BN - 1) // BN
-    return row_of_heads // H, row_of_heads % H, token0, begin, first, steps, sink_tiles
+    batch = row_of_heads // H
+    return batch, head, residue, row0, begin, first_tile, steps, sink_tiles, of_key, shift, span, low
 
 
 @gluon.jit
-def lowest_keys(Starts, batch, position, position0, present, S, window, BM: gl.constexpr, SEGMENTS: gl.constexpr):
+def lowest_keys(Starts, batch, position, position0, present, S, span, lowest, BM: gl.constexpr, SEGMENTS: gl.constexpr):
     """The first key of each query's window and segment, and the first key that is in one segment with all rows."""
-    low = gl.maximum(position - window + 1, 0)
-    one_from = 0
+    low = gl.maximum(position - span + 1, lowest)
+    one_from = lowest
     if SEGMENTS:
         of_batch = Starts + batch.to(gl.int64) * S
         start = gl.load(of_batch + position, mask=present, other=-1)
