@@ -151,6 +151,6 @@ def forward_kernel(
         (rows_producer, (
             q_desc, q_desc, k_desc, v_desc, skip_desc, q_s, q_s, k_s, v_s, o_s, q_full, q_empty, o_full,
             o_empty, k_full, k_empty, v_full, v_empty, Bands, total, tiles, H, T, S, period, phase, first,
-            last, sinks, GROUP, 2 * BM, BN, D, STAGES, False, FUSE, SKIP, PER_HEAD,
+            last, sinks, GROUP, 2 * BM, BN, D, STAGES, False, FUSE, SKIP, PER_HEAD, 1,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

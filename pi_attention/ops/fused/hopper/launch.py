@@ -23,7 +23,7 @@ BM = BN = 64
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
 """Three warpgroups share the registers: 240 a thread for each consumer, 24 for the producer."""
 
-STAGES = {"forward": 4, "query": 3, "key": 2}
+STAGES = {"forward": 4, "query": 2, "key": 2}
 """Tiles that are loaded ahead."""
 
 

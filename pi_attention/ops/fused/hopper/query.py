@@ -20,9 +20,13 @@ from pi_attention.ops.fused.hopper.steps import (
     gate_weight,
     is_edge,
     lowest_keys,
+    place_of_rows,
     range_of_rows,
     seen_keys,
 )
+
+QUERIES = gl.constexpr(2)
+"""Tiles of queries, and of the output's gradient, that there is room for: the next one comes while one is computed."""
 
 
 @gluon.jit
@@ -58,10 +62,29 @@ def _row_terms(
 
 
 @gluon.jit
-def _rows_of(Out, of_head, token0, T, BM: gl.constexpr, D: gl.constexpr, layout: gl.constexpr):
-    line = token0 + gl.arange(0, BM, gl.SliceLayout(1, layout))
-    offset = (of_head + line)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
-    return gl.load(Out + offset, mask=(line < T)[:, None], other=0.0)
+def _outputs_of(
+    tile, Out, SkipOut, Lse, SkipLse, Gate, sg_b, sg_h, sg_t, total, tiles, H, T,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, wide: gl.constexpr, rows: gl.constexpr,
+    BOTH: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """Of the rows of a tile: outputs of both bands, log-sum-exps, gate logits. Beyond the last tile, those of the last.
+
+    They are asked for before the tile before has ended.
+    """
+    batch, head, token0 = place_of_rows(gl.minimum(tile, total - 1), tiles, H, GROUP, 2 * BM)
+    of_head = (batch * H + head).to(gl.int64) * T
+    line = token0 + WHICH * BM + gl.arange(0, BM, gl.SliceLayout(1, wide))
+    offset = (of_head + line)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
+    out = gl.load(Out + offset, mask=(line < T)[:, None], other=0.0)
+    token = token0 + WHICH * BM + gl.arange(0, BM, rows)
+    present = token < T
+    lse = gl.load(Lse + of_head + token, mask=present, other=0.0)
+    skip_out, lse_skip, logit = out, lse, lse
+    if BOTH:
+        skip_out = gl.load(SkipOut + offset, mask=(line < T)[:, None], other=0.0)
+        lse_skip = gl.load(SkipLse + of_head + token, mask=present, other=0.0)
+        logit = gate_logits(Gate, sg_b, sg_h, sg_t, batch, head, token, present, GATED)
+    return out, skip_out, lse, lse_skip, logit
 
 
 @gluon.jit
@@ -82,28 +105,25 @@ def _consumer(
     rows: gl.constexpr = gl.SliceLayout(1, scores)
     zero = gl.zeros([BM, BN], gl.float32, scores)
     slot, count = 0, 0
+    out, skip_out, lse, lse_skip, logit = _outputs_of(
+        gl.program_id(0), Out, SkipOut, Lse, SkipLse, Gate, sg_b, sg_h, sg_t, total, tiles, H, T,
+        WHICH, GROUP, BM, D, wide, rows, BOTH, GATED,
+    )  # fmt: skip
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         batch, head, residue, token0, begin, first_tile, steps, sink_tiles, _, _, span, lowest = range_of_rows(
             tile, Starts, tiles, H, T, S, period, phase, first, last, sinks, GROUP, 2 * BM, BN, False, False
         )
         token0 += WHICH * BM
         of_head = (batch * H + head).to(gl.int64) * T
-        out = _rows_of(Out, of_head, token0, T, BM, D, wide)
-        skip_out = out
         token = token0 + gl.arange(0, BM, rows)
         present = token < T
         index = of_head + token
-        lse = gl.load(Lse + index, mask=present, other=0.0)
-        lse_skip, logit = lse, lse
-        if BOTH:
-            skip_out = _rows_of(SkipOut, of_head, token0, T, BM, D, wide)
-            lse_skip = gl.load(SkipLse + index, mask=present, other=0.0)
-            logit = gate_logits(Gate, sg_b, sg_h, sg_t, batch, head, token, present, GATED)
         position0, position = token0 + (S - T), token + (S - T)
         low, one_from = lowest_keys(Starts, batch, position, position0, present, S, span, lowest, BM, SEGMENTS)
-        mbarrier.wait(q_full.index(0), count & 1)
-        q = q_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM)
-        d_out = grad_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM)
+        place = count % QUERIES
+        mbarrier.wait(q_full.index(place), (count // QUERIES) & 1)
+        q = q_s.index(place).reshape([2 * BM, D]).slice(WHICH * BM, BM)
+        d_out = grad_s.index(place).reshape([2 * BM, D]).slice(WHICH * BM, BM)
         grad = d_out.load(wide).to(gl.float32)
         weight, shift = _row_terms(
             grad, out, skip_out, lse, lse_skip, logit, GradLse, GradSkipLse, Terms, GradGate, index, present, all_rows,
@@ -139,11 +159,15 @@ def _consumer(
                 mbarrier.arrive(v_empty.index(s), count=1)
             mbarrier.arrive(k_empty.index(s), count=1)
             slot += 1
+        out, skip_out, lse, lse_skip, logit = _outputs_of(
+            tile + gl.num_programs(0), Out, SkipOut, Lse, SkipLse, Gate, sg_b, sg_h, sg_t, total, tiles, H, T,
+            WHICH, GROUP, BM, D, wide, rows, BOTH, GATED,
+        )  # fmt: skip
         q.store((dq * scale).to(k_s.dtype))
         fence_async_shared()
-        copy_out(grad_q_desc, [batch, head, residue, token0, 0], q_s.index(0).slice(WHICH * BM, BM, dim=3))
+        copy_out(grad_q_desc, [batch, head, residue, token0, 0], q_s.index(place).slice(WHICH * BM, BM, dim=3))
         tma.store_wait(0)
-        mbarrier.arrive(q_empty.index(0), count=1)
+        mbarrier.arrive(q_empty.index(place), count=1)
         count += 1
 
 
@@ -158,11 +182,11 @@ def query_kernel(
 ):  # fmt: skip
     """GradQ [B, H, T, D] and Terms [4, B, H, T]: `total` tiles of 2·BM query rows, `tiles` of them a head."""
     all_rows = rows.to(gl.int64)
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 1, 2 * BM, D], q_desc.layout)
-    grad_s = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 1, 1, 2 * BM, D], q_desc.layout)
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [QUERIES, 1, 1, 1, 2 * BM, D], q_desc.layout)
+    grad_s = gl.allocate_shared_memory(q_desc.dtype, [QUERIES, 1, 1, 1, 2 * BM, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, 1, BN, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, 1, BN, D], k_desc.layout)
-    q_full, q_empty = barriers(1, 1), barriers(1, 2)
+    q_full, q_empty = barriers(QUERIES, 1), barriers(QUERIES, 2)
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     gl.warp_specialize([
@@ -181,6 +205,6 @@ def query_kernel(
         (rows_producer, (
             q_desc, grad_desc, k_desc, v_desc, q_desc, q_s, grad_s, k_s, v_s, q_s, q_full, q_empty,
             q_full, q_empty, k_full, k_empty, v_full, v_empty, Starts, total, tiles, H, T, S, period, phase,
-            first, last, sinks, GROUP, 2 * BM, BN, D, STAGES, True, False, False, False,
+            first, last, sinks, GROUP, 2 * BM, BN, D, STAGES, True, False, False, False, QUERIES,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -12,11 +12,12 @@ def rows_producer(
     q_desc, grad_desc, k_desc, v_desc, skip_desc, q_s, grad_s, k_s, v_s, o_s, q_full, q_empty, o_full, o_empty,
     k_full, k_empty, v_full, v_empty, Bands, total, tiles, H, T, S, period, phase, first, last, sinks,
     GROUP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    GRAD: gl.constexpr, FUSE: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr,
+    GRAD: gl.constexpr, FUSE: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """Load each tile's queries, its tiles of keys and values, and last the rows of the other band's output.
 
-    GRAD: the output's gradient beside the queries, and no rows of the other band.
+    GRAD: the output's gradient beside the queries, and no rows of the other band. QUERIES: tiles of queries that there
+    is room for.
     """
     slot = 0
     count = 0
@@ -24,11 +25,12 @@ def rows_producer(
         batch, head, residue, row0, begin, first_tile, steps, sink_tiles, of_key, shift, _, _ = range_of_rows(
             tile, Bands, tiles, H, T, S, period, phase, first, last, sinks, GROUP, BQ, BN, SKIP, PER_HEAD
         )
-        mbarrier.wait(q_empty.index(0), (count & 1) ^ 1)
-        mbarrier.expect(q_full.index(0), (BQ * D * 4) if GRAD else (BQ * D * 2))
-        copy_in(q_desc, [batch, head, residue, row0, 0], q_full.index(0), q_s.index(0))
+        place = count % QUERIES
+        mbarrier.wait(q_empty.index(place), ((count // QUERIES) & 1) ^ 1)
+        mbarrier.expect(q_full.index(place), (BQ * D * 4) if GRAD else (BQ * D * 2))
+        copy_in(q_desc, [batch, head, residue, row0, 0], q_full.index(place), q_s.index(place))
         if GRAD:
-            copy_in(grad_desc, [batch, head, residue, row0, 0], q_full.index(0), grad_s.index(0))
+            copy_in(grad_desc, [batch, head, residue, row0, 0], q_full.index(place), grad_s.index(place))
         for i in range(first_tile - sink_tiles, steps):
             row = gl.where(i < first_tile, (i - first_tile + sink_tiles) * BN, begin + i * BN - shift)
             s, phase = slot % STAGES, ((slot // STAGES) & 1) ^ 1

@@ -54,6 +54,16 @@ def rows_of_sinks(sinks, of_key, period):
 
 
 @gluon.jit
+def place_of_rows(tile, tiles, H, GROUP: gl.constexpr, BQ: gl.constexpr):
+    """Batch, head and first row of a tile, of BQ rows times its number in its head.
+
+    The query heads of a key head take a tile one after another, as in `kernels.steps.tile_of_head`.
+    """
+    row_of_heads = tile // (tiles * GROUP) * GROUP + tile % GROUP
+    return row_of_heads // H, row_of_heads % H, tile % (tiles * GROUP) // GROUP * BQ
+
+
+@gluon.jit
 def range_of_rows(
     tile, Bands, tiles, H, T, S, period, phase, first, last, sinks,
     GROUP: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr,
@@ -64,15 +74,13 @@ def range_of_rows(
     sinks; then residue, shift (see `keys_of_residue`), span and the lowest of the keys.
 
     Band tile i begins at key `begin` + i·BN, first ≤ i < steps. Tiles of sinks come before, counted backwards from
-    `first`; there are none where the window covers all sinks. The query heads of a key head take a tile one after
-    another, as in `kernels.steps.tile_of_head`.
+    `first`; there are none where the window covers all sinks.
     """
-    row_of_heads = tile // (tiles * GROUP) * GROUP + tile % GROUP
-    within = tile % (tiles * GROUP) // GROUP
-    head = row_of_heads % H
-    residue, of_key, shift, low, row0, length = 0, 0, 0, 0, within * BQ, T
+    batch, head, row0 = place_of_rows(tile, tiles, H, GROUP, BQ)
+    residue, of_key, shift, low, length = 0, 0, 0, 0, T
     if SKIP:
         phase, first, last = lags_of_head(Bands, head, phase, first, last, PER_HEAD)
+        within = row0 // BQ
         residue, row0, length = within % period, within // period * BQ, T // period
         of_key, shift = keys_of_residue(residue, period, phase, first)
         low = shift + rows_of_sinks(sinks, of_key, period)
@@ -86,7 +94,6 @@ def range_of_rows(
     if not SKIP:
         sink_tiles = (gl.maximum(gl.minimum(sinks, position0 + rows - span), 0) + BN - 1) // BN
     steps = back + (rows + BN - 1) // BN
-    batch = row_of_heads // H
     return batch, head, residue, row0, begin, first_tile, steps, sink_tiles, of_key, shift, span, low
 
 
