@@ -166,7 +166,7 @@ class BackwardPlan(NamedTuple):
     """The local band's gradient of the queries, with the terms of every row and the gradient of the gate."""
     one_pass: Step | None
     """All gradients of the skip band; where that kernel serves, else the next two."""
-    skip: tuple[Step, Launch] | None
+    skip: tuple[Launch, Launch] | None
     """The skip band's gradients of the queries, then of keys and values."""
     key: Launch
     """The local band's gradients of keys and values."""
@@ -212,16 +212,20 @@ def backward_plan(
 
     classes = key_classes(problem, both)
     one_pass = members = None
-    skip: tuple[Step, Launch] | None = None
+    skip: tuple[Launch, Launch] | None = None
     if both and one_pass_rows(problem):
         plan = plan_one_pass(problem)
         one_pass = Step(skip_backward, plan.programs, strides, (rows, *plan.sizes, *scales), plan.constants)
-    elif both and aligned and serves_skips("key", problem, grad_strides):
-        from pi_attention.ops.fused.hopper.launch import Key
-
-        skip = of_query(True)[0], Key(problem, skip=True)
     elif both:
         skip = of_query(True)[0], of_key(True, classes)
+        if aligned and serves_skips("query", problem, grad_strides):
+            from pi_attention.ops.fused.hopper.launch import Query
+
+            skip = Query(problem, lse, skip_lse, skip=True), skip[1]
+        if aligned and serves_skips("key", problem, grad_strides):
+            from pi_attention.ops.fused.hopper.launch import Key
+
+            skip = skip[0], Key(problem, skip=True)
     if heads_differ(problem.pattern):
         members = member_table(problem.pattern, problem.group, problem.device)
     sinks, chunks = sink_steps(problem, strides) if problem.sinks else (None, 0)

@@ -72,9 +72,9 @@ def _consumer(
         mine = gl.maximum(first_tile, WHICH * (BM // BN))
         end = (span + BN - 2) // BN + (WHICH + 1) * (BM // BN)
         for i in range(first_tile - sink_tiles, steps):
-            s, phase = slot % STAGES, (slot // STAGES) & 1
+            s, parity = slot % STAGES, (slot // STAGES) & 1
             of_sinks = i < first_tile
-            mbarrier.wait(k_full.index(s), phase)
+            mbarrier.wait(k_full.index(s), parity)
             if of_sinks | ((i >= mine) & (i < end)):
                 key0 = gl.where(of_sinks, (i - first_tile + sink_tiles) * BN, begin + i * BN)
                 k = k_s.index(s).reshape([BN, D])
@@ -88,12 +88,12 @@ def _consumer(
                 p, past, m, l = online_softmax(score, m, l, scale_log2)
                 acc = acc * gl.convert_layout(past, of_output)[:, None]
                 p = gl.convert_layout(p.to(k_s.dtype), weights)
-                mbarrier.wait(v_full.index(s), phase)
+                mbarrier.wait(v_full.index(s), parity)
                 acc = warpgroup_mma(p, v_s.index(s).reshape([BN, D]), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
             else:
                 mbarrier.arrive(k_empty.index(s), count=1)
-                mbarrier.wait(v_full.index(s), phase)
+                mbarrier.wait(v_full.index(s), parity)
             mbarrier.arrive(v_empty.index(s), count=1)
             slot += 1
         l, lse = end_of_softmax(m, l)

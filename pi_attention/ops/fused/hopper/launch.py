@@ -74,8 +74,7 @@ def _step(
     total = tiles * heads * problem.query[0]
     dim = problem.query[3]
     shape = {"GROUP": problem.group, "D": dim, "BM": BM, "BN": BN, "STAGES": stages(name, dim)}
-    if name != "query":
-        flags = {"SKIP": skip, "PER_HEAD": skip and heads_differ(problem.pattern)} | flags
+    flags = {"SKIP": skip, "PER_HEAD": skip and heads_differ(problem.pattern)} | flags
     lengths = (problem.query[1], problem.query[2], problem.key[2])
     most = (span,) if name == "key" else ()
     numbers = (*sizes[2:], total, tiles, *lengths, *lags, *most, problem.sinks, *scales)
@@ -103,22 +102,25 @@ class Forward:
 
 
 class Query:
-    """The gradient of the queries in the local band, and row terms; takes what `band_backward_query_kernel` takes."""
+    """The gradient of the queries in one band, of the local one with the row terms.
 
-    skip = False
+    Takes what `band_backward_query_kernel` takes.
+    """
 
-    def __init__(self, problem: Problem, lse: bool, skip_lse: bool) -> None:
+    def __init__(self, problem: Problem, lse: bool, skip_lse: bool, skip: bool = False) -> None:
         batch, heads, queries, _ = problem.query
         flags = {"BOTH": problem.both, "MASS": problem.mass, "GATED": problem.gate is not None}
         sizes = (heads, queries, *problem.gate_strides, batch * heads * queries)
         scales = (problem.scale, problem.scale * LOG2E)
-        self.step = _step(QUERY, problem, sizes, scales, False, **flags, LSE=lse, SKIP_LSE=skip_lse)
+        self.step = _step(QUERY, problem, sizes, scales, skip, **flags, LSE=lse, SKIP_LSE=skip_lse)
+        self.skip, self.period = skip, _lags(problem, skip)[0]
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
-        """Query, key, value, starts, –, output's gradient, log-sum-exp, terms, –, –, query's gradient, rows."""
-        query, key, value, starts, _, grad_out, lse, terms, _, _, grad_query, *rest = tensors
-        tiles = (_tile(query, 2 * BM), _tile(key, BN), _tile(value, BN), _tile(grad_out, 2 * BM), _tile(grad_query, BM))
-        self.step((*tiles, starts, lse, terms, *rest))
+        """Query, key, value, starts, bands, output's gradient, log-sum-exp, terms, –, –, query's gradient, rows."""
+        query, key, value, starts, bands, grad_out, lse, terms, _, _, grad_query, *rest = tensors
+        tiled = ((query, 2 * BM), (key, BN), (value, BN), (grad_out, 2 * BM), (grad_query, BM))
+        tiles = (_tile(x, rows, self.period) for x, rows in tiled)
+        self.step((*tiles, starts, bands, lse, terms, grad_query, *rest))
 
 
 class Key:

@@ -1,4 +1,4 @@
-"""Gradient of the queries in the local band, with the terms of every row and the gradient of the gate."""
+"""Gradient of the queries in one band; the local one makes the terms of every row and the gradient of the gate."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -88,13 +88,34 @@ def _outputs_of(
 
 
 @gluon.jit
+def _gradients_of(
+    tile, GradQ, Lse, Terms, all_rows, total, tiles, H, T, period,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, outputs: gl.constexpr,
+    rows: gl.constexpr,
+):  # fmt: skip
+    """Of the rows of a tile of the skip band: the local band's gradient, log-sum-exps, w and c; see `_outputs_of`."""
+    batch, head, place = place_of_rows(gl.minimum(tile, total - 1), tiles, H, GROUP, 2 * BM)
+    of_head = (batch * H + head).to(gl.int64) * T
+    residue, row0 = place // (2 * BM) % period, place // (2 * BM) // period * (2 * BM) + WHICH * BM
+    line = residue + (row0 + gl.arange(0, BM, gl.SliceLayout(1, outputs))) * period
+    offset = (of_head + line)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, outputs))[None, :]
+    earlier = gl.load(GradQ + offset, mask=(line < T)[:, None], other=0.0)
+    token = residue + (row0 + gl.arange(0, BM, rows)) * period
+    present = token < T
+    index = of_head + token
+    lse = gl.load(Lse + index, mask=present, other=0.0)
+    weight = gl.load(Terms + 2 * all_rows + index, mask=present, other=0.0)
+    return earlier, lse, weight, gl.load(Terms + 3 * all_rows + index, mask=present, other=0.0)
+
+
+@gluon.jit
 def _consumer(
-    grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Starts, Lse, Terms,
-    Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h, sg_t, all_rows,
+    grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Starts, Bands, Lse, Terms,
+    GradQ, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h, sg_t, all_rows,
     total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
     WHICH: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    SEGMENTS: gl.constexpr, BOTH: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr,
-    SKIP_LSE: gl.constexpr,
+    SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, BOTH: gl.constexpr, MASS: gl.constexpr,
+    GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
 ):  # fmt: skip
     """Rows [WHICH·BM, (WHICH + 1)·BM) of every tile; the queries' place takes their gradient at the end."""
     warps: gl.constexpr = gl.num_warps()
@@ -105,39 +126,47 @@ def _consumer(
     rows: gl.constexpr = gl.SliceLayout(1, scores)
     zero = gl.zeros([BM, BN], gl.float32, scores)
     slot, count = 0, 0
-    out, skip_out, lse, lse_skip, logit = _outputs_of(
-        gl.program_id(0), Out, SkipOut, Lse, SkipLse, Gate, sg_b, sg_h, sg_t, total, tiles, H, T,
-        WHICH, GROUP, BM, D, wide, rows, BOTH, GATED,
-    )  # fmt: skip
+    if SKIP:
+        earlier, lse, weight, shift = _gradients_of(
+            gl.program_id(0), GradQ, Lse, Terms, all_rows, total, tiles, H, T, period,
+            WHICH, GROUP, BM, D, outputs, rows,
+        )  # fmt: skip
+    else:
+        out, skip_out, lse, lse_skip, logit = _outputs_of(
+            gl.program_id(0), Out, SkipOut, Lse, SkipLse, Gate, sg_b, sg_h, sg_t, total, tiles, H, T,
+            WHICH, GROUP, BM, D, wide, rows, BOTH, GATED,
+        )  # fmt: skip
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        batch, head, residue, token0, begin, first_tile, steps, sink_tiles, _, _, span, lowest = range_of_rows(
-            tile, Starts, tiles, H, T, S, period, phase, first, last, sinks, GROUP, 2 * BM, BN, False, False
+        batch, head, residue, row0, begin, first_tile, steps, sink_tiles, _, _, span, lowest = range_of_rows(
+            tile, Bands, tiles, H, T, S, period, phase, first, last, sinks, GROUP, 2 * BM, BN, SKIP, PER_HEAD
         )
-        token0 += WHICH * BM
-        of_head = (batch * H + head).to(gl.int64) * T
-        token = token0 + gl.arange(0, BM, rows)
-        present = token < T
-        index = of_head + token
-        position0, position = token0 + (S - T), token + (S - T)
+        row0 += WHICH * BM
+        row = row0 + gl.arange(0, BM, rows)
+        present = row < T
+        position0, position = row0 + (S - T), row + (S - T)
         low, one_from = lowest_keys(Starts, batch, position, position0, present, S, span, lowest, BM, SEGMENTS)
         place = count % QUERIES
         mbarrier.wait(q_full.index(place), (count // QUERIES) & 1)
         q = q_s.index(place).reshape([2 * BM, D]).slice(WHICH * BM, BM)
         d_out = grad_s.index(place).reshape([2 * BM, D]).slice(WHICH * BM, BM)
-        grad = d_out.load(wide).to(gl.float32)
-        weight, shift = _row_terms(
-            grad, out, skip_out, lse, lse_skip, logit, GradLse, GradSkipLse, Terms, GradGate, index, present, all_rows,
-            BOTH, MASS, GATED, LSE, SKIP_LSE,
-        )  # fmt: skip
+        if SKIP:
+            dq = earlier.to(gl.float32) / scale
+        else:
+            grad = d_out.load(wide).to(gl.float32)
+            index = (batch * H + head).to(gl.int64) * T + row
+            weight, shift = _row_terms(
+                grad, out, skip_out, lse, lse_skip, logit, GradLse, GradSkipLse, Terms, GradGate, index, present,
+                all_rows, BOTH, MASS, GATED, LSE, SKIP_LSE,
+            )  # fmt: skip
+            dq = gl.zeros([BM, D], gl.float32, outputs)
         base = gl.where(lse == float("-inf"), 0.0, lse) * LOG2E
-        dq = gl.zeros([BM, D], gl.float32, outputs)
         mine = gl.maximum(first_tile, WHICH * (BM // BN))
         end = (span + BN - 2) // BN + (WHICH + 1) * (BM // BN)
         for i in range(first_tile - sink_tiles, steps):
-            s, phase = slot % STAGES, (slot // STAGES) & 1
+            s, parity = slot % STAGES, (slot // STAGES) & 1
             of_sinks = i < first_tile
-            mbarrier.wait(k_full.index(s), phase)
-            mbarrier.wait(v_full.index(s), phase)
+            mbarrier.wait(k_full.index(s), parity)
+            mbarrier.wait(v_full.index(s), parity)
             if of_sinks | ((i >= mine) & (i < end)):
                 key0 = gl.where(of_sinks, (i - first_tile + sink_tiles) * BN, begin + i * BN)
                 k = k_s.index(s).reshape([BN, D])
@@ -159,13 +188,19 @@ def _consumer(
                 mbarrier.arrive(v_empty.index(s), count=1)
             mbarrier.arrive(k_empty.index(s), count=1)
             slot += 1
-        out, skip_out, lse, lse_skip, logit = _outputs_of(
-            tile + gl.num_programs(0), Out, SkipOut, Lse, SkipLse, Gate, sg_b, sg_h, sg_t, total, tiles, H, T,
-            WHICH, GROUP, BM, D, wide, rows, BOTH, GATED,
-        )  # fmt: skip
+        if SKIP:
+            earlier, lse, weight, shift = _gradients_of(
+                tile + gl.num_programs(0), GradQ, Lse, Terms, all_rows, total, tiles, H, T, period,
+                WHICH, GROUP, BM, D, outputs, rows,
+            )  # fmt: skip
+        else:
+            out, skip_out, lse, lse_skip, logit = _outputs_of(
+                tile + gl.num_programs(0), Out, SkipOut, Lse, SkipLse, Gate, sg_b, sg_h, sg_t, total, tiles, H, T,
+                WHICH, GROUP, BM, D, wide, rows, BOTH, GATED,
+            )  # fmt: skip
         q.store((dq * scale).to(k_s.dtype))
         fence_async_shared()
-        copy_out(grad_q_desc, [batch, head, residue, token0, 0], q_s.index(place).slice(WHICH * BM, BM, dim=3))
+        copy_out(grad_q_desc, [batch, head, residue, row0, 0], q_s.index(place).slice(WHICH * BM, BM, dim=3))
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(place), count=1)
         count += 1
@@ -173,14 +208,17 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def query_kernel(
-    q_desc, k_desc, v_desc, grad_desc, grad_q_desc, Starts, Lse, Terms,
+    q_desc, k_desc, v_desc, grad_desc, grad_q_desc, Starts, Bands, Lse, Terms, GradQ,
     Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
     sg_b, sg_h, sg_t, rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    SEGMENTS: gl.constexpr, BOTH: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr,
-    SKIP_LSE: gl.constexpr,
+    SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, BOTH: gl.constexpr, MASS: gl.constexpr,
+    GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
 ):  # fmt: skip
-    """GradQ [B, H, T, D] and Terms [4, B, H, T]: `total` tiles of 2·BM query rows, `tiles` of them a head."""
+    """GradQ [B, H, T, D] and Terms [4, B, H, T]: `total` tiles of 2·BM query rows of a residue, `tiles` of them a head.
+
+    The descriptors count as those of `forward_kernel`. SKIP: Terms are there, and GradQ is added to what is there.
+    """
     all_rows = rows.to(gl.int64)
     q_s = gl.allocate_shared_memory(q_desc.dtype, [QUERIES, 1, 1, 1, 2 * BM, D], q_desc.layout)
     grad_s = gl.allocate_shared_memory(q_desc.dtype, [QUERIES, 1, 1, 1, 2 * BM, D], q_desc.layout)
@@ -192,19 +230,19 @@ def query_kernel(
     gl.warp_specialize([
         (_consumer, (
             grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            Starts, Lse, Terms, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h,
-            sg_t, all_rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
-            0, GROUP, BM, BN, D, STAGES, SEGMENTS, BOTH, MASS, GATED, LSE, SKIP_LSE,
+            Starts, Bands, Lse, Terms, GradQ, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
+            sg_b, sg_h, sg_t, all_rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
+            0, GROUP, BM, BN, D, STAGES, SEGMENTS, SKIP, PER_HEAD, BOTH, MASS, GATED, LSE, SKIP_LSE,
         )),
         (_consumer, (
             grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            Starts, Lse, Terms, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h,
-            sg_t, all_rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
-            1, GROUP, BM, BN, D, STAGES, SEGMENTS, BOTH, MASS, GATED, LSE, SKIP_LSE,
+            Starts, Bands, Lse, Terms, GradQ, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
+            sg_b, sg_h, sg_t, all_rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
+            1, GROUP, BM, BN, D, STAGES, SEGMENTS, SKIP, PER_HEAD, BOTH, MASS, GATED, LSE, SKIP_LSE,
         )),
         (rows_producer, (
             q_desc, grad_desc, k_desc, v_desc, q_desc, q_s, grad_s, k_s, v_s, q_s, q_full, q_empty,
-            q_full, q_empty, k_full, k_empty, v_full, v_empty, Starts, total, tiles, H, T, S, period, phase,
-            first, last, sinks, GROUP, 2 * BM, BN, D, STAGES, True, False, False, False, QUERIES,
+            q_full, q_empty, k_full, k_empty, v_full, v_empty, Bands, total, tiles, H, T, S, period, phase,
+            first, last, sinks, GROUP, 2 * BM, BN, D, STAGES, True, False, SKIP, PER_HEAD, QUERIES,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

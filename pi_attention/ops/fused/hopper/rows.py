@@ -33,11 +33,11 @@ def rows_producer(
             copy_in(grad_desc, [batch, head, residue, row0, 0], q_full.index(place), grad_s.index(place))
         for i in range(first_tile - sink_tiles, steps):
             row = gl.where(i < first_tile, (i - first_tile + sink_tiles) * BN, begin + i * BN - shift)
-            s, phase = slot % STAGES, ((slot // STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(s), phase)
+            s, parity = slot % STAGES, ((slot // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(s), parity)
             mbarrier.expect(k_full.index(s), BN * D * 2)
             copy_in(k_desc, [batch, head // GROUP, of_key, row, 0], k_full.index(s), k_s.index(s))
-            mbarrier.wait(v_empty.index(s), phase)
+            mbarrier.wait(v_empty.index(s), parity)
             mbarrier.expect(v_full.index(s), BN * D * 2)
             copy_in(v_desc, [batch, head // GROUP, of_key, row, 0], v_full.index(s), v_s.index(s))
             slot += 1

@@ -48,9 +48,10 @@ def serves(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) ->
 
 
 def serves_skips(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) -> bool:
-    """Whether the Hopper kernel "forward" or "key" serves the skip band of a call, too.
+    """Whether the Hopper kernel "forward", "query" or "key" serves the skip band of a call, too.
 
-    Its tiles are rows of one residue: heads have one period, which divides the length.
+    Its tiles are rows of one residue: heads have one period, which divides the length. Sums of the queries' gradient
+    begin with what is there, divided by the scale.
     """
     pattern, length = problem.pattern, problem.key[2]
     period, _, first, last = row_lags(pattern, True, 0, length)[:4]
@@ -59,4 +60,4 @@ def serves_skips(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = 
         return False
     if last - first < lags or length // period < rows or problem.segments or problem.sink_logit:
         return False
-    return serves(kernel, problem, grad_strides)
+    return abs(problem.scale) > 2**-20 and serves(kernel, problem, grad_strides)
