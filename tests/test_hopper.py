@@ -109,6 +109,7 @@ CASES = {
     "grouped": ({"heads": 8, "groups": 2}, PiPattern(256, 64, 8)),
     "batch": ({"batch": 3}, PiPattern(192, 64, 8)),
     "fewer queries": ({"queries": 1800}, PiPattern(256, 64, 8)),
+    "keys in no fours": ({"length": 2001, "queries": 1800}, PiPattern(256, 64, 8)),
     "strided": ({"strided": True}, PiPattern(256, 64, 8)),
     "fp16": ({"dtype": torch.float16}, PiPattern(256, 64, 8)),
     "packed": ({"packed": True}, PiPattern(256, 64, 8)),
@@ -175,6 +176,7 @@ def test_outputs_and_gradients_agree_with_the_blocked_bands(name, fusion, dim, m
         plan.cache_clear()
     alone = "packed with" in name or dim == 64
     kinds = {hopper.Key} if alone else {hopper.Forward, hopper.Query, hopper.Key}
+    kinds -= {hopper.Key} if name == "keys in no fours" else set()
     of_skips = kinds if name.startswith("coordinated") else set()
     assert served == {(kind, False) for kind in kinds} | {(kind, True) for kind in of_skips}
     for got, want in zip(*found, strict=True):

@@ -75,20 +75,20 @@ def _producer(
         for i in range(steps * GROUP):
             s = slot % STAGES
             head = group * GROUP + i // steps
-            row = key0 + i % steps * BN - (S - T)
-            of_query, vector = 0, batch * H + head
+            at = key0 + i % steps * BN - (S - T)
+            of_query, row, vector = 0, at, batch * H + head
             if SKIP:
                 phase, first, _ = lags_of_head(Bands, head, phase, first, last, PER_HEAD)
                 of_query, first_query = _first_query(residue, period, phase, first)
                 row += first_query
-                vector = vector * period + of_query
+                vector = vector * period + residue
             mbarrier.wait(empty.index(s), ((slot // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(s), BN * D * 4 + BN * 12)
             copy_in(q_desc, [batch, head, of_query, row, 0], full.index(s), q_s.index(s))
-            copy_in(lse_desc, [vector, row], full.index(s), lse_s.index(s))
-            copy_in(terms_desc, [vector, row], full.index(s), weight_s.index(s))
+            copy_in(lse_desc, [vector, at], full.index(s), lse_s.index(s))
+            copy_in(terms_desc, [vector, at], full.index(s), weight_s.index(s))
             copy_in(grad_desc, [batch, head, of_query, row, 0], full.index(s), grad_s.index(s))
-            copy_in(terms_desc, [vectors + vector, row], full.index(s), shift_s.index(s))
+            copy_in(terms_desc, [vectors + vector, at], full.index(s), shift_s.index(s))
             slot += 1
         mbarrier.wait(sum_empty.index(0), (count & 1) ^ 1)
         if ADD:
@@ -205,7 +205,8 @@ def key_kernel(
 ):  # fmt: skip
     """GradK and GradV [B, G, S, D], added to what is there with ADD: `total` tiles of 2·BM keys, `tiles` a key head.
 
-    The descriptors count as those of `forward_kernel`. SKIP: the row vectors lie residue by residue.
+    The descriptors count as those of `forward_kernel`. SKIP: the row vectors are those of the first query that sees a
+    key, and lie residue by residue of the keys: a tile of them must begin at a multiple of 16 bytes.
     """
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, 1, BN, D], q_desc.layout)
     grad_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, 1, BN, D], q_desc.layout)

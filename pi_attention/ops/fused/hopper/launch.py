@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from pi_attention.ops.fused.hopper.forward import forward_kernel
 from pi_attention.ops.fused.hopper.key import key_kernel
 from pi_attention.ops.fused.hopper.query import query_kernel
 from pi_attention.ops.fused.tiling import Problem, heads_differ, multiprocessors, row_lags
+from pi_attention.pattern import PiPattern
 
 LOG2E = 1.4426950408889634
 BM = BN = 64
@@ -23,7 +25,7 @@ BM = BN = 64
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
 """Three warpgroups share the registers: 240 a thread for each consumer, 24 for the producer."""
 
-STAGES = {"forward": 4, "query": 2, "key": 2}
+STAGES = {"forward": 4, "query": 3, "key": 2}
 """Tiles that are loaded ahead."""
 
 
@@ -130,20 +132,35 @@ class Key:
         groups, keys = problem.key[1:3]
         scales = (problem.scale, problem.scale * LOG2E)
         self.step = _step(KEY, problem, (groups, keys), scales, skip, ADD=problem.both and not skip)
-        self.skip, self.period = skip, _lags(problem, skip)[0]
+        self.skip, self.period, self.pattern = skip, _lags(problem, skip)[0], problem.pattern
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Query, key, value, starts, bands, –, output's gradient, log-sum-exp, terms, gradients of key and value."""
         query, key, value, starts, bands, _, grad_out, lse, terms, grad_key, grad_value = tensors
         if self.skip:
-            lse, terms = _by_residue(lse, terms[2:], self.period)
+            lse, terms = _of_keys(lse, terms[2:], self.pattern)
         tiled = ((query, BN), (grad_out, BN), (key, 2 * BM), (value, 2 * BM), (grad_key, BM), (grad_value, BM))
         tiles = (_tile(x, rows, self.period) for x, rows in tiled)
         length = lse.shape[-1]
         self.step((*tiles, _row(lse.view(-1, length)), _row(terms.view(-1, length)), starts, bands))
 
 
-def _by_residue(lse: Tensor, terms: Tensor, period: int) -> tuple[Tensor, Tensor]:
-    """Row vectors [B, H, T] and [2, B, H, T] as [B, H, period, T / period] and so on: single elements make no tile."""
-    vectors = torch.cat([lse[None], terms]).unflatten(-1, (-1, period)).transpose(-1, -2).contiguous()
-    return vectors[0], vectors[1:]
+@lru_cache(maxsize=64)
+def _first_queries(pattern: PiPattern, length: int, device: torch.device) -> Tensor:
+    """The first query of each head that sees a key, [H, length], residue by residue; `length` where there is none."""
+    heads = range(len(pattern.periods))
+    found = [row_lags(pattern, True, head, length)[:3] for head in heads]
+    nearest = torch.tensor([phase + period * first for period, phase, first in found])
+    token = torch.arange(length).view(-1, pattern.periods[0]).T.reshape(1, -1) + nearest[:, None]
+    return token.clamp(max=length).to(device)
+
+
+def _of_keys(lse: Tensor, terms: Tensor, pattern: PiPattern) -> tuple[Tensor, Tensor]:
+    """Row vectors [B, H, T] and [2, B, H, T] of the first query that sees each key, residue by residue; else zero.
+
+    They are [B, H, period, T / period], and as many twice.
+    """
+    period, vectors = pattern.periods[0], torch.nn.functional.pad(torch.cat([lse[None], terms]), (0, 1))
+    queries = _first_queries(pattern, lse.shape[-1], lse.device)
+    found = vectors.gather(-1, queries.expand(*vectors.shape[:-1], -1)).unflatten(-1, (period, -1))
+    return found[0], found[1:]

@@ -41,8 +41,8 @@ def serves(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) ->
         return False
     if pattern.ring or not pattern.causal or (problem.segments and problem.sinks and kernel != "key"):
         return False
-    if kernel == "key" and (queries % 4 or problem.key[2] > queries + queries // 8):
-        return False  # row vectors are loaded by tiles, too; and it walks over queries that are not there
+    if kernel == "key" and (queries % 4 or problem.key[2] % 4 or problem.key[2] > queries + queries // 8):
+        return False  # row vectors are loaded by tiles, too, of 16 bytes; and it walks over queries that are not there
     strides = problem.strides + grad_strides
     return all(s > 0 and (s == 1 if i % 4 == 3 else s % 8 == 0) for i, s in enumerate(strides))
 
