@@ -135,7 +135,9 @@ def _consumer(
         begin = WHICH * (BM // BN)
         end = begin + (BM + span - 2) // BN + 1
         of_batch = Starts + batch.to(gl.int64) * S
-        mine = _lags(Bands, group * GROUP, phase, first, last, PER_HEAD)
+        mine = span
+        if PER_HEAD:
+            mine = _lags(Bands, group * GROUP, phase, first, last, PER_HEAD)
         mbarrier.wait(k_full.index(0), count & 1)
         for i in range(GROUP * steps):
             s = slot % STAGES
@@ -147,7 +149,7 @@ def _consumer(
                 score = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 d_weight = warpgroup_mma(v, d_out.permute((1, 0)), zero, use_acc=False, is_async=True)
                 position0 = tile0 + step * BN
-                if GROUP > 1:
+                if PER_HEAD and GROUP > 1:
                     mine = _lags(Bands, group * GROUP + i // steps, phase, first, last, PER_HEAD)
                 edge = (position0 < key0 + BM - 1) | (position0 + BN - 1 >= key0 + mine)
                 if SKIP:

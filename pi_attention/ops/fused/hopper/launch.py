@@ -66,7 +66,7 @@ def _lags(problem: Problem, skip: bool) -> tuple[int, int, int, int, int]:
 
 
 def _step(
-    kernel: Kernel, problem: Problem, sizes: tuple[int, ...], scales: tuple[float, ...], skip: bool, **flags: bool
+    kernel: Kernel, problem: Problem, sizes: tuple[int, ...], scales: tuple[float, ...], skip: bool, **flags: int
 ) -> Step:
     """A launch of `kernel`; `sizes` begin with the heads and the length that are cut into tiles."""
     heads, length = sizes[:2]
@@ -114,7 +114,11 @@ class Query:
         flags = {"BOTH": problem.both, "MASS": problem.mass, "GATED": problem.gate is not None}
         sizes = (heads, queries, *problem.gate_strides, batch * heads * queries)
         scales = (problem.scale, problem.scale * LOG2E)
-        self.step = _step(QUERY, problem, sizes, scales, skip, **flags, LSE=lse, SKIP_LSE=skip_lse)
+        # The outputs of two bands pass through the L1 cache, for which two tiles of queries leave too little.
+        self.step = _step(
+            QUERY, problem, sizes, scales, skip, QUERIES=1 if problem.both and not skip else 2, **flags, LSE=lse,
+            SKIP_LSE=skip_lse,
+        )  # fmt: skip
         self.skip, self.period = skip, _lags(problem, skip)[0]
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:

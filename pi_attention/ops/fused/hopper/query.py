@@ -25,9 +25,6 @@ from pi_attention.ops.fused.hopper.steps import (
     seen_keys,
 )
 
-QUERIES = gl.constexpr(2)
-"""Tiles of queries, and of the output's gradient, that there is room for: the next one comes while one is computed."""
-
 
 @gluon.jit
 def _row_terms(
@@ -114,8 +111,8 @@ def _consumer(
     GradQ, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h, sg_t, all_rows,
     total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
     WHICH: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, BOTH: gl.constexpr, MASS: gl.constexpr,
-    GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
+    QUERIES: gl.constexpr, SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, BOTH: gl.constexpr,
+    MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
 ):  # fmt: skip
     """Rows [WHICH·BM, (WHICH + 1)·BM) of every tile; the queries' place takes their gradient at the end."""
     warps: gl.constexpr = gl.num_warps()
@@ -212,12 +209,13 @@ def query_kernel(
     Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
     sg_b, sg_h, sg_t, rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, BOTH: gl.constexpr, MASS: gl.constexpr,
-    GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
+    QUERIES: gl.constexpr, SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, BOTH: gl.constexpr,
+    MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
 ):  # fmt: skip
     """GradQ [B, H, T, D] and Terms [4, B, H, T]: `total` tiles of 2·BM query rows of a residue, `tiles` of them a head.
 
     The descriptors count as those of `forward_kernel`. SKIP: Terms are there, and GradQ is added to what is there.
+    QUERIES: tiles of queries that there is room for; of two, the next one comes while one is computed.
     """
     all_rows = rows.to(gl.int64)
     q_s = gl.allocate_shared_memory(q_desc.dtype, [QUERIES, 1, 1, 1, 2 * BM, D], q_desc.layout)
@@ -232,13 +230,13 @@ def query_kernel(
             grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             Starts, Bands, Lse, Terms, GradQ, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
             sg_b, sg_h, sg_t, all_rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
-            0, GROUP, BM, BN, D, STAGES, SEGMENTS, SKIP, PER_HEAD, BOTH, MASS, GATED, LSE, SKIP_LSE,
+            0, GROUP, BM, BN, D, STAGES, QUERIES, SEGMENTS, SKIP, PER_HEAD, BOTH, MASS, GATED, LSE, SKIP_LSE,
         )),
         (_consumer, (
             grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             Starts, Bands, Lse, Terms, GradQ, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
             sg_b, sg_h, sg_t, all_rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
-            1, GROUP, BM, BN, D, STAGES, SEGMENTS, SKIP, PER_HEAD, BOTH, MASS, GATED, LSE, SKIP_LSE,
+            1, GROUP, BM, BN, D, STAGES, QUERIES, SEGMENTS, SKIP, PER_HEAD, BOTH, MASS, GATED, LSE, SKIP_LSE,
         )),
         (rows_producer, (
             q_desc, grad_desc, k_desc, v_desc, q_desc, q_s, grad_s, k_s, v_s, q_s, q_full, q_empty,
