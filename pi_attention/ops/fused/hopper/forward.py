@@ -23,7 +23,20 @@ from pi_attention.ops.fused.hopper.steps import (
     online_softmax,
     range_of_rows,
     seen_keys,
+    tiles_of_half,
 )
+
+
+@gluon.jit
+def _masked(
+    score, key0, position, position0, low, one_from, of_sinks, sinks, span,
+    BM: gl.constexpr, BN: gl.constexpr, scores: gl.constexpr,
+):  # fmt: skip
+    """The scores of a tile, −inf where a query does not see a key."""
+    if is_edge(key0, position0, one_from, of_sinks, span, BM, BN):
+        key = key0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
+        score = gl.where(seen_keys(key, position, low, of_sinks, sinks, span), score, float("-inf"))
+    return score
 
 
 @gluon.jit
@@ -51,9 +64,7 @@ def _consumer(
         )
         row0 += WHICH * BM
         of_tile = row0 + gl.arange(0, BM, rows)
-        token = of_tile
-        if SKIP:
-            token = residue + of_tile * period
+        token = residue + of_tile * period if SKIP else of_tile
         present = token < T
         position0, position = row0 + (S - T), of_tile + (S - T)
         row = (batch * H + head).to(gl.int64) * T + token
@@ -69,8 +80,7 @@ def _consumer(
         mbarrier.wait(q_full.index(0), count & 1)
         q = q_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM).load(queries)
         mbarrier.arrive(q_empty.index(0), count=1)
-        mine = gl.maximum(first_tile, WHICH * (BM // BN))
-        end = (span + BN - 2) // BN + (WHICH + 1) * (BM // BN)
+        mine, end = tiles_of_half(first_tile, span, WHICH, BM, BN)
         for i in range(first_tile - sink_tiles, steps):
             s, parity = slot % STAGES, (slot // STAGES) & 1
             of_sinks = i < first_tile
@@ -81,10 +91,7 @@ def _consumer(
                 score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
                 score = warpgroup_mma_wait(0, deps=[score])
                 mbarrier.arrive(k_empty.index(s), count=1)
-                if is_edge(key0, position0, one_from, of_sinks, span, BM, BN):
-                    key = key0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
-                    seen = seen_keys(key, position, low, of_sinks, sinks, span)
-                    score = gl.where(seen, score, float("-inf"))
+                score = _masked(score, key0, position, position0, low, one_from, of_sinks, sinks, span, BM, BN, scores)
                 p, past, m, l = online_softmax(score, m, l, scale_log2)
                 acc = acc * gl.convert_layout(past, of_output)[:, None]
                 p = gl.convert_layout(p.to(k_s.dtype), weights)

@@ -103,6 +103,35 @@ def _producer(
 
 
 @gluon.jit
+def _is_edge(
+    of_batch, key0, position0, S, lags, hidden,
+    BM: gl.constexpr, BN: gl.constexpr, SEGMENTS: gl.constexpr, SKIP: gl.constexpr,
+):  # fmt: skip
+    """Whether some query of a tile does not see some key of a tile of rows: then keys are compared one by one."""
+    edge = (position0 < key0 + BM - 1) | (position0 + BN - 1 >= key0 + lags)
+    if SKIP:
+        edge = edge | (key0 < hidden)
+    if SEGMENTS:
+        one_from = gl.load(of_batch + gl.minimum(position0 + BN, S) - 1)
+        edge = edge | (one_from < 0) | (one_from > key0)
+    return edge
+
+
+@gluon.jit
+def _sees(of_batch, key, position, S, lags, hidden, SEGMENTS: gl.constexpr, SKIP: gl.constexpr):
+    """Which queries see which keys, [keys, queries]."""
+    low = position - lags + 1
+    if SEGMENTS:
+        there = (position >= 0) & (position < S)
+        start = gl.load(of_batch + position, mask=there, other=-1)
+        low = gl.maximum(low, gl.where(start < 0, HIDDEN, start))
+    seen = (key[:, None] >= low[None, :]) & (key[:, None] <= position[None, :])
+    if SKIP:
+        seen = seen & (key >= hidden)[:, None]
+    return seen
+
+
+@gluon.jit
 def _consumer(
     grad_k_desc, grad_v_desc, q_s, grad_s, k_s, v_s, grad_k_s, grad_v_s, lse_s, weight_s, shift_s,
     k_full, k_empty, sum_full, sum_empty, full, empty, Starts, Bands, total, tiles, H, S, period, phase, first, last,
@@ -151,26 +180,13 @@ def _consumer(
                 position0 = tile0 + step * BN
                 if PER_HEAD and GROUP > 1:
                     mine = _lags(Bands, group * GROUP + i // steps, phase, first, last, PER_HEAD)
-                edge = (position0 < key0 + BM - 1) | (position0 + BN - 1 >= key0 + mine)
-                if SKIP:
-                    edge = edge | (key0 < hidden)
-                if SEGMENTS:
-                    one_from = gl.load(of_batch + gl.minimum(position0 + BN, S) - 1)
-                    edge = edge | (one_from < 0) | (one_from > key0)
+                edge = _is_edge(of_batch, key0, position0, S, mine, hidden, BM, BN, SEGMENTS, SKIP)
                 score = warpgroup_mma_wait(1, deps=[score])
                 lse = lse_s.index(s).reshape([BN]).load(queries)
                 p = gl.exp2(score * scale_log2 - (lse * LOG2E)[None, :])
                 if edge:
                     position = position0 + gl.arange(0, BN, queries)
-                    low = position - mine + 1
-                    if SEGMENTS:
-                        there = (position >= 0) & (position < S)
-                        start = gl.load(of_batch + position, mask=there, other=-1)
-                        low = gl.maximum(low, gl.where(start < 0, HIDDEN, start))
-                    seen = (key[:, None] >= low[None, :]) & (key[:, None] <= position[None, :])
-                    if SKIP:
-                        seen = seen & (key >= hidden)[:, None]
-                    p = gl.where(seen, p, 0.0)
+                    p = gl.where(_sees(of_batch, key, position, S, mine, hidden, SEGMENTS, SKIP), p, 0.0)
                 weight = weight_s.index(s).reshape([BN]).load(queries)
                 weighted = gl.convert_layout((p * weight[None, :]).to(k_s.dtype), weights)
                 d_weight = warpgroup_mma_wait(0, deps=[d_weight])

@@ -23,6 +23,7 @@ from pi_attention.ops.fused.hopper.steps import (
     place_of_rows,
     range_of_rows,
     seen_keys,
+    tiles_of_half,
 )
 
 
@@ -32,6 +33,7 @@ def _row_terms(
     BOTH: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
 ):  # fmt: skip
     """w and c of the local band; those of both are stored, as `kernels.backward.row_terms` says."""
+    grad = grad.to(gl.float32)
     delta = gl.convert_layout(gl.sum(grad * out.to(gl.float32), 1), lse.type.layout)
     delta_skip = gl.convert_layout(gl.sum(grad * skip_out.to(gl.float32), 1), lse.type.layout)
     weight = gl.full_like(delta, 1.0)
@@ -106,6 +108,28 @@ def _gradients_of(
 
 
 @gluon.jit
+def _add_tile(
+    dq, q, d_out, k, v, v_read, base, weight, shift, low, one_from, key0, position, position0, of_sinks, sinks, span,
+    scale_log2, BM: gl.constexpr, BN: gl.constexpr, scores: gl.constexpr, weights: gl.constexpr,
+):  # fmt: skip
+    """The gradient of the queries with one more tile of keys; arrives at `v_read` when the values have been read."""
+    zero = gl.zeros([BM, BN], gl.float32, scores)
+    score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    d_weight = warpgroup_mma(d_out, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+    score = warpgroup_mma_wait(1, deps=[score])
+    p = gl.exp2(score * scale_log2 - base[:, None])
+    if is_edge(key0, position0, one_from, of_sinks, span, BM, BN):
+        key = key0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
+        p = gl.where(seen_keys(key, position, low, of_sinks, sinks, span), p, 0.0)
+    d_weight = warpgroup_mma_wait(0, deps=[d_weight])
+    mbarrier.arrive(v_read, count=1)
+    d_score = p * (weight[:, None] * d_weight - shift[:, None])
+    d_score = gl.convert_layout(d_score.to(k.dtype), weights)
+    dq = warpgroup_mma(d_score, k, dq, is_async=True)
+    return warpgroup_mma_wait(0, deps=[dq])
+
+
+@gluon.jit
 def _consumer(
     grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Starts, Bands, Lse, Terms,
     GradQ, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h, sg_t, all_rows,
@@ -121,7 +145,6 @@ def _consumer(
     weights: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=outputs, k_width=2)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [warps, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, scores)
-    zero = gl.zeros([BM, BN], gl.float32, scores)
     slot, count = 0, 0
     if SKIP:
         earlier, lse, weight, shift = _gradients_of(
@@ -139,9 +162,8 @@ def _consumer(
         )
         row0 += WHICH * BM
         row = row0 + gl.arange(0, BM, rows)
-        present = row < T
         position0, position = row0 + (S - T), row + (S - T)
-        low, one_from = lowest_keys(Starts, batch, position, position0, present, S, span, lowest, BM, SEGMENTS)
+        low, one_from = lowest_keys(Starts, batch, position, position0, row < T, S, span, lowest, BM, SEGMENTS)
         place = count % QUERIES
         mbarrier.wait(q_full.index(place), (count // QUERIES) & 1)
         q = q_s.index(place).reshape([2 * BM, D]).slice(WHICH * BM, BM)
@@ -149,16 +171,13 @@ def _consumer(
         if SKIP:
             dq = earlier.to(gl.float32) / scale
         else:
-            grad = d_out.load(wide).to(gl.float32)
-            index = (batch * H + head).to(gl.int64) * T + row
             weight, shift = _row_terms(
-                grad, out, skip_out, lse, lse_skip, logit, GradLse, GradSkipLse, Terms, GradGate, index, present,
-                all_rows, BOTH, MASS, GATED, LSE, SKIP_LSE,
+                d_out.load(wide), out, skip_out, lse, lse_skip, logit, GradLse, GradSkipLse, Terms, GradGate,
+                (batch * H + head).to(gl.int64) * T + row, row < T, all_rows, BOTH, MASS, GATED, LSE, SKIP_LSE,
             )  # fmt: skip
             dq = gl.zeros([BM, D], gl.float32, outputs)
         base = gl.where(lse == float("-inf"), 0.0, lse) * LOG2E
-        mine = gl.maximum(first_tile, WHICH * (BM // BN))
-        end = (span + BN - 2) // BN + (WHICH + 1) * (BM // BN)
+        mine, end = tiles_of_half(first_tile, span, WHICH, BM, BN)
         for i in range(first_tile - sink_tiles, steps):
             s, parity = slot % STAGES, (slot // STAGES) & 1
             of_sinks = i < first_tile
@@ -166,21 +185,11 @@ def _consumer(
             mbarrier.wait(v_full.index(s), parity)
             if of_sinks | ((i >= mine) & (i < end)):
                 key0 = gl.where(of_sinks, (i - first_tile + sink_tiles) * BN, begin + i * BN)
-                k = k_s.index(s).reshape([BN, D])
-                v = v_s.index(s).reshape([BN, D])
-                score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-                d_weight = warpgroup_mma(d_out, v.permute((1, 0)), zero, use_acc=False, is_async=True)
-                score = warpgroup_mma_wait(1, deps=[score])
-                p = gl.exp2(score * scale_log2 - base[:, None])
-                if is_edge(key0, position0, one_from, of_sinks, span, BM, BN):
-                    key = key0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
-                    p = gl.where(seen_keys(key, position, low, of_sinks, sinks, span), p, 0.0)
-                d_weight = warpgroup_mma_wait(0, deps=[d_weight])
-                mbarrier.arrive(v_empty.index(s), count=1)
-                d_score = p * (weight[:, None] * d_weight - shift[:, None])
-                d_score = gl.convert_layout(d_score.to(k_s.dtype), weights)
-                dq = warpgroup_mma(d_score, k, dq, is_async=True)
-                dq = warpgroup_mma_wait(0, deps=[dq])
+                dq = _add_tile(
+                    dq, q, d_out, k_s.index(s).reshape([BN, D]), v_s.index(s).reshape([BN, D]), v_empty.index(s),
+                    base, weight, shift, low, one_from, key0, position, position0, of_sinks, sinks, span, scale_log2,
+                    BM, BN, scores, weights,
+                )  # fmt: skip
             else:
                 mbarrier.arrive(v_empty.index(s), count=1)
             mbarrier.arrive(k_empty.index(s), count=1)

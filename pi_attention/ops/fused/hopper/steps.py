@@ -98,6 +98,13 @@ def range_of_rows(
 
 
 @gluon.jit
+def tiles_of_half(first_tile, span, WHICH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
+    """Of the band's tiles that two consumers walk, those [first, end) that rows [WHICH·BM, (WHICH + 1)·BM) need."""
+    end = (span + BN - 2) // BN + (WHICH + 1) * (BM // BN)
+    return gl.maximum(first_tile, WHICH * (BM // BN)), end
+
+
+@gluon.jit
 def lowest_keys(Starts, batch, position, position0, present, S, span, lowest, BM: gl.constexpr, SEGMENTS: gl.constexpr):
     """The first key of each query's window and segment, and the first key that is in one segment with all rows."""
     low = gl.maximum(position - span + 1, lowest)
