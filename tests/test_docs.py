@@ -52,3 +52,12 @@ def test_the_committed_theory_is_what_the_code_computes():
 def test_docstring_examples(module):
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0
+
+
+def test_lines_of_prose_are_short():
+    for path in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        code = generated = False
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            code ^= line.lstrip().startswith("```")
+            generated = line.startswith("<!-- benchmark") or (generated and not line.startswith("<!-- end"))
+            assert code or generated or line.startswith("|") or len(line) <= 120, f"{path.name}:{number}"
