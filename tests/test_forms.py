@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from benchmarks import hybrids
 from experiments import forms
 from experiments.forms import BASELINE, EVERY, FUSIONS, WHOLE
 from experiments.language_forms import EXPERIMENTS, FUSED, law
@@ -144,3 +145,11 @@ def test_training_for_seconds_takes_as_many_steps_as_its_speed_says(monkeypatch)
     assert train(model, settings | {"seconds": 6}, pieces)["steps"] == [3, 3]
     assert train(model, settings | {"seconds": 6, "steps": [1, 2]}, pieces)["steps"] == [1, 2]  # measured again
     assert train(model, settings | {"steps": 4}, pieces)["steps"] == [2, 2]
+
+
+def test_what_a_hybrid_costs_to_serve_lies_between_its_kinds_of_layers():
+    variants = [BASELINE, f"{BASELINE} + dense, 1 in 6", "dense"]
+    rows = hybrids.main(["--toy", "--repeats", "1", "--lengths", "1000", "--chunk", "250", "--variants", *variants])
+    window, mixed, dense = (row["cache bytes"] for row in rows)
+    assert window < mixed < dense
+    assert mixed == pytest.approx(5 / 6 * window + 1 / 6 * dense)
