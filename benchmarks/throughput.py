@@ -58,7 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """As SmolLM2-135M and Llama 3.2 1B have them."""
-COMPILED = 16
+WARM_UP = 16
 """Tokens of each text in the turn that is not timed."""
 COMPARED = 8
 """Requests of a cell whose texts are compared with those of `generate`."""
@@ -128,8 +128,8 @@ def cell(options: argparse.Namespace, shape: str, requests: int, tokens: int, de
         for name, model in models.items():
             if name in row:
                 continue  # it failed
-            # the first turn finds what fails and compiles the kernels: also those of prompts among texts that go on
-            new = options.new if turn else min(options.new, COMPILED)
+            # the first turn finds what fails, and compiles the kernels of forwards that read and decode at once
+            new = options.new if turn else min(options.new, WARM_UP)
             limit = min(deadline, time.monotonic() + 60 * options.run_minutes)
             try:
                 runs.setdefault(name, []).append(serve(model, prompts, new, options.batch_tokens, limit))

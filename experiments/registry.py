@@ -14,6 +14,7 @@ from experiments import (
     recall,
     retrieval_qa,
     series,
+    serving_cost,
 )
 from experiments.experiment import Experiment
 
@@ -33,5 +34,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         image_text.EXPERIMENT,
         series.EXPERIMENT,
         cost.EXPERIMENT,
+        serving_cost.EXPERIMENT,
     )
 }

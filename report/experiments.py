@@ -103,4 +103,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "image_text": lambda: compared("image_text", {"R@1 / 5 / 10 to text; to image": _ways}),
     "series": lambda: compared("series"),
     "cost": cost,
+    "serving_cost": lambda: compared(
+        "serving_cost",
+        {
+            "first token, s": mean_of("first token s", 3),
+            "cache, MiB": lambda results: f"{results[0]['cache bytes'] / 2**20:,.1f}",
+        },
+        digits=4,
+    ),
 }

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import hybrids
-from experiments import forms
+from experiments import forms, serving_cost
 from experiments.forms import BASELINE, EVERY, FUSIONS, WHOLE
 from experiments.language_forms import EXPERIMENTS, FUSED, law
 from experiments.language_forms import forms as of_forms
@@ -148,8 +147,9 @@ def test_training_for_seconds_takes_as_many_steps_as_its_speed_says(monkeypatch)
 
 
 def test_what_a_hybrid_costs_to_serve_lies_between_its_kinds_of_layers():
-    variants = [BASELINE, f"{BASELINE} + dense, 1 in 6", "dense"]
-    rows = hybrids.main(["--toy", "--repeats", "1", "--lengths", "1000", "--chunk", "250", "--variants", *variants])
+    cell = serving_cost.cells("smoke")[0] | {"context": 1000, "chunk": 250, "seed": 0}
+    variants = BASELINE, f"{BASELINE} + dense, 1 in 6", "dense"
+    rows = [serving_cost.measure(cell | {"variant": variant}, None) for variant in variants]
     window, mixed, dense = (row["cache bytes"] for row in rows)
     assert window < mixed < dense
     assert mixed == pytest.approx(5 / 6 * window + 1 / 6 * dense)

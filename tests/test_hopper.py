@@ -120,6 +120,8 @@ CASES = {
     "coordinated, sinks": ({"length": 1600}, PiPattern(128, 8, 100, sinks=11, phase=(0, 5, 2, 3))),
     "coordinated, all skips": ({"length": 1600, "strided": True}, PiPattern(16, 4, None, phase=(3, 1, 2, 0))),
     "coordinated, one phase": ({"length": 2048, "groups": 1}, PiPattern(100, 16, 40)),
+    "coordinated, all keys near": ({"length": 2048}, PiPattern(2, 4, 64, phase=(0, 1, 2, 3))),
+    "coordinated, period 1": ({"length": 2048}, PiPattern(64, 1, 64)),
     "coordinated, fp16": ({"length": 2048, "dtype": torch.float16}, PiPattern(64, 4, 64, phase=(0, 1, 2, 3))),
     "periods that differ": ({"length": 2048}, PiPattern(64, (4, 8, 4, 8), 64)),
 }
@@ -170,8 +172,10 @@ def test_outputs_and_gradients_agree_with_the_blocked_bands(name, fusion, dim, m
         out, aux = pi_attention(
             *inputs, pattern, gate=gate, fusion=fusion, segment_ids=segments, impl=impl, return_aux=True
         )
-        lse = aux.lse_local
+        lse, skip = aux.lse_local, aux.lse_skip
         loss = (out.float() * grad).sum() + lse.masked_fill(lse.isinf(), 0).square().sum() / 100
+        if skip is not None:
+            loss = loss + skip.masked_fill(skip.isinf(), 0).sin().sum()
         found.append([out, lse, *torch.autograd.grad(loss, (*inputs, gate), allow_unused=True)])
     for plan in (launch.forward_plan, launch.backward_plan):
         plan.cache_clear()

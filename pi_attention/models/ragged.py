@@ -39,8 +39,8 @@ class Parts(NamedTuple):
 
     fresh: tuple[Tensor, Tensor, Tensor | None] | None
     """Without earlier keys: the places of their queries and of their keys, and segment ids where they are several."""
-    decoding: tuple[Tensor, Pages] | None
-    """With one query, and earlier keys: the places of the queries, and where the keys lie."""
+    decoding: tuple[Tensor, Tensor, Tensor | None] | None
+    """With one query, and earlier keys: the places of the queries, the slots of the keys, padded, and segment ids."""
     others: list[tuple[slice, slice]]
     """Queries and keys of each."""
 
@@ -84,7 +84,7 @@ class Requests:
         if decoding:
             spans = [k for _, k in decoding]
             pages = Pages.of([span.stop - span.start for span in spans], _places(spans, device))
-            parts = parts._replace(decoding=(_places([q for q, _ in decoding], device), pages))
+            parts = parts._replace(decoding=(_places([q for q, _ in decoding], device), *pages.padded()))
         return parts
 
     def attend(self, operator: Operator, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
@@ -106,8 +106,7 @@ class Requests:
             of_gate = None if gate is None else gate[:, :, places]
             out[:, :, places] = operator(query[:, :, places], key[:, :, of_keys], value[:, :, of_keys], of_gate, ids)
         if parts.decoding is not None:
-            places, pages = parts.decoding
-            out[:, :, places] = _decode(operator, query, key, value, gate, places, pages)
+            out[:, :, parts.decoding[0]] = _decode(operator, query, key, value, gate, *parts.decoding)
         for q, k in parts.others:
             of_gate = None if gate is None else gate[:, :, q]
             out[:, :, q] = operator(query[:, :, q], key[:, :, k], value[:, :, k], of_gate, None)
@@ -193,10 +192,11 @@ def _decode(
     value: Tensor,
     gate: Tensor | None,
     places: Tensor,
-    pages: Pages,
+    slots: Tensor,
+    ids: Tensor | None,
 ) -> Tensor:
     """One query a request: rows of a batch, padded on the left. Returns [1, H, requests, D]."""
-    keys, values, ids = pages.gathered(*(x[0].transpose(0, 1) for x in (key, value)))
+    keys, values = (x[0][:, slots].transpose(0, 1) for x in (key, value))  # [requests, G, longest, D]
     queries = query[0][:, places].transpose(0, 1)[:, :, None]  # [requests, H, 1, D]
     of_gate = None if gate is None else gate[0][:, places].T[:, :, None]
     out = operator(queries, keys, values, of_gate, ids)

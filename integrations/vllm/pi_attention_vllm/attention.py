@@ -29,6 +29,7 @@ class Step:
     slots: Tensor
     """[ΣT], int64: block · size + place of each new token."""
     _read: dict[tuple[int | None, int, int], Tensor] = field(default_factory=dict)
+    _requests: dict[tuple[int | None, int], Requests] = field(default_factory=dict)
 
     def seen(self, pattern: PiPattern) -> list[list[range]]:
         """Positions of the tokens that each request reads, in order: sinks, the tokens in reach, the new ones."""
@@ -39,8 +40,11 @@ class Step:
         return found
 
     def requests(self, pattern: PiPattern) -> Requests:
-        """How many queries and keys each request has in a layer."""
-        return Requests(self.new, [sum(map(len, spans)) for spans in self.seen(pattern)])
+        """How many queries and keys each request has in a layer; once for layers alike."""
+        key = (pattern.reach, pattern.sinks)
+        if key not in self._requests:
+            self._requests[key] = Requests(self.new, [sum(map(len, spans)) for spans in self.seen(pattern)])
+        return self._requests[key]
 
     def slots_read(self, pattern: PiPattern, size: int) -> Tensor:
         """[ΣS], int64: the slots of the tokens that are read, for blocks of `size` tokens; once for layers alike."""

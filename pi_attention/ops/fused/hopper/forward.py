@@ -80,12 +80,12 @@ def _consumer(
         mbarrier.wait(q_full.index(0), count & 1)
         q = q_s.index(0).reshape([2 * BM, D]).slice(WHICH * BM, BM).load(queries)
         mbarrier.arrive(q_empty.index(0), count=1)
-        mine, end = tiles_of_half(first_tile, span, WHICH, BM, BN)
+        own, end = tiles_of_half(first_tile, span, WHICH, BM, BN)
         for i in range(first_tile - sink_tiles, steps):
             s, parity = slot % STAGES, (slot // STAGES) & 1
             of_sinks = i < first_tile
             mbarrier.wait(k_full.index(s), parity)
-            if of_sinks | ((i >= mine) & (i < end)):
+            if of_sinks | ((i >= own) & (i < end)):
                 key0 = gl.where(of_sinks, (i - first_tile + sink_tiles) * BN, begin + i * BN)
                 k = k_s.index(s).reshape([BN, D])
                 score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -109,11 +109,11 @@ def _consumer(
         if FUSE:
             g = gate_weight(lse, lse_skip, logit, MASS)
         mbarrier.wait(o_full.index(0), count & 1)
-        mine_s = o_s.reshape([2 * BM, D]).slice(WHICH * BM, BM)
+        own_s = o_s.reshape([2 * BM, D]).slice(WHICH * BM, BM)
         out = acc * gl.convert_layout(g / l, of_output)[:, None]
         if FUSE:
-            out += gl.convert_layout(1.0 - g, of_output)[:, None] * mine_s.load(outputs).to(gl.float32)
-        mine_s.store(out.to(k_s.dtype))
+            out += gl.convert_layout(1.0 - g, of_output)[:, None] * own_s.load(outputs).to(gl.float32)
+        own_s.store(out.to(k_s.dtype))
         fence_async_shared()
         copy_out(out_desc, [batch, head, residue, row0, 0], o_s.slice(WHICH * BM, BM, dim=3))
         tma.store_wait(0)

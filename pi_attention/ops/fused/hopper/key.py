@@ -164,9 +164,9 @@ def _consumer(
         begin = WHICH * (BM // BN)
         end = begin + (BM + span - 2) // BN + 1
         of_batch = Starts + batch.to(gl.int64) * S
-        mine = span
+        lags = span
         if PER_HEAD:
-            mine = _lags(Bands, group * GROUP, phase, first, last, PER_HEAD)
+            lags = _lags(Bands, group * GROUP, phase, first, last, PER_HEAD)
         mbarrier.wait(k_full.index(0), count & 1)
         for i in range(GROUP * steps):
             s = slot % STAGES
@@ -179,14 +179,14 @@ def _consumer(
                 d_weight = warpgroup_mma(v, d_out.permute((1, 0)), zero, use_acc=False, is_async=True)
                 position0 = tile0 + step * BN
                 if PER_HEAD and GROUP > 1:
-                    mine = _lags(Bands, group * GROUP + i // steps, phase, first, last, PER_HEAD)
-                edge = _is_edge(of_batch, key0, position0, S, mine, hidden, BM, BN, SEGMENTS, SKIP)
+                    lags = _lags(Bands, group * GROUP + i // steps, phase, first, last, PER_HEAD)
+                edge = _is_edge(of_batch, key0, position0, S, lags, hidden, BM, BN, SEGMENTS, SKIP)
                 score = warpgroup_mma_wait(1, deps=[score])
                 lse = lse_s.index(s).reshape([BN]).load(queries)
                 p = gl.exp2(score * scale_log2 - (lse * LOG2E)[None, :])
                 if edge:
                     position = position0 + gl.arange(0, BN, queries)
-                    p = gl.where(_sees(of_batch, key, position, S, mine, hidden, SEGMENTS, SKIP), p, 0.0)
+                    p = gl.where(_sees(of_batch, key, position, S, lags, hidden, SEGMENTS, SKIP), p, 0.0)
                 weight = weight_s.index(s).reshape([BN]).load(queries)
                 weighted = gl.convert_layout((p * weight[None, :]).to(k_s.dtype), weights)
                 d_weight = warpgroup_mma_wait(0, deps=[d_weight])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from pi_attention.ops.fused.hopper.forward import forward_kernel
 from pi_attention.ops.fused.hopper.key import key_kernel
 from pi_attention.ops.fused.hopper.query import query_kernel
 from pi_attention.ops.fused.tiling import Problem, heads_differ, multiprocessors, row_lags
-from pi_attention.pattern import PiPattern
 
 LOG2E = 1.4426950408889634
 BM = BN = 64
@@ -111,14 +109,13 @@ class Query:
 
     def __init__(self, problem: Problem, lse: bool, skip_lse: bool, skip: bool = False) -> None:
         batch, heads, queries, _ = problem.query
-        flags = {"BOTH": problem.both, "MASS": problem.mass, "GATED": problem.gate is not None}
+        fuse = problem.both and not skip
+        flags = {"BOTH": fuse, "MASS": fuse and problem.mass, "GATED": fuse and problem.gate is not None}
+        flags |= {"LSE": lse and not skip, "SKIP_LSE": skip_lse and not skip}
         sizes = (heads, queries, *problem.gate_strides, batch * heads * queries)
         scales = (problem.scale, problem.scale * LOG2E)
         # The outputs of two bands pass through the L1 cache, for which two tiles of queries leave too little.
-        self.step = _step(
-            QUERY, problem, sizes, scales, skip, QUERIES=1 if problem.both and not skip else 2, **flags, LSE=lse,
-            SKIP_LSE=skip_lse,
-        )  # fmt: skip
+        self.step = _step(QUERY, problem, sizes, scales, skip, QUERIES=1 if fuse else 2, **flags)
         self.skip, self.period = skip, _lags(problem, skip)[0]
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
@@ -136,35 +133,36 @@ class Key:
         groups, keys = problem.key[1:3]
         scales = (problem.scale, problem.scale * LOG2E)
         self.step = _step(KEY, problem, (groups, keys), scales, skip, ADD=problem.both and not skip)
-        self.skip, self.period, self.pattern = skip, _lags(problem, skip)[0], problem.pattern
+        self.skip, (self.period, phase, first, *_) = skip, _lags(problem, skip)
+        self.nearest = 0 if heads_differ(problem.pattern) else phase + self.period * first
+        """How far back the nearest skip is, never 0; 0 where heads differ, and the table of bands says it."""
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Query, key, value, starts, bands, –, output's gradient, log-sum-exp, terms, gradients of key and value."""
         query, key, value, starts, bands, _, grad_out, lse, terms, grad_key, grad_value = tensors
         if self.skip:
-            lse, terms = _of_keys(lse, terms[2:], self.pattern)
+            nearest = self.nearest or (bands[:, 1:2] + self.period * bands[:, 2:3])
+            lse, terms = _of_keys(lse, terms[2:], self.period, nearest)
         tiled = ((query, BN), (grad_out, BN), (key, 2 * BM), (value, 2 * BM), (grad_key, BM), (grad_value, BM))
         tiles = (_tile(x, rows, self.period) for x, rows in tiled)
         length = lse.shape[-1]
         self.step((*tiles, _row(lse.view(-1, length)), _row(terms.view(-1, length)), starts, bands))
 
 
-@lru_cache(maxsize=64)
-def _first_queries(pattern: PiPattern, length: int, device: torch.device) -> Tensor:
-    """The first query of each head that sees a key, [H, length], residue by residue; `length` where there is none."""
-    heads = range(len(pattern.periods))
-    found = [row_lags(pattern, True, head, length)[:3] for head in heads]
-    nearest = torch.tensor([phase + period * first for period, phase, first in found])
-    token = torch.arange(length).view(-1, pattern.periods[0]).T.reshape(1, -1) + nearest[:, None]
-    return token.clamp(max=length).to(device)
+def _of_keys(lse: Tensor, terms: Tensor, period: int, nearest: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Row vectors [B, H, T] and [2, B, H, T] of the first query that sees each key, by residues of the keys; else zero.
 
+    Args:
+        lse, terms: in the order of the queries.
+        period: of the skips.
+        nearest: how far back the nearest skip is; [H, 1] where heads differ.
 
-def _of_keys(lse: Tensor, terms: Tensor, pattern: PiPattern) -> tuple[Tensor, Tensor]:
-    """Row vectors [B, H, T] and [2, B, H, T] of the first query that sees each key, residue by residue; else zero.
-
-    They are [B, H, period, T / period], and as many twice.
+    Returns:
+        [B, H, period, T / period], and as many twice.
     """
-    period, vectors = pattern.periods[0], torch.nn.functional.pad(torch.cat([lse[None], terms]), (0, 1))
-    queries = _first_queries(pattern, lse.shape[-1], lse.device)
-    found = vectors.gather(-1, queries.expand(*vectors.shape[:-1], -1)).unflatten(-1, (period, -1))
+    length = lse.shape[-1]
+    key = torch.arange(length, device=lse.device).view(-1, period).T.reshape(-1)
+    vectors = torch.nn.functional.pad(torch.cat([lse[None], terms]), (0, 1))
+    query = (key + nearest).clamp(max=length).expand(*vectors.shape[:-1], -1)
+    found = vectors.gather(-1, query).unflatten(-1, (period, -1))
     return found[0], found[1:]

@@ -68,7 +68,7 @@ def _outputs_of(
 ):  # fmt: skip
     """Of the rows of a tile: outputs of both bands, log-sum-exps, gate logits. Beyond the last tile, those of the last.
 
-    They are asked for before the tile before has ended.
+    They are loaded one tile ahead.
     """
     batch, head, token0 = place_of_rows(gl.minimum(tile, total - 1), tiles, H, GROUP, 2 * BM)
     of_head = (batch * H + head).to(gl.int64) * T
@@ -177,13 +177,13 @@ def _consumer(
             )  # fmt: skip
             dq = gl.zeros([BM, D], gl.float32, outputs)
         base = gl.where(lse == float("-inf"), 0.0, lse) * LOG2E
-        mine, end = tiles_of_half(first_tile, span, WHICH, BM, BN)
+        own, end = tiles_of_half(first_tile, span, WHICH, BM, BN)
         for i in range(first_tile - sink_tiles, steps):
             s, parity = slot % STAGES, (slot // STAGES) & 1
             of_sinks = i < first_tile
             mbarrier.wait(k_full.index(s), parity)
             mbarrier.wait(v_full.index(s), parity)
-            if of_sinks | ((i >= mine) & (i < end)):
+            if of_sinks | ((i >= own) & (i < end)):
                 key0 = gl.where(of_sinks, (i - first_tile + sink_tiles) * BN, begin + i * BN)
                 dq = _add_tile(
                     dq, q, d_out, k_s.index(s).reshape([BN, D]), v_s.index(s).reshape([BN, D]), v_empty.index(s),

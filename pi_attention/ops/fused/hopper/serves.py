@@ -50,8 +50,8 @@ def serves(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) ->
 def serves_skips(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) -> bool:
     """Whether the Hopper kernel "forward", "query" or "key" serves the skip band of a call, too.
 
-    Its tiles are rows of one residue: heads have one period, which divides the length. Sums of the queries' gradient
-    begin with what is there, divided by the scale.
+    Its tiles are rows of one residue: heads have one period, of which four divide the length, since a row vector of a
+    residue has whole 16 bytes. Sums of the queries' gradient begin with what is there, divided by the scale.
     """
     pattern, length = problem.pattern, problem.key[2]
     period, _, first, last = row_lags(pattern, True, 0, length)[:4]

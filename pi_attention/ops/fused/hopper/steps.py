@@ -73,8 +73,8 @@ def range_of_rows(
     Returns batch, head, residue, first row; then `begin`, the first and the end of the band's tiles, the tiles of
     sinks; then residue, shift (see `keys_of_residue`), span and the lowest of the keys.
 
-    Band tile i begins at key `begin` + i·BN, first ≤ i < steps. Tiles of sinks come before, counted backwards from
-    `first`; there are none where the window covers all sinks.
+    Band tile i begins at key `begin` + i·BN, first_tile ≤ i < steps. Tiles of sinks come before, counted backwards from
+    `first_tile`; there are none where the window covers all sinks.
     """
     batch, head, row0 = place_of_rows(tile, tiles, H, GROUP, BQ)
     residue, of_key, shift, low, length = 0, 0, 0, 0, T
@@ -119,10 +119,10 @@ def lowest_keys(Starts, batch, position, position0, present, S, span, lowest, BM
 
 
 @gluon.jit
-def seen_keys(key, position, low, of_sinks, sinks, window):
-    """Which keys of a tile each query sees: those of its window and segment, or the sinks beyond its window."""
+def seen_keys(key, position, low, of_sinks, sinks, span):
+    """Which keys of a tile each query sees: those of its band and segment, or the sinks beyond its window."""
     lowest = gl.where(of_sinks, 0, low)
-    highest = gl.where(of_sinks, gl.minimum(position - window, sinks - 1), position)
+    highest = gl.where(of_sinks, gl.minimum(position - span, sinks - 1), position)
     return (key[None, :] >= lowest[:, None]) & (key[None, :] <= highest[:, None])
 
 
@@ -164,6 +164,6 @@ def end_of_softmax(m, l):
 
 
 @gluon.jit
-def is_edge(key0, position0, one_from, of_sinks, window, BM: gl.constexpr, BN: gl.constexpr):
+def is_edge(key0, position0, one_from, of_sinks, span, BM: gl.constexpr, BN: gl.constexpr):
     """Whether some query of a tile of rows does not see some key of a tile: then keys are compared one by one."""
-    return of_sinks | (key0 < gl.maximum(position0 + BM - window, one_from)) | (key0 + BN - 1 > position0)
+    return of_sinks | (key0 < gl.maximum(position0 + BM - span, one_from)) | (key0 + BN - 1 > position0)
