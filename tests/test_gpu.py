@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from pi_attention import PiPattern, pi_attention
+from pi_attention import PiPattern, coordinated_heads, pi_attention
 from pi_attention.nn import PiAttention
 from pi_attention.ops.paged import Pages, paged_attention
 
@@ -110,6 +110,28 @@ def test_cuda_graph_capture():
     graph.replay()
     assert not torch.equal(out, want)
     assert torch.equal(out, pi_attention(*inputs, pattern))
+
+
+def test_cuda_graph_capture_of_a_step():
+    """As large as the Hopper kernels want it, which serve both bands."""
+    inputs = [*qkv(1, 16, 1 << 14, 128), torch.randn(1, 16, 1 << 14, device="cuda", requires_grad=True)]
+    grad = torch.randn(1, 16, 1 << 14, 128, device="cuda", dtype=torch.bfloat16)
+    pattern = coordinated_heads(64, 64, 16, period=4)
+
+    def step():
+        out = pi_attention(*inputs[:3], pattern, gate=inputs[3])
+        return torch.autograd.grad(out, inputs, grad)
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        grads = step()
+    with torch.no_grad():
+        inputs[0].normal_()
+    graph.replay()
+    assert all(torch.equal(got, want) for got, want in zip(grads, step(), strict=True))
 
 
 def test_a_new_length_compiles_nothing():
