@@ -8,6 +8,7 @@ from problems import need_triton
 
 need_triton()
 
+from pi_attention import PiPattern, coordinated_heads  # noqa: E402
 from pi_attention.ops.fused import compiled  # noqa: E402
 from pi_attention.ops.fused.compiled import Constants, Kernel, Step  # noqa: E402
 
@@ -126,3 +127,32 @@ def test_unaligned_tensors_wide_numbers_and_hooks_take_triton_s_launch(kernel, m
 
 class Hook:
     calls = ("a profiler",)
+
+
+@pytest.mark.parametrize(
+    "pattern", [coordinated_heads(128, 128, 16, period=4), PiPattern(256, 256, 16, sinks=4)], ids=str
+)
+@pytest.mark.parametrize("hopper", [False, True])
+def test_constants_are_the_last_arguments_in_the_order_of_the_kernel(pattern, hopper, monkeypatch):
+    """A compiled kernel takes its arguments by place."""
+    from pi_attention.ops.fused import launch
+    from pi_attention.ops.fused.hopper import launch as of_hopper
+    from pi_attention.ops.fused.hopper import serves
+    from pi_attention.ops.fused.tiling import Problem
+
+    monkeypatch.setattr(serves, "INTERPRETED", False)
+    monkeypatch.setattr(serves, "MEASURED", hopper)
+    monkeypatch.setattr(serves, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(of_hopper, "multiprocessors", lambda device: 132)
+    x = torch.empty(1, 16, 32768, 128, dtype=torch.bfloat16, device="meta")
+    sizes = (x.shape, x.shape, x.stride() * 3, None, False, x.dtype, x.device, "tf32", True)
+    problem = Problem(pattern, True, 0.1, *sizes)
+    forward = launch.forward_plan.__wrapped__(problem)
+    backward = launch.backward_plan.__wrapped__(problem, x.stride(), True, True)
+    launches = forward.skip, forward.local, backward.query, backward.one_pass, backward.key
+    for step in (*launches, *(backward.skip or ()), *(backward.sinks or ())):
+        step = getattr(step, "step", step)
+        if step is not None:
+            constants = list(step.constants.values)
+            assert step.kernel.kernel.arg_names[-len(constants) :] == constants
+    assert isinstance(forward.local, of_hopper.Forward) == hopper

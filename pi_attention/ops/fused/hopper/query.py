@@ -218,7 +218,7 @@ def query_kernel(
     Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
     sg_b, sg_h, sg_t, rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    QUERIES: gl.constexpr, SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, BOTH: gl.constexpr,
+    SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, QUERIES: gl.constexpr, BOTH: gl.constexpr,
     MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
 ):  # fmt: skip
     """GradQ [B, H, T, D] and Terms [4, B, H, T]: `total` tiles of 2·BM query rows of a residue, `tiles` of them a head.
