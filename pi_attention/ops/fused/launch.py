@@ -15,7 +15,7 @@ from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pi_attention.ops.fused.compiled import Constants, Kernel, Launch, Step
-from pi_attention.ops.fused.hopper.serves import serves, serves_skips
+from pi_attention.ops.fused.hopper.serves import serves
 from pi_attention.ops.fused.kernels.backward import (
     band_backward_key_kernel,
     band_backward_query_kernel,
@@ -77,10 +77,10 @@ class ForwardPlan(NamedTuple):
     skip: Launch | None
     """None for a pattern without skips."""
     local: Launch
-    bands: Tensor | None
-    """`band_table`, where heads differ."""
     block: list[int] | None
     """Of the local band's tensor descriptors."""
+    bands: Tensor | None
+    """`band_table`, where heads differ."""
 
 
 def table_of(problem: Problem) -> Tensor | None:
@@ -93,28 +93,21 @@ def table_of(problem: Problem) -> Tensor | None:
 def forward_plan(problem: Problem) -> ForwardPlan:
     """The launches of a forward pass: the skip band, then the local band, which takes it in."""
 
-    def step(skip: bool) -> tuple[Step, TilePlan]:
+    def of(skip: bool) -> tuple[Launch, list[int] | None]:
+        if serves("forward", problem, skip):
+            from pi_attention.ops.fused.hopper.launch import Forward
+
+            return Forward(problem, skip), None
         fuse = problem.both and not skip
         flags = {"FUSE": fuse, "MASS": fuse and problem.mass, "GATED": fuse and problem.gate is not None}
         flags["SINK_LOGIT"] = problem.sink_logit and not skip
         plan = plan_tiles("forward", problem, skip, **flags, DESCRIBED=not skip and described(problem))
         numbers = (*problem.gate_strides, *plan.sizes, problem.scale * LOG2E)
         absent = 0 if flags["SINK_LOGIT"] else 1
-        return Step(forward, plan.programs, problem.strides, numbers, plan.constants, absent), plan
+        return Step(forward, plan.programs, problem.strides, numbers, plan.constants, absent), _block(plan)
 
-    skip: Launch | None = None
-    if problem.both and serves_skips("forward", problem):
-        from pi_attention.ops.fused.hopper.launch import Forward
-
-        skip = Forward(problem, skip=True)
-    elif problem.both:
-        skip = step(True)[0]
-    if serves("forward", problem):
-        from pi_attention.ops.fused.hopper.launch import Forward
-
-        return ForwardPlan(skip, Forward(problem), table_of(problem), None)
-    local, plan = step(False)
-    return ForwardPlan(skip, local, table_of(problem), _block(plan))
+    skip = of(True)[0] if problem.both else None
+    return ForwardPlan(skip, *of(False), table_of(problem))
 
 
 def run_forward(
@@ -198,53 +191,40 @@ def backward_plan(
     flags = {"MASS": problem.mass, "GATED": problem.gate is not None, "LSE": lse, "SKIP_LSE": skip_lse}
     flags["SINK_LOGIT"] = problem.sink_logit
 
-    def of_query(skip: bool) -> tuple[Step, TilePlan]:
+    def of_query(skip: bool) -> tuple[Launch, list[int] | None]:
+        if aligned and serves("query", problem, skip, grad_strides):
+            from pi_attention.ops.fused.hopper.launch import Query
+
+            return Query(problem, lse, skip_lse, skip), None
         plan = plan_tiles(
             "backward query", problem, skip, ADD=skip, BOTH=both, **flags, DESCRIBED=not skip and described(problem)
         )
         numbers = (*problem.gate_strides, rows, *plan.sizes, *scales)
         absent = 0 if problem.sink_logit else 2
-        return Step(backward_query, plan.programs, strides, numbers, plan.constants, absent), plan
+        return Step(backward_query, plan.programs, strides, numbers, plan.constants, absent), _block(plan)
 
-    def of_key(skip: bool, classes: int) -> Step:
+    def of_key(skip: bool, classes: int) -> Launch:
+        if aligned and serves("key", problem, skip, grad_strides):
+            from pi_attention.ops.fused.hopper.launch import Key
+
+            return Key(problem, skip)
         plan = plan_tiles("backward key", problem, skip, ADD=both and not skip)
         return Step(backward_key, plan.programs, strides, (rows, *plan.sizes, classes, *scales), plan.constants)
 
     classes = key_classes(problem, both)
-    one_pass = members = None
-    skip: tuple[Launch, Launch] | None = None
+    one_pass = skip = members = None
     if both and one_pass_rows(problem):
         plan = plan_one_pass(problem)
         one_pass = Step(skip_backward, plan.programs, strides, (rows, *plan.sizes, *scales), plan.constants)
     elif both:
         skip = of_query(True)[0], of_key(True, classes)
-        if aligned and serves_skips("query", problem, grad_strides):
-            from pi_attention.ops.fused.hopper.launch import Query
-
-            skip = Query(problem, lse, skip_lse, skip=True), skip[1]
-        if aligned and serves_skips("key", problem, grad_strides):
-            from pi_attention.ops.fused.hopper.launch import Key
-
-            skip = skip[0], Key(problem, skip=True)
     if heads_differ(problem.pattern):
         members = member_table(problem.pattern, problem.group, problem.device)
     sinks, chunks = sink_steps(problem, strides) if problem.sinks else (None, 0)
-    query: Launch
-    key: Launch
-    if aligned and serves("query", problem, grad_strides):
-        from pi_attention.ops.fused.hopper.launch import Query
-
-        query, block = Query(problem, lse, skip_lse), None
-    else:
-        query, tiles = of_query(False)
-        block = _block(tiles)
-    if aligned and serves("key", problem, grad_strides):
-        from pi_attention.ops.fused.hopper.launch import Key
-
-        key = Key(problem)
-    else:
-        key = of_key(False, 1)
-    return BackwardPlan(query, one_pass, skip, key, sinks, table_of(problem), members, classes, chunks, block)
+    query, block = of_query(False)
+    return BackwardPlan(
+        query, one_pass, skip, of_key(False, 1), sinks, table_of(problem), members, classes, chunks, block
+    )
 
 
 def sink_steps(problem: Problem, strides: tuple[int, ...]) -> tuple[tuple[Step, Step], int]:

@@ -38,7 +38,7 @@ HEADS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5
 ROWS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
-def _tile(x: Tensor, rows: int, period: int = 1) -> TensorDescriptor:
+def _tile(x: Tensor, rows: int, period: int) -> TensorDescriptor:
     """Of [B, H, T, D], `rows` rows of one residue of one head at a time; the period divides T."""
     batch, heads, length, dim = x.shape
     of_batch, of_head, of_token, of_feature = x.stride()
@@ -85,7 +85,7 @@ def _step(
 class Forward:
     """The forward pass of one band, of the local one with the fusion; takes what `band_forward_kernel` takes."""
 
-    def __init__(self, problem: Problem, skip: bool = False) -> None:
+    def __init__(self, problem: Problem, skip: bool) -> None:
         fuse = problem.both and not skip
         flags = {"FUSE": fuse, "MASS": fuse and problem.mass, "GATED": fuse and problem.gate is not None}
         _, heads, queries, _ = problem.query
@@ -107,7 +107,7 @@ class Query:
     Takes what `band_backward_query_kernel` takes.
     """
 
-    def __init__(self, problem: Problem, lse: bool, skip_lse: bool, skip: bool = False) -> None:
+    def __init__(self, problem: Problem, lse: bool, skip_lse: bool, skip: bool) -> None:
         batch, heads, queries, _ = problem.query
         fuse = problem.both and not skip
         flags = {"BOTH": fuse, "MASS": fuse and problem.mass, "GATED": fuse and problem.gate is not None}
@@ -129,7 +129,7 @@ class Query:
 class Key:
     """The gradients of keys and values of one band; takes the tensors that `band_backward_key_kernel` takes."""
 
-    def __init__(self, problem: Problem, skip: bool = False) -> None:
+    def __init__(self, problem: Problem, skip: bool) -> None:
         groups, keys = problem.key[1:3]
         scales = (problem.scale, problem.scale * LOG2E)
         self.step = _step(KEY, problem, (groups, keys), scales, skip, ADD=problem.both and not skip)

@@ -27,8 +27,8 @@ def _is_hopper(device: torch.device) -> bool:
     return capability(device) == (9, 0)
 
 
-def serves(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) -> bool:
-    """Whether the Hopper kernel "forward", "query" or "key" serves a call.
+def serves(kernel: str, problem: Problem, skip: bool, grad_strides: tuple[int, ...] = ()) -> bool:
+    """Whether the Hopper kernel "forward", "query" or "key" serves the local band of a call, or the skip band.
 
     The tensor memory accelerator wants rows of neighbouring elements, and strides that are multiples of 16 bytes.
     """
@@ -43,12 +43,14 @@ def serves(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) ->
         return False
     if kernel == "key" and (queries % 4 or problem.key[2] % 4 or problem.key[2] > queries + queries // 8):
         return False  # row vectors are loaded by tiles, too, of 16 bytes; and it walks over queries that are not there
+    if skip and not _residues_fill_tiles(problem):
+        return False
     strides = problem.strides + grad_strides
     return all(s > 0 and (s == 1 if i % 4 == 3 else s % 8 == 0) for i, s in enumerate(strides))
 
 
-def serves_skips(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = ()) -> bool:
-    """Whether the Hopper kernel "forward", "query" or "key" serves the skip band of a call, too.
+def _residues_fill_tiles(problem: Problem) -> bool:
+    """Whether the kernels serve the skip band where they serve the local one.
 
     Its tiles are rows of one residue: heads have one period, of which four divide the length, since a row vector of a
     residue has whole 16 bytes. Sums of the queries' gradient begin with what is there, divided by the scale.
@@ -60,4 +62,4 @@ def serves_skips(kernel: str, problem: Problem, grad_strides: tuple[int, ...] = 
         return False
     if last - first < lags or length // period < rows or problem.segments or problem.sink_logit:
         return False
-    return abs(problem.scale) > 2**-20 and serves(kernel, problem, grad_strides)
+    return abs(problem.scale) > 2**-20
