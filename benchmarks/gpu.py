@@ -95,7 +95,8 @@ def time_both(attend: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor)
     def step() -> None:
         torch.autograd.grad(attend(*inputs), wanted, grad, allow_unused=True)
 
-    timed = median if inputs[0].shape[2] <= SHORT else of_device
+    short = inputs[0].shape[2] <= SHORT
+    timed = median if short else of_device
     with torch.no_grad():
         forward = timed(lambda: attend(*inputs))
     torch.cuda.reset_peak_memory_stats()
@@ -103,12 +104,12 @@ def time_both(attend: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor)
     step()
     peak = torch.cuda.max_memory_allocated() - before
     result = {"forward us": forward, "forward+backward us": timed(step), "peak MiB": peak / 2**20}
-    if inputs[0].shape[2] > SHORT:
-        result["forward+backward from Python us"] = median(step)
-    else:
+    if short:
         with torch.no_grad():
             result["forward in graph us"] = replayed(lambda: attend(*inputs))
         result["forward+backward in graph us"] = replayed(step)
+    else:
+        result["forward+backward from Python us"] = median(step)
     return result
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from experiments.experiment import Experiment, Result, Scale, Settings
-from experiments.training import DEVICE
+from experiments.training import DEVICE, now
 from experiments.variants import config
 from pi_attention.accounting import model_flops
 from pi_attention.models import PiForCausalLM
@@ -48,18 +47,15 @@ def measure(settings: Settings, data: Path) -> Result:
 
     handles = [parameter.register_post_accumulate_grad_hook(update) for parameter in model.parameters()]
     ids = torch.randint(settings["vocabulary"], (1, settings["context"]), device=DEVICE)
-    synchronise = torch.cuda.synchronize if DEVICE.type == "cuda" else (lambda: None)
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []
     for _ in range(settings["steps"]):
-        synchronise()
-        begun = time.perf_counter()
+        begun = now()
         loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         losses.append(loss.item())
-        synchronise()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(now() - begun)
     step = statistics.median(seconds[1:])
     count = sum(p.numel() for p in model.parameters())
     for handle in handles:  # their closures hold the weights in a cycle

@@ -7,17 +7,16 @@ read in chunks, and decoding is eager.
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from experiments.experiment import Experiment, Result, Scale, Settings
-from experiments.forms import attention
 from experiments.language_forms import hybrids
-from experiments.training import DEVICE
-from pi_attention.models import PiConfig, PiForCausalLM
+from experiments.training import DEVICE, now
+from experiments.variants import config
+from pi_attention.models import PiForCausalLM
 
 REPEATS = 3
 """Runs of which medians are taken, after one that compiles the kernels."""
@@ -26,38 +25,26 @@ REPEATS = 3
 def model_of(settings: Settings) -> PiForCausalLM:
     """With random weights; it has the settings' form."""
     torch.manual_seed(settings["seed"])
-    config = PiConfig(
-        vocab_size=settings["vocabulary"],
-        hidden_size=settings["hidden"],
-        num_hidden_layers=settings["layers"],
-        num_attention_heads=settings["heads"],
-        max_position_embeddings=settings["context"] + settings["new"],
-        **attention(settings),
-    )
+    longest = settings["context"] + settings["new"]
+    made = config(settings, vocab_size=settings["vocabulary"], max_position_embeddings=longest)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-    return PiForCausalLM(config).to(DEVICE, dtype).eval()
-
-
-def _now() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return PiForCausalLM(made).to(DEVICE, dtype).eval()
 
 
 @torch.no_grad()
 def served(model: PiForCausalLM, prompt: Tensor, chunk: int, new: int) -> dict[str, float]:
     """One prompt [1, context] and `new` tokens after it: seconds, and bytes of the cache before and after these."""
-    begun, cache = _now(), None
+    begun, cache = now(), None
     for part in prompt.split(chunk, dim=1):
         out = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
     token = out.logits[:, -1:].argmax(-1)
-    first, held = _now() - begun, cache.nbytes
+    first, held = now() - begun, cache.nbytes
     times = []
     for _ in range(new):
-        begun = _now()
+        begun = now()
         token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        times.append(_now() - begun)
+        times.append(now() - begun)
     caches = {"cache bytes after the prompt": held, "cache bytes": cache.nbytes}
     return {"first token s": first, "decoded token s": statistics.median(times)} | caches
 

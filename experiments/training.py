@@ -96,12 +96,12 @@ class Pace:
     def note(self, steps: int) -> None:
         """So many steps were asked for."""
         if steps == self.after:
-            self.begun = _now()
+            self.begun = now()
         elif steps > self.after:
-            self.steps_a_second = (steps - self.after) / (_now() - self.begun)
+            self.steps_a_second = (steps - self.after) / (now() - self.begun)
 
 
-def _now() -> float:
+def now() -> float:
     """The time when the device has done everything so far."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()

@@ -132,7 +132,7 @@ def test_training_for_seconds_takes_as_many_steps_as_its_speed_says(monkeypatch)
     model, batches = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     now = iter(range(10, 100, 5))
-    monkeypatch.setattr("experiments.training._now", lambda: float(next(now)))
+    monkeypatch.setattr("experiments.training.now", lambda: float(next(now)))
     assert steps_within(model, batches(8), seconds=2.0) == 2 * PROBED // 5
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     pace = Pace(after=2)
