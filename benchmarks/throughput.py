@@ -61,7 +61,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 WARM_UP = 16
 """Tokens of each text in the turn that is not timed."""
 COMPARED = 8
-"""Requests of a cell whose texts are compared with those of `generate`."""
+"""Requests of a cell in the turn that is not timed, and those whose texts are compared with those of `generate`."""
 
 
 def pattern_of(shape: str) -> PiPattern:
@@ -129,10 +129,10 @@ def cell(options: argparse.Namespace, shape: str, requests: int, tokens: int, de
             if name in row:
                 continue  # it failed
             # the first turn finds what fails, and compiles the kernels of forwards that read and decode at once
-            new = options.new if turn else min(options.new, WARM_UP)
+            new, asked = (options.new, prompts) if turn else (min(options.new, WARM_UP), prompts[:COMPARED])
             limit = min(deadline, time.monotonic() + 60 * options.run_minutes)
             try:
-                runs.setdefault(name, []).append(serve(model, prompts, new, options.batch_tokens, limit))
+                runs.setdefault(name, []).append(serve(model, asked, new, options.batch_tokens, limit))
             except Failed as error:
                 row[name] = {"failed": str(error).splitlines()[0][:200]}
             except OutOfTime:
