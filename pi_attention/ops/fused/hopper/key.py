@@ -19,6 +19,7 @@ from pi_attention.ops.fused.hopper.steps import (
     copy_out,
     lags_of_head,
     rows_of_sinks,
+    rows_of_tile,
 )
 
 
@@ -29,10 +30,8 @@ def _range_of_keys(tile, tiles, groups, S, period, span, BK: gl.constexpr, BN: g
     Of a head, query row r counts as key row r − `first_query`, by which key j is seen by [j, j + span), as in the
     local band; `span` is that of the head with the most lags.
     """
-    of_group, within = tile // tiles, tile % tiles
-    residue, key0, length = 0, within * BK, S
-    if SKIP:
-        residue, key0, length = within % period, within // period * BK, S // period
+    of_group = tile // tiles
+    residue, key0, length = rows_of_tile(tile % tiles, period, S, BK, SKIP)
     steps = gl.minimum((BK + span - 2) // BN + 1, (length - key0 + BN - 1) // BN)
     return of_group // groups, of_group % groups, residue, key0, steps
 

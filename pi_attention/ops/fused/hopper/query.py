@@ -20,8 +20,9 @@ from pi_attention.ops.fused.hopper.steps import (
     gate_weight,
     is_edge,
     lowest_keys,
-    place_of_rows,
+    place_of_tile,
     range_of_rows,
+    rows_of_tile,
     seen_keys,
     tiles_of_half,
 )
@@ -70,12 +71,13 @@ def _outputs_of(
 
     They are loaded one tile ahead.
     """
-    batch, head, token0 = place_of_rows(gl.minimum(tile, total - 1), tiles, H, GROUP, 2 * BM)
+    batch, head, number = place_of_tile(gl.minimum(tile, total - 1), tiles, H, GROUP)
     of_head = (batch * H + head).to(gl.int64) * T
-    line = token0 + WHICH * BM + gl.arange(0, BM, gl.SliceLayout(1, wide))
+    token0 = number * 2 * BM + WHICH * BM
+    line = token0 + gl.arange(0, BM, gl.SliceLayout(1, wide))
     offset = (of_head + line)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
     out = gl.load(Out + offset, mask=(line < T)[:, None], other=0.0)
-    token = token0 + WHICH * BM + gl.arange(0, BM, rows)
+    token = token0 + gl.arange(0, BM, rows)
     present = token < T
     lse = gl.load(Lse + of_head + token, mask=present, other=0.0)
     skip_out, lse_skip, logit = out, lse, lse
@@ -93,9 +95,10 @@ def _gradients_of(
     rows: gl.constexpr,
 ):  # fmt: skip
     """Of the rows of a tile of the skip band: the local band's gradient, log-sum-exps, w and c; see `_outputs_of`."""
-    batch, head, place = place_of_rows(gl.minimum(tile, total - 1), tiles, H, GROUP, 2 * BM)
+    batch, head, number = place_of_tile(gl.minimum(tile, total - 1), tiles, H, GROUP)
     of_head = (batch * H + head).to(gl.int64) * T
-    residue, row0 = place // (2 * BM) % period, place // (2 * BM) // period * (2 * BM) + WHICH * BM
+    residue, row0, _ = rows_of_tile(number, period, T, 2 * BM, True)
+    row0 += WHICH * BM
     line = residue + (row0 + gl.arange(0, BM, gl.SliceLayout(1, outputs))) * period
     offset = (of_head + line)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, outputs))[None, :]
     earlier = gl.load(GradQ + offset, mask=(line < T)[:, None], other=0.0)

@@ -54,13 +54,22 @@ def rows_of_sinks(sinks, of_key, period):
 
 
 @gluon.jit
-def place_of_rows(tile, tiles, H, GROUP: gl.constexpr, BQ: gl.constexpr):
-    """Batch, head and first row of a tile, of BQ rows times its number in its head.
+def place_of_tile(tile, tiles, H, GROUP: gl.constexpr):
+    """Batch and head of a tile of queries, and its number in its head.
 
     The query heads of a key head take a tile one after another, as in `kernels.steps.tile_of_head`.
     """
     row_of_heads = tile // (tiles * GROUP) * GROUP + tile % GROUP
-    return row_of_heads // H, row_of_heads % H, tile % (tiles * GROUP) // GROUP * BQ
+    return row_of_heads // H, row_of_heads % H, tile % (tiles * GROUP) // GROUP
+
+
+@gluon.jit
+def rows_of_tile(number, period, length, ROWS: gl.constexpr, SKIP: gl.constexpr):
+    """Of a head's tile of ROWS rows: its residue, its first row there, and how many rows the residue has."""
+    residue, row0 = 0, number * ROWS
+    if SKIP:
+        residue, row0, length = number % period, number // period * ROWS, length // period
+    return residue, row0, length
 
 
 @gluon.jit
@@ -76,12 +85,11 @@ def range_of_rows(
     Band tile i begins at key `begin` + i·BN, first_tile ≤ i < steps. Tiles of sinks come before, counted backwards from
     `first_tile`; there are none where the window covers all sinks.
     """
-    batch, head, row0 = place_of_rows(tile, tiles, H, GROUP, BQ)
-    residue, of_key, shift, low, length = 0, 0, 0, 0, T
+    batch, head, number = place_of_tile(tile, tiles, H, GROUP)
+    residue, row0, length = rows_of_tile(number, period, T, BQ, SKIP)
+    of_key, shift, low = 0, 0, 0
     if SKIP:
         phase, first, last = lags_of_head(Bands, head, phase, first, last, PER_HEAD)
-        within = row0 // BQ
-        residue, row0, length = within % period, within // period * BQ, T // period
         of_key, shift = keys_of_residue(residue, period, phase, first)
         low = shift + rows_of_sinks(sinks, of_key, period)
     span = last - first
