@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
-from experiments.data import need
+from experiments.decoders import decoder_of, tokenizer_of
 from experiments.experiment import Settings
 from experiments.texts import bpe, documents, windows
 from experiments.training import DEVICE, fit
@@ -82,11 +81,8 @@ def pattern_of(settings: Settings, heads: int) -> PiPattern | None:
 
 
 def from_pretrained(settings: Settings, data: Path) -> tuple[CausalSpanFinder, Tokenizer]:
-    """A pretrained causal model from `data/PRETRAINED`, in transformers' format or as a GGUF file, converted."""
-    folder = need(data / settings["pretrained"], "put a pretrained model of transformers, or a GGUF file of one, there")
-    file = next((path.name for path in folder.glob("*.gguf")), None)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    """A pretrained causal model from `data/PRETRAINED`, converted."""
+    model, tokenizer = decoder_of(settings["pretrained"], data), tokenizer_of(settings["pretrained"], data)
     hidden = model.config.hidden_size
     pattern = pattern_of(settings, model.config.num_attention_heads)
     if pattern is not None:

@@ -78,13 +78,27 @@ BATCH = 512
 
 
 def encoded(texts: list[str], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """The tokens of texts, one after the other, and where each ends."""
+    """The tokens of texts, one after the other, and where each ends; what a tokenizer puts before texts is left out."""
+    kind = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     found = [
-        np.array(encoding.ids, np.uint16)
+        np.array(encoding.ids, kind)
         for start in range(0, len(texts), BATCH)
-        for encoding in tokenizer.encode_batch_fast(texts[start : start + BATCH])
+        for encoding in tokenizer.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
     ]
     return {"tokens": np.concatenate(found), "ends": np.cumsum([len(ids) for ids in found])}
+
+
+def _pieces(arrays: dict[str, np.ndarray]) -> Documents:
+    """The documents of what `encoded` returns."""
+    return np.split(arrays["tokens"], arrays["ends"][:-1])
+
+
+def split(arrays: dict[str, np.ndarray]) -> dict[str, Documents]:
+    """Training, validation and test documents of what `encoded` returns, 90 : 5 : 5."""
+    place = np.array([9, 9, 9, 9, 9, 9, 9, 9, 9, 1, 9, 9, 9, 9, 9, 9, 9, 9, 9, 2])
+    parts = {"training": 9, "validation": 1, "test": 2}
+    found = _pieces(arrays)
+    return {part: [p for i, p in enumerate(found) if place[i % 20] == number] for part, number in parts.items()}
 
 
 @cache
@@ -95,23 +109,19 @@ def documents(name: str, vocabulary: int, data: Path) -> dict[str, Documents]:
     """
     file = f"{file_name(name)}-{vocabulary}"
 
-    def pieces(file: str, texts: Callable[[], list[str]]) -> Documents:
-        arrays = prepared(data, file, lambda: encoded(texts(), bpe(name, vocabulary, data)))
-        return np.split(arrays["tokens"], arrays["ends"][:-1])
+    def arrays(file: str, texts: Callable[[], list[str]]) -> dict[str, np.ndarray]:
+        return prepared(data, file, lambda: encoded(texts(), bpe(name, vocabulary, data)))
 
     if "/" in name:
         splits = {"training": "train", "validation": "validation", "test": "test"}
-        return {part: pieces(f"{file}-{split}", partial(hub, name, split)) for part, split in splits.items()}
+        return {part: _pieces(arrays(f"{file}-{split}", partial(hub, name, split))) for part, split in splits.items()}
 
     def shuffled() -> list[str]:
         texts = corpus(name, data)
         random.Random(0).shuffle(texts)
         return texts
 
-    place = np.array([9, 9, 9, 9, 9, 9, 9, 9, 9, 1, 9, 9, 9, 9, 9, 9, 9, 9, 9, 2])
-    parts = {"training": 9, "validation": 1, "test": 2}
-    found = pieces(file, shuffled)
-    return {part: [p for i, p in enumerate(found) if place[i % 20] == number] for part, number in parts.items()}
+    return split(arrays(file, shuffled))
 
 
 def windows(pieces: Documents, length: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

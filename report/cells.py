@@ -77,13 +77,17 @@ def by_seed(members: list[Cell], variant: str, part: str = "test") -> dict[int, 
 
 
 def compared(
-    name: str, columns: dict[str, Column] | None = None, digits: int = 3, by: tuple[str, ...] = ("variant",)
+    name: str,
+    columns: dict[str, Column] | None = None,
+    digits: int = 3,
+    by: tuple[str, ...] = ("variant",),
+    baseline: str = BASELINE,
 ) -> str:
     """A table for each group of cells that differ in `by` alone: the metric, and its difference from the baseline."""
     experiment, columns = EXPERIMENTS[name], columns or {}
     parts = []
     for common, members in grouped(name, by):
-        base = by_seed(members, BASELINE)
+        base = by_seed(members, baseline)
         lines = []
         for cell, rows in members:
             results = [row["result"] for row in rows]
@@ -91,11 +95,11 @@ def compared(
             line = [*(str(cell.get(name, "–")) for name in by), f"{mean_keys(name, cell):,.1f}"]
             line.append(shown([r["test"] for r in results], digits))
             if base:
-                line.append("–" if cell["variant"] == BASELINE or not gaps else shown(gaps, digits))
+                line.append("–" if cell["variant"] == baseline or not gaps else shown(gaps, digits))
             line.append(str(len(rows)))
             line += [column(results) for column in columns.values()]
             lines.append([*line, f"{rows[0]['settings']['rate']:g}"])
-        gap = [f"minus {BASELINE}"] if base else []
+        gap = [f"minus {baseline}"] if base else []
         head = [*by, "keys a query", experiment.metric, *gap, "seeds", *columns, "learning rate"]
         parts.append(heading(common, members) + "\n\n" + table(head, lines))
     return "\n\n".join(parts) or NOTHING

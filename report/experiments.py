@@ -7,6 +7,7 @@ from functools import partial
 from statistics import fmean
 
 from experiments.experiment import Result
+from experiments.pretrained import ALIKE
 from experiments.registry import EXPERIMENTS
 from experiments.rows import load
 from report import language_models, law, slices
@@ -45,6 +46,21 @@ def _ways(results: list[Result]) -> str:
         " / ".join(f"{sum(r['recall'][way][k] for r in results) / len(results):.3f}" for k in ("R@1", "R@5", "R@10"))
         for way in ("to text", "to image")
     )
+
+
+def pretrained() -> str:
+    """Perplexity before and after the training, that of short texts after it, and the pass keys found, by length."""
+
+    def pass_keys(results: list[Result]) -> str:
+        lengths = results[0]["pass keys"]
+        return ", ".join(f"{fmean(fmean(r['pass keys'][n]) for r in results):.2f} at {int(n):,}" for n in lengths)
+
+    def short(results: list[Result]) -> str:
+        before, after = (fmean(r["short"][i] for r in results) for i in (0, 1))
+        return f"{before:.2f} → {after:.2f}"
+
+    columns = {"untrained": mean_of("untrained", 2), "short texts": short, "pass keys found": pass_keys}
+    return compared("pretrained", columns, digits=2, baseline=ALIKE)
 
 
 def cost() -> str:
@@ -100,6 +116,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "listops": lambda: compared("listops"),
     "lra": lambda: compared("lra"),
     "retrieval_qa": retrieval_qa,
+    "pretrained": pretrained,
     "image_text": lambda: compared("image_text", {"R@1 / 5 / 10 to text; to image": _ways}),
     "series": lambda: compared("series"),
     "cost": cost,

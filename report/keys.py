@@ -6,6 +6,7 @@ from statistics import fmean
 
 import torch
 
+from experiments import pretrained
 from experiments.experiment import Settings
 from experiments.registry import EXPERIMENTS
 from experiments.variants import RANDOM_BLOCKS, config, random_blocks
@@ -23,6 +24,8 @@ PLANNED = "pi, planned"
 
 def patterns(name: str, cell: Settings) -> list[PiPattern]:
     """Of the layers of a cell of an experiment."""
+    if name == "pretrained":
+        return pretrained.forms(cell["keys"], PRETRAINED["heads"])[cell["variant"]].patterns(PRETRAINED["layers"])
     causal = name not in BIDIRECTIONAL and cell.get("task") not in CLASSIFIED
     sizes = PRETRAINED if "pretrained" in cell else {}
     return config({**sizes, **cell}, vocab_size=1, causal=causal).patterns()

@@ -7,9 +7,12 @@ from datetime import datetime, timedelta
 import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
+import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments import retrieval_qa, series
+from pi_attention.data.tokenizers import byte_tokenizer
 
 
 def zipped(path, text):
@@ -17,11 +20,21 @@ def zipped(path, text):
         file.write(text)
 
 
+def decoder(folder):
+    """A tiny decoder with random weights, and the tokenizer of bytes."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=128, **sizes))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
 def write(folder):
     """Fill a folder with data of the real formats and tiny contents."""
     draw = np.random.default_rng(0)
     for name in ("squad", "openclipart", "series", "emoji/google/64", "emoji/twitter/64", "fashion-mnist"):
         (folder / name).mkdir(parents=True)
+    decoder(folder / "toy-decoder")
     text = "The river runs past the old mill. " * 40
     asked = {"question": "What does the river pass?", "answers": [{"answer_start": 24, "text": "old mill"}]}
     article = {"paragraphs": [{"context": text, "qas": [asked] * 4}]}

@@ -13,6 +13,7 @@ from benchmarks.intervals import interval
 from experiments import runner
 from experiments.__main__ import main
 from experiments.language_losses import by_document
+from experiments.pretrained import ALIKE
 from experiments.registry import EXPERIMENTS
 from experiments.rows import append, load
 from experiments.span_finders import pattern_of
@@ -34,7 +35,8 @@ from pi_attention.models import PiForCausalLM
 from pi_attention.models.configuration_pi import DENSE
 from report import gains
 
-COORDINATED_4 = "coordinated 4"
+OWN = ("pi", "coordinated 4", "coordinated heads + sinks")
+"""One of these is among the variants of each experiment."""
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "window": 16, "period": 16, "skips": 8, "context": 256}
 
 
@@ -169,7 +171,7 @@ def test_pictures_show_what_was_measured(tmp_path):
 def first_cells(experiment):
     """The experiment with one smoke cell of each task only, with a pattern of its own."""
     cells = experiment.cells("smoke")
-    own = "pi" if any(cell["variant"] == "pi" for cell in cells) else COORDINATED_4
+    own = next(name for name in OWN if any(cell["variant"] == name for cell in cells))
     groups = {cell.get("task", cell.get("images")): cell for cell in cells if cell["variant"] == own}
     return replace(experiment, cells=lambda scale: list(groups.values()), rates=experiment.rates[:1])
 
@@ -179,7 +181,7 @@ def test_each_experiment_runs_at_toy_size(name, made_up, tmp_path):
     rows = runner.run([first_cells(EXPERIMENTS[name])], "smoke", made_up, folder=tmp_path, seeds=1)[name]
     for row in rows:
         assert math.isfinite(row["result"]["test"]) and row["result"]["parameters"] > 0
-        assert row["settings"]["variant"] in ("pi", COORDINATED_4)
+        assert row["settings"]["variant"] in OWN
     steps = {"steps": rows[0]["result"]["steps"]} if "seconds" in rows[0]["settings"] else {}
     again = EXPERIMENTS[name].measure(rows[0]["settings"] | steps, made_up)
     if name not in ("cost", "serving_cost"):  # which measure time
@@ -193,7 +195,7 @@ def test_every_variant_runs_in_processes(name, made_up, tmp_path, request):
     experiment = replace(EXPERIMENTS[name], rates=EXPERIMENTS[name].rates[:1])
     rows = runner.run([experiment], "smoke", made_up, folder=tmp_path, workers=2, seeds=1)[name]
     assert len(rows) == len(experiment.cells("smoke"))
-    assert BASELINE in {row["settings"]["variant"] for row in rows} or name == "period_sweep"
+    assert {BASELINE, ALIKE} & {row["settings"]["variant"] for row in rows} or name == "period_sweep"
     assert Path(tmp_path / f"{name}.jsonl").exists()
 
 

@@ -1,0 +1,311 @@
+"""A pretrained decoder in longer contexts: its dense layers become patterns, and all of its weights train on.
+
+Texts are neighbouring files of a corpus, read as one. Every form sees the same tokens in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from experiments.data import prepared
+from experiments.decoders import decoder_of, tokenizer_of
+from experiments.experiment import Experiment, Result, Scale, Settings
+from experiments.language_losses import BUCKETS
+from experiments.recurrence import by_recurrence
+from experiments.texts import Documents, blocks, corpus, encoded, file_name, split, windows
+from experiments.training import DEVICE, Batch, Pace, fit, products
+from pi_attention.convert import convert
+from pi_attention.data.tokenizers import beginning
+from pi_attention.models.configuration_pi import DENSE
+from pi_attention.pattern import PiPattern, coordinated_heads
+
+SINKS = 4
+SLICE = 2048
+"""Tokens whose logits exist at a time: those of a long text and a large vocabulary fill a GPU."""
+NEIGHBOURS = 32
+"""Contexts of characters that are joined to a text: some eight contexts of tokens."""
+NEEDLES = 8
+"""Pass keys of a length and depth."""
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+EVERY = 6
+"""Of the hybrids: one layer in so many stays dense."""
+ALIKE = "window + sinks"
+MAIN = (ALIKE, "coordinated heads + sinks", "dense")
+VARIANTS = (
+    *MAIN,
+    f"{ALIKE} + dense, 1 in {EVERY}",
+    f"coordinated heads + sinks + dense, 1 in {EVERY}",
+    "coordinated heads, all skips",
+    "single period + sinks",
+    "coordinated heads + sinks, gate",
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the layers of a decoder see that see everything: a pattern in some of them, None in all for dense ones."""
+
+    pattern: PiPattern | None
+    every: int | None = None
+    """One layer in so many stays dense; None converts all."""
+    gate: bool = False
+
+    def layers(self, count: int) -> list[int] | None:
+        """The converted ones of `count` layers."""
+        every = self.every
+        return None if every is None else [i for i in range(count) if i % every != every // 2]
+
+    def patterns(self, count: int) -> list[PiPattern]:
+        """Of `count` layers that saw everything."""
+        if self.pattern is None:
+            return [DENSE] * count
+        chosen = self.layers(count)
+        return [self.pattern if chosen is None or layer in chosen else DENSE for layer in range(count)]
+
+    def sees_beyond(self, context: int) -> bool:
+        """Whether some layer sees keys that are further away."""
+        reach = None if self.pattern is None else self.pattern.reach
+        return reach is None or reach >= context or self.every is not None
+
+
+def forms(keys: int, heads: int) -> dict[str, Form]:
+    """By name; a query of a converted layer sees `keys` keys at most, a fifth of them in the window, 4 sinks."""
+    fifth = max(1, keys // 5)
+    skips = keys - fifth - SINKS
+    window = PiPattern(keys - SINKS, 1, 0, sinks=SINKS)
+    coordinated = coordinated_heads(fifth, skips, heads, sinks=SINKS)
+    every_skip = coordinated_heads(fifth, None, heads, sinks=SINKS)
+    made = {
+        "dense": Form(None),
+        ALIKE: Form(window),
+        "coordinated heads + sinks": Form(coordinated),
+        "coordinated heads + sinks, gate": Form(coordinated, gate=True),
+        "coordinated heads, all skips": Form(every_skip),
+        "single period + sinks": Form(PiPattern(skips, skips, fifth, sinks=SINKS)),
+    }
+    for name in MAIN[:2]:
+        made[f"{name} + dense, 1 in {EVERY}"] = Form(made[name].pattern, EVERY)
+    return made
+
+
+def rotate_for(model: Any, context: int) -> None:
+    """Let the rotary embedding of a decoder reach to `context`: a larger base, by the "NTK-aware" rule.
+
+    The base is multiplied by rᵈ⁄⁽ᵈ⁻²⁾, with r the context over that of the pretraining and d the features of a head.
+    So the slowest feature turns as far in the new context as in the old one (YaRN, arXiv 2309.00071, section 3.1).
+    """
+    config = model.config
+    ratio, dim = context / config.max_position_embeddings, config.head_dim
+    if ratio > 1:
+        config.rope_parameters["rope_theta"] *= ratio ** (dim / (dim - 2))
+        config.max_position_embeddings = context
+        rotary = model.base_model.rotary_emb
+        model.base_model.rotary_emb = type(rotary)(config=config).to(DEVICE)
+
+
+def decoder(settings: Settings, data: Path) -> Any:
+    """The pretrained model of a row in its form."""
+    model = decoder_of(settings["pretrained"], data).to(DEVICE)
+    known = forms(settings["keys"], model.config.num_attention_heads)
+    if settings["variant"] not in known:
+        raise ValueError(f"variant={settings['variant']!r} is unknown: use one of {list(known)}.")
+    form = known[settings["variant"]]
+    if form.sees_beyond(model.config.max_position_embeddings):
+        rotate_for(model, settings["context"])
+    if form.pattern is None:
+        return model
+    return convert(model, form.pattern, gate=form.gate, layers=form.layers(model.config.num_hidden_layers))
+
+
+class Sliced(nn.Module):
+    """A decoder of transformers whose losses are computed `SLICE` tokens at a time, in the backward pass again."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def losses(self, input_ids: Tensor) -> Tensor:
+        """Of predicting each token of [B, T] from the second on, [B, T − 1]."""
+        out = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        head = self.model.get_output_embeddings()
+
+        def loss(hidden: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(head(hidden).float().transpose(1, 2), target, reduction="none")
+
+        parts = zip(out.hidden_states[-1][:, :-1].split(SLICE, 1), input_ids[:, 1:].split(SLICE, 1), strict=True)
+        found = [checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return torch.cat(found, dim=1)
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        """The mean loss."""
+        return SimpleNamespace(loss=self.losses(input_ids).mean())
+
+
+@torch.no_grad()
+def losses(model: Sliced, held_out: Tensor) -> Tensor:
+    """Of the tokens of blocks [N, T], one block at a time, [N, T − 1]."""
+    found = []
+    for block in held_out.split(1):
+        with products():
+            found.append(model.losses(block.to(DEVICE)).cpu())
+    return torch.cat(found)
+
+
+def neighbours(texts: list[str], least: int) -> list[str]:
+    """Successive texts joined by line breaks, until each has `least` characters; what is left at the end is dropped."""
+    found, gathered, size = [], list[str](), 0
+    for text in texts:
+        gathered.append(text)
+        size += len(text)
+        if size >= least:
+            found.append("\n".join(gathered))
+            gathered, size = [], 0
+    return found
+
+
+def documents(settings: Settings, data: Path) -> dict[str, Documents]:
+    """Tokens of the training, validation and test texts."""
+    name, context, tokenizer = settings["corpus"], settings["context"], tokenizer_of(settings["pretrained"], data)
+    file = f"{file_name(name)}-{settings['pretrained']}-{context}"
+
+    def arrays() -> dict[str, np.ndarray]:
+        return encoded(neighbours(corpus(name, data), NEIGHBOURS * context), tokenizer.backend_tokenizer)
+
+    return split(prepared(data, file, arrays))
+
+
+def begun(ids: Tensor, first: list[int]) -> Tensor:
+    """Rows [N, T] that begin with what the tokenizer puts before a text; the last tokens make room."""
+    return torch.cat([torch.tensor(first, dtype=ids.dtype).expand(len(ids), -1), ids], dim=1)[:, : ids.shape[1]]
+
+
+def asked(pieces: Documents, length: int, depth: float, tokenizer: Any, seed: int) -> tuple[Tensor, int]:
+    """Texts [NEEDLES, length] that say a pass key at a depth, and end with it; and how many tokens the key has."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randint(10_000, 100_000, (NEEDLES,), generator=generator).tolist()
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    said = [ids(f"\nThe pass key of these files is {key}.\n") for key in keys]
+    ends = [ids(f"\nThe pass key of these files is {key}") for key in keys]
+    opening = ids("\nThe pass key of these files is")
+    answer = len(ends[0]) - len(opening)
+    first = beginning(tokenizer)
+    rows = []
+    for number, (statement, end) in enumerate(zip(said, ends, strict=True)):
+        room = length - len(first) - len(statement) - len(end)
+        text = pieces[number % len(pieces)][:room].tolist()
+        place = round(depth * room)
+        rows.append([*first, *text[:place], *statement, *text[place:], *end])
+    if len({len(row) for row in (*said, *ends)} | {length}) != 3 or any(len(row) != length for row in rows):
+        raise ValueError("the tokenizer writes five digits in different numbers of tokens: pass keys have one length.")
+    return torch.tensor(rows), answer
+
+
+@torch.no_grad()
+def needles(model: Any, pieces: Documents, lengths: list[int], tokenizer: Any) -> dict[str, list[float]]:
+    """The share of pass keys of which every token is the likeliest one: by length, for each of `DEPTHS`."""
+    found: dict[str, list[float]] = {}
+    for length in lengths:
+        found[str(length)] = []
+        for depth in DEPTHS:
+            ids, answer = asked(pieces, length, depth, tokenizer, seed=length)
+            right = 0
+            for row in ids.to(DEVICE).split(1):
+                with products():
+                    logits = model(input_ids=row, use_cache=False, logits_to_keep=answer + 1).logits[:, :-1]
+                right += int((logits.argmax(-1) == row[:, -answer:]).all())
+            found[str(length)].append(right / len(ids))
+    return found
+
+
+def measure(settings: Settings, data: Path) -> Result:
+    """Train a form on; perplexities a token of long texts, of short ones of another kind, and pass keys that are found.
+
+    "untrained" is the test perplexity before the training, "short" that of short texts before and after it.
+    """
+    torch.manual_seed(settings["seed"])
+    context, tokenizer = settings["context"], tokenizer_of(settings["pretrained"], data)
+    first, parts = beginning(tokenizer), documents(settings, data)
+    model = Sliced(decoder(settings, data)).eval()
+    short = encoded(corpus(settings["other"], data), tokenizer.backend_tokenizer)["tokens"]
+    held_out = {
+        part: begun(blocks(parts[part], context, settings["blocks"])[0], first) for part in ("validation", "test")
+    }
+    held_out["short"] = begun(blocks([short], settings["short"], settings["blocks"])[0], first)
+    before = {part: math.exp(float(losses(model, held_out[part]).mean())) for part in ("test", "short")}
+    generator = torch.Generator().manual_seed(1 + settings["seed"])
+    drawn: Iterator[Batch] = (
+        {"input_ids": begun(ids, first)} for ids in windows(parts["training"], context, 1, generator)
+    )
+    pace = Pace()
+    last = fit(model, drawn, steps=settings["steps"], rate=settings["rate"], pace=pace)
+    found = {part: losses(model, ids) for part, ids in held_out.items()}
+    perplexity = {part: math.exp(float(loss.mean())) for part, loss in found.items()}
+    result: Result = {
+        "validation": perplexity["validation"],
+        "test": perplexity["test"],
+        "untrained": before["test"],
+        "short": [before["short"], perplexity["short"]],
+        "by position": [math.exp(float(part.mean())) for part in found["test"].tensor_split(BUCKETS, dim=1)],
+        "by recurrence": by_recurrence(found["test"], held_out["test"], settings["keys"]),
+        "pass keys": needles(model.model, parts["test"], settings["lengths"], tokenizer),
+        "training loss": last,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    return result if math.isnan(pace.steps_a_second) else result | {"tokens/s": round(pace.steps_a_second * context)}
+
+
+def prepare(settings: Settings, data: Path) -> None:
+    """Encode the corpus; whatever is missing or too short fails here, not after training."""
+    parts = documents(settings, data)
+    for part in ("validation", "test"):
+        blocks(parts[part], settings["context"], 1)
+    asked(parts["test"], min(settings["lengths"]), 0.5, tokenizer_of(settings["pretrained"], data), 0)
+
+
+def cells(scale: Scale) -> list[Settings]:
+    """The main forms first, with 25 M tokens, then with 100 M."""
+    toy: Settings = {"pretrained": "toy-decoder", "corpus": "shakespeare", "other": "shakespeare", "keys": 32,
+                     "context": 256, "short": 64, "lengths": [128], "steps": 2, "blocks": 2}  # fmt: skip
+    real: Settings = {"pretrained": "smollm2", "corpus": "kernel", "other": "shakespeare", "keys": 1024,
+                      "context": 32768, "short": 2048, "lengths": [2048, 8192, 32768], "blocks": 48}  # fmt: skip
+    if scale == "laptop":
+        return []
+    if scale == "smoke":
+        return [toy | {"variant": variant} for variant in VARIANTS]
+    few = [real | {"steps": 763, "variant": variant} for variant in VARIANTS]
+    return few + [real | {"steps": 3052, "variant": variant} for variant in MAIN]
+
+
+def guessed_seconds(settings: Settings) -> float:
+    """A guess for 135 M parameters on an H100, with products of dense attention where a form has them."""
+    tokens = settings["steps"] * settings["context"]
+    share = {"dense": 1.0, "coordinated heads, all skips": 0.25}.get(settings["variant"], 0.0)
+    share = 1 / EVERY if settings["variant"].endswith(f"1 in {EVERY}") else share
+    return 60 + tokens * (4e-6 + share * 8e-6)
+
+
+EXPERIMENT = Experiment(
+    name="pretrained",
+    title="A pretrained model in longer contexts",
+    metric="perplexity",
+    better="lower",
+    cells=cells,
+    measure=measure,
+    rates=(2e-4,),
+    prepare=prepare,
+    seconds=guessed_seconds,
+)

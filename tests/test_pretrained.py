@@ -1,0 +1,84 @@
+"""Forms of a pretrained decoder spend the same keys, and its losses by slices and pass keys are what they are said."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from experiments import pretrained
+from experiments.decoders import decoder_of, tokenizer_of
+from experiments.pretrained import ALIKE, DEPTHS, VARIANTS, Sliced, asked, decoder, forms, needles, neighbours
+from pi_attention.models.configuration_pi import DENSE
+
+LONGEST = "coordinated heads, all skips"
+
+
+def settings_of(variant, keys=24):
+    return {"pretrained": "toy-decoder", "variant": variant, "keys": keys, "context": 512}
+
+
+def test_forms_spend_the_same_keys():
+    made = forms(1024, 9)
+    assert set(made) == set(VARIANTS)
+    for name, form in made.items():
+        if form.pattern is not None and name != LONGEST:
+            assert form.pattern.window + form.pattern.skips + form.pattern.sinks == 1024
+        assert form.sees_beyond(8192) == (name in ("dense", LONGEST, "single period + sinks") or "1 in" in name)
+    assert made[f"{ALIKE} + dense, 1 in 6"].layers(12) == [0, 1, 2, 4, 5, 6, 7, 8, 10, 11]
+    assert made[f"{ALIKE} + dense, 1 in 6"].patterns(6)[2:4] == [made[ALIKE].pattern, DENSE]
+    assert made[ALIKE].layers(12) is None and made["dense"].patterns(2) == [DENSE, DENSE]
+
+
+def test_only_what_sees_beyond_the_pretraining_turns_slower(made_up):
+    slowest = {}
+    for name in ("dense", ALIKE):
+        model = decoder(settings_of(name), made_up)
+        core = getattr(model, "model", model)
+        slowest[name] = next(m for m in core.modules() if hasattr(m, "inv_freq")).inv_freq[-1].item()
+    assert slowest["dense"] == pytest.approx(slowest[ALIKE] / 4)  # 512 tokens after 128
+
+
+def test_losses_by_slices_are_those_of_the_logits(made_up, monkeypatch):
+    monkeypatch.setattr(pretrained, "SLICE", 10)
+    model = decoder(settings_of("coordinated heads + sinks"), made_up).eval()
+    ids = torch.randint(256, (2, 64))
+    wanted = F.cross_entropy(model(input_ids=ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    found = Sliced(model).losses(ids)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    head = model.get_output_embeddings().weight
+    grads = [torch.autograd.grad(loss.mean(), head)[0] for loss in (found, wanted)]
+    assert torch.allclose(*grads, atol=1e-6)
+
+
+def test_pass_keys_stand_at_their_depth_and_are_counted(made_up):
+    tokenizer = tokenizer_of("toy-decoder", made_up)
+    text = np.frombuffer(b"static int x;\n" * 50, np.uint8)
+    for depth in DEPTHS:
+        ids, answer = asked([text], 300, depth, tokenizer, seed=1)
+        assert ids.shape == (pretrained.NEEDLES, 300)
+        for row in ids.tolist():
+            said = tokenizer.decode(row)
+            key = said.rsplit(" ", 1)[1]
+            assert len(key) == 5 and said.count(key) == 2 and answer >= 5
+            assert said.index("\nThe pass key") == pytest.approx(depth * 300, abs=100)
+
+    class Oracle(torch.nn.Module):
+        """Knows what comes next, but for texts whose key begins with an odd digit."""
+
+        def forward(self, input_ids, use_cache, logits_to_keep):
+            right = F.one_hot(input_ids.roll(-1, 1), 257)[:, -logits_to_keep:].float()
+            return type("Out", (), {"logits": right * (1 if input_ids[0, -5] % 2 == 0 else -1)})
+
+    even = sum(row[-5] % 2 == 0 for row in asked([text], 300, 0.5, tokenizer, seed=300)[0].tolist())
+    found = needles(Oracle(), [text], [300], tokenizer)["300"]
+    assert 0 < even < pretrained.NEEDLES and found == [even / pretrained.NEEDLES] * len(DEPTHS)
+
+
+def test_neighbours_are_joined_in_their_order():
+    assert neighbours(["ab", "c", "defg", "h", "rest"], 4) == ["ab\nc\ndefg", "h\nrest"]
+
+
+def test_an_unknown_form_is_named(made_up):
+    with pytest.raises(ValueError, match="variant='other' is unknown: use one of"):
+        decoder(settings_of("other"), made_up)
+    assert decoder_of("toy-decoder", made_up).config.max_position_embeddings == 128
