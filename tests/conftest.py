@@ -28,6 +28,16 @@ def impl(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is not asked, and so not waited for; its libraries read the environment once."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
 def made_up(tmp_path: Path) -> Path:
     """A folder of data for the experiments, made up."""
     import made_up_data

@@ -179,7 +179,6 @@ def wrong_call(draw, place):
 
 def check_wrong_calls(place, monkeypatch, seed, count):
     draw = random.Random(seed)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for _ in range(count):
         arguments = wrong_call(draw, place)
         code, out, err = called(arguments, monkeypatch)
@@ -190,13 +189,13 @@ def check_wrong_calls(place, monkeypatch, seed, count):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_wrong_call_ends_in_a_traceback_or_in_success(seed, place, monkeypatch):
+def test_no_wrong_call_ends_in_a_traceback_or_in_success(seed, place, monkeypatch, offline):
     check_wrong_calls(place, monkeypatch, seed, 85)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 110))
-def test_no_wrong_call_of_very_many_ends_in_a_traceback_or_in_success(seed, place, monkeypatch):
+def test_no_wrong_call_of_very_many_ends_in_a_traceback_or_in_success(seed, place, monkeypatch, offline):
     check_wrong_calls(place, monkeypatch, seed, 300)
 
 

@@ -426,10 +426,9 @@ def llama(tmp_path):
         ("x" * 300, "model='xxx.* cannot be loaded"),
     ],
 )
-def test_a_pretrained_model_that_cannot_serve_is_named(kind, words, llama, tmp_path, monkeypatch):
+def test_a_pretrained_model_that_cannot_serve_is_named(kind, words, llama, tmp_path, monkeypatch, offline):
     from pi_attention.cli.main import parse
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()

@@ -42,7 +42,7 @@ def test_parquet(tmp_path):
     assert load_documents(str(tmp_path / "d.parquet")) == ["one", "two"]
 
 
-def test_wrong_corpora_are_named(tmp_path, monkeypatch):
+def test_wrong_corpora_are_named(tmp_path, offline):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_documents(str(tmp_path / "nowhere.txt"))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.csv"):  # at once: it is no name on the hub
@@ -53,7 +53,6 @@ def test_wrong_corpora_are_named(tmp_path, monkeypatch):
     (tmp_path / "x.pdf").write_text("x")
     with pytest.raises(ValueError, match="ending"):
         load_documents(str(tmp_path / "x.pdf"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="hub"):
         load_documents("nobody/no-such-data-set")
 

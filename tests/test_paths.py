@@ -58,9 +58,8 @@ def odd(tmp_path, monkeypatch):
     ],
     ids=lambda value: " ".join(word[:20] for word in value) if isinstance(value, list) else "",
 )
-def test_a_path_that_cannot_serve_is_named_with_its_argument(arguments, words, odd, monkeypatch):
+def test_a_path_that_cannot_serve_is_named_with_its_argument(arguments, words, odd, monkeypatch, offline):
     before = sorted(odd.rglob("*"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, _, err = called(arguments, monkeypatch)
     assert code == 2 and words in err, err
     assert err.count("\n") == 1 and len(err) < 500
