@@ -34,6 +34,19 @@ def test_links_lead_somewhere():
             assert made or target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def anchors(page):
+    """What GitHub and the site call the headings of a page."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_into_pages_name_a_heading():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)]+)\)", page.read_text()):
+            assert anchor in anchors(page.parent / target if target else page), f"{page.name}: {target}#{anchor}"
+
+
 def test_tables_are_those_of_the_result_files():
     from report.pages import filled, pages
 
@@ -55,7 +68,7 @@ def test_docstring_examples(module):
 
 
 def test_lines_of_prose_are_short():
-    for path in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    for path in (*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "experiments").glob("*.md")):
         code = generated = False
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             code ^= line.lstrip().startswith("```")
