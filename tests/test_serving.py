@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from problems import need_triton
 from served_models import MODELS, greedy, known, model_of, one_thread, small, wanted  # noqa: F401
 from small_models import PLAIN, SIZES, prompts_of
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from benchmarks.paged import served
 from pi_attention.models import PiConfig, PiForCausalLM
@@ -218,6 +218,38 @@ def test_settings_that_were_not_tried_are_refused(setting):
 
 
 @known
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_beams": 2},
+        {"repetition_penalty": 1.1},
+        {"min_new_tokens": 2},
+        {"min_length": 9},
+        {"no_repeat_ngram_size": 2},
+        {"stop_strings": ["a"]},
+        {"bad_words_ids": [[5]]},
+        {"guidance_scale": 2.0},
+        {"max_time": 1.0},
+    ],
+)
+def test_settings_that_would_give_another_text_than_generates_are_refused(setting):
+    (name,) = setting
+    with pytest.raises(NotImplementedError, match=f"leaves out {name}="):
+        model_of("pi").generate_batch([[3, 4]], greedy(2, **setting), continuous_batching_config=small())
+
+
+@known
+def test_a_text_ends_at_the_models_end_where_the_settings_name_none():
+    model, prompt = model_of("pi"), prompts_of([9])[0]
+    end = wanted(model, prompt, 12)[4]
+    model.generation_config.eos_token_id = end
+    want = wanted(model, prompt, 12)
+    given = GenerationConfig(max_new_tokens=12, do_sample=False, num_beams=1, repetition_penalty=1.0)
+    (result,) = model.generate_batch([prompt], given, continuous_batching_config=small()).values()
+    assert result.generated_tokens == want and want[-1] == end and len(want) < 12
+
+
+@known
 def test_a_rotary_embedding_that_depends_on_the_batch_is_refused():
     scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = PiForCausalLM(PiConfig(**SIZES, **PLAIN, rope_parameters=scaled))
@@ -241,6 +273,35 @@ def test_a_text_whose_sinks_would_move_is_refused_before_it_is_queued():
 
 
 @known
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(ValueError, match="a prompt is empty"):
-        model_of("pi").generate_batch([[3], []], greedy(2), continuous_batching_config=small())
+@pytest.mark.parametrize(
+    ("prompt", "error", "words"),
+    [
+        ([], ValueError, "a prompt is empty"),
+        ([3, 99], ValueError, "holds the token 99, and those of the model are 0 to 98"),
+        ([-1, 3], ValueError, "holds the token -1"),
+        ([2**70], TypeError, "must be a list of token ids"),
+        ([3.0], TypeError, "must be a list of token ids, got torch.float32"),
+        ([True], TypeError, "got torch.bool"),
+        ("to be", TypeError, "must be a list of token ids"),
+        (["to be"], TypeError, "must be a list of token ids"),
+        (None, TypeError, "must be a list of token ids"),
+        (3, TypeError, r"of shape \(\): pass one list"),
+        ([[3, 4]], TypeError, r"of shape \(1, 2\)"),
+    ],
+)
+def test_a_prompt_that_would_end_the_others_is_refused(prompt, error, words):
+    model = model_of("pi")
+    with pytest.raises(error, match=words):
+        model.generate_batch([[3], prompt], greedy(2), continuous_batching_config=small())
+    manager_of = model.continuous_batching_context_manager
+    with manager_of(generation_config=greedy(2), continuous_batching_config=small()) as manager:
+        with pytest.raises(error, match=words):
+            manager.add_request(prompt)
+        manager.add_request([3, 4], request_id="other")
+        assert manager.get_result(timeout=60).generated_tokens == wanted(model, [3, 4], 2)
+
+
+@known
+def test_a_prompt_may_be_a_tensor_of_ids():
+    model = model_of("pi")
+    assert texts(model, [torch.tensor([3, 4])], 2) == texts(model, [[3, 4]], 2) == [wanted(model, [3, 4], 2)]

@@ -103,7 +103,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         """See `BoundedGeneration.check_request`: sinks move along beyond the context, and in a paged cache they cannot.
 
         Raises:
-            ValueError: the prompt is empty, or the text may become longer than the pretrained context.
+            TypeError, ValueError: as there, or the text may become longer than the pretrained context.
         """
         super().check_request(prompt, max_new_tokens)
         if self._context is None or not any(pattern.sinks for pattern in self._patterns):

@@ -17,6 +17,19 @@ from pi_attention.pattern import PiPattern
 CACHED = "_cached_continuous_batching_manager"
 UNTESTED = ("use_cuda_graph", "use_async_batching", "varlen_compile_config", "decode_compile_config")
 """Settings of transformers that were not tried with our models: refused where they are asked for, off otherwise."""
+LEFT_OUT: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": (None,),
+    "encoder_repetition_penalty": (None, 1.0),
+    "guidance_scale": (None, 1.0),
+    "max_time": (None,),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beams": (None, 1),
+    "repetition_penalty": (None, 1.0),
+    "stop_strings": (None,),
+}
+"""Settings of a text that transformers' continuous batching drops, or fails on, and the values that ask for nothing."""
 
 
 def paged_config(model: Any) -> Any:
@@ -108,6 +121,9 @@ def batching_manager(
     _need_tested(model, settings)
     settings.use_cuda_graph = settings.use_async_batching = False
     generation_config = deepcopy(generation_config or model.generation_config)
+    _need_served(generation_config)
+    if generation_config.eos_token_id is None:  # as `generate` does
+        generation_config.eos_token_id = model.generation_config.eos_token_id
     if generation_config.eos_token_id is None:
         generation_config.eos_token_id = -1  # the manager's word for none
     install_allocator()
@@ -117,6 +133,15 @@ def batching_manager(
             generation_config=generation_config,
             continuous_batching_config=settings,
             workload_hints=workload_hints,
+        )
+
+
+def _need_served(generation_config: Any) -> None:
+    asked = [name for name, plain in LEFT_OUT.items() if getattr(generation_config, name, None) not in plain]
+    if asked:
+        raise NotImplementedError(
+            f"continuous batching of transformers leaves out {asked[0]}={getattr(generation_config, asked[0])!r} of "
+            "the generation config: pass one without it, or use generate."
         )
 
 

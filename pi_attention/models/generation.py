@@ -20,6 +20,7 @@ class BoundedGeneration:
 
     config: Any
     generation_config: Any
+    get_input_embeddings: Any
 
     def new_cache(self) -> PiCache:
         """An empty decoding cache of bounded memory for this model."""
@@ -55,7 +56,7 @@ class BoundedGeneration:
 
         Raises:
             NotImplementedError: see `init_continuous_batching`.
-            ValueError: see `check_request`.
+            TypeError, ValueError: see `check_request`.
         """
         need_known_version()
         most = kwargs.get("max_new_tokens")
@@ -65,13 +66,27 @@ class BoundedGeneration:
         return super().generate_batch(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def check_request(self, prompt: list[int], max_new_tokens: int | None) -> None:
-        """Refuse a request that continuous batching would not serve exactly; here there is none but an empty one.
+        """Refuse a request that continuous batching would not serve exactly, or with which it would end all others.
 
         Raises:
-            ValueError: the prompt is empty.
+            TypeError: the prompt is no list of token ids.
+            ValueError: it is empty, or holds what is no token of the model.
         """
-        if not len(prompt):
+        try:
+            ids = torch.as_tensor(prompt)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(f"a prompt must be a list of token ids: {error}.") from error
+        if not ids.numel():
             raise ValueError("a prompt is empty: give each request at least one token.")
+        if ids.dim() != 1 or ids.dtype == torch.bool or ids.dtype.is_floating_point or ids.dtype.is_complex:
+            raise TypeError(
+                f"a prompt must be a list of token ids, got {ids.dtype} of shape {tuple(ids.shape)}: pass one list of "
+                "ints for each request."
+            )
+        last = self.get_input_embeddings().num_embeddings - 1
+        for token in (int(ids.min()), int(ids.max())):
+            if not 0 <= token <= last:
+                raise ValueError(f"a prompt holds the token {token}, and those of the model are 0 to {last:,}.")
 
     def _prepare_static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
