@@ -6,9 +6,13 @@ import transformers
 from small_models import HEADS, HYBRID, PLAIN, converted, own, telling
 from transformers import (
     ContinuousBatchingConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GenerationConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -31,6 +35,7 @@ MODELS = {
     "pi: skips without end": own(window=4, period=8, skips=None, sinks=1),
     "pi: no gate": own(**PLAIN, sinks=1, gate=False),
     "pi: mass, qk_norm": own(**PLAIN, sinks=1, fusion="mass", qk_norm=True),
+    "pi: sink logit, soft caps": own(**HEADS, sink_logit=True, softcap=2.0),
     "llama": converted(LlamaForCausalLM, LlamaConfig, PLAIN),
     "llama: sinks": converted(LlamaForCausalLM, LlamaConfig, PLAIN | {"sinks": 3}),
     "llama: periods and phases of heads": converted(LlamaForCausalLM, LlamaConfig, HEADS | {"sinks": 3}),
@@ -41,6 +46,24 @@ MODELS = {
     ),
     "gemma 3: layers with windows of their own": converted(
         Gemma3ForCausalLM, Gemma3TextConfig, PLAIN | {"sinks": 2}, num_hidden_layers=4, **HYBRID
+    ),
+    "gemma 2: soft caps": converted(
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        PLAIN | {"sinks": 3},
+        num_hidden_layers=4,
+        query_pre_attn_scalar=5,
+        attn_logit_softcapping=2.0,
+        **HYBRID,
+    ),
+    "gpt-oss: sink logit": converted(
+        GptOssForCausalLM,
+        GptOssConfig,
+        HEADS | {"sinks": 2},
+        num_hidden_layers=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        **HYBRID,
     ),
 }
 

@@ -36,6 +36,8 @@ def telling(model):
         for part, weight in model.named_parameters():
             if "gate" in part and "gate_proj" not in part:
                 weight.normal_(std=0.5)
+            elif part.endswith(".sinks") or "sink_logit" in part:
+                weight.normal_(std=2.0)
             elif weight.dim() == 2:
                 weight.mul_(4.0)
     return model.eval()

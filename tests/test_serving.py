@@ -36,7 +36,9 @@ def test_generate_batch_is_generate(name):
 @known
 @settings(max_examples=8, deadline=None)
 @given(
-    name=st.sampled_from(["pi: layers of many kinds", "pi: periods and phases of heads, sinks", "llama: sinks"]),
+    name=st.sampled_from(
+        ["pi: layers of many kinds", "pi: sink logit, soft caps", "llama: sinks", "gpt-oss: sink logit"]
+    ),
     lengths=st.lists(st.integers(1, 60), min_size=2, max_size=6),
     tokens=st.lists(st.integers(2, 20), min_size=6, max_size=6),
     late=st.integers(0, 3),
