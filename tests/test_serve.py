@@ -34,6 +34,7 @@ from starlette.testclient import TestClient  # noqa: E402
 
 from pi_attention.serving.app import build_app  # noqa: E402
 from pi_attention.serving.engine import Engine  # noqa: E402
+from pi_attention.serving.handlers import read_template  # noqa: E402
 from pi_attention.serving.server import is_local, listen  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -288,7 +289,8 @@ def test_a_chat_that_cannot_be_parsed_in_a_stream_ends_with_an_error(engine, cli
     template = ANCHOR | {"fields": {"content": {"close": want[5:7], "content": "json"}}}
     monkeypatch.setattr(engine.tokenizer, "response_template", template, raising=False)
     body = {"messages": [{"role": "user", "content": "Who is there?"}], "max_tokens": 20, "stream": True}
-    assert "response_template cannot parse the answer" in client.post("/v1/chat/completions", json=body).text
+    *_, last = streamed(client.post("/v1/chat/completions", json=body))
+    assert "response_template cannot parse the answer" in last["error"]["message"]
     assert not engine.open
 
 
@@ -306,6 +308,18 @@ def test_a_chat_template_that_fails_refuses_the_messages(engine, client, monkeyp
         monkeypatch.setattr(engine.tokenizer, "chat_template", template)
         refused = client.post("/v1/chat/completions", json=body)
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "messages"
+
+
+def test_a_file_of_a_chat_template_is_read_or_refused_by_its_name(tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_bytes(
+        b"\xef\xbb\xbf{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    assert read_template(file).startswith("{% for")
+    for content, words in ((b"a\n{% if", "chat.jinja' is no Jinja template, line 2"), (b"\xff", "is not UTF-8")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"chat_template=.*{words}"):
+            read_template(file)
 
 
 def test_an_unforeseen_error_is_json_and_tells_nothing_of_the_inside(engine, client, monkeypatch):
@@ -358,7 +372,9 @@ def test_a_model_that_has_failed_is_told():
     with TestClient(build_app(made, ["*"])) as client:
         for stream in (True, False):
             told = client.post("/v1/completions", json={"prompt": "a", "stream": stream})
-            assert (stream and "products are gone" in told.text) or told.status_code == 503
+            error = streamed(told)[-1]["error"] if stream else told.json()["error"]
+            assert error["type"] == "server_error" and told.status_code == (200 if stream else 503)
+            assert stream == ("products are gone" in error["message"])
         assert client.get("/health").status_code == 503
     made.close()
 

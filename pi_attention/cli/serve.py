@@ -70,11 +70,13 @@ class Serve:
         """The model, loaded and running."""
         from pi_attention.cli.runs import load_run
         from pi_attention.serving.engine import Engine
+        from pi_attention.serving.handlers import read_template
         from pi_attention.serving.requests import Limits
 
+        template = None if self.chat_template is None else read_template(self.chat_template)
         model, tokenizer = load_run(self.run)
-        if self.chat_template is not None:
-            tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
+        if template is not None:
+            tokenizer.chat_template = template
         context = model.config.get_text_config().max_position_embeddings
         limits = Limits(self.max_prompt_tokens or context, self.max_new_tokens, context, self.requests + self.waiting)
         name = self.model_name or self.run.resolve().name

@@ -29,8 +29,21 @@ SILENCE = 10
 """Seconds without a byte, after which a body that is not whole is given up."""
 
 
+BROKEN = 'data: {"error": '
+"""With which transformers begins the event of an error; its message follows, and OpenAI's clients want an object."""
+
+
+def with_error(part: str) -> str:
+    """A part of a stream, whose error is an object as elsewhere."""
+    before, broken, message = part.rpartition(BROKEN)
+    if not broken:
+        return part
+    error = RequestError(json.loads(message.removesuffix("}\n\n")), status=503)
+    return f"{before}data: {json.dumps(error.body())}\n\n"
+
+
 class Streamed:
-    """A stream of transformers' with OpenAI's last line; its request is freed however it ends."""
+    """A stream of transformers' with OpenAI's errors and last line; its request is freed however it ends."""
 
     def __init__(self, response: StreamingResponse, engine: Engine, request_id: str) -> None:
         self._response, self._engine, self._request_id = response, engine, request_id
@@ -39,7 +52,7 @@ class Streamed:
     @staticmethod
     async def _with_end(parts: Any) -> AsyncIterator[Any]:
         async for part in parts:
-            yield part
+            yield with_error(part)
         yield "data: [DONE]\n\n"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

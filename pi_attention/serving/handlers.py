@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
+from pi_attention.paths import shown
 from pi_attention.serving.engine import Engine
 from pi_attention.serving.library import (
     BaseHandler,
@@ -14,6 +16,7 @@ from pi_attention.serving.library import (
     CompletionHandler,
     Modality,
     build_response_parser,
+    compile_template,
 )
 from pi_attention.serving.requests import (
     CHAT,
@@ -29,6 +32,24 @@ from pi_attention.serving.text import up_to_a_stop
 
 READ = "prompt as it was read"
 """Beside a body's own fields: its `Prompt`."""
+
+
+def read_template(path: Path) -> str:
+    """The chat template in a file.
+
+    Raises:
+        ValueError: it is not UTF-8, or no Jinja template.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        compile_template(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat_template={shown(path)} is not UTF-8: convert the file to UTF-8.") from error
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"chat_template={shown(path)} is no Jinja template, line {error.lineno}: {error.message}"
+        ) from error
+    return text
 
 
 class Prompt:

@@ -1,4 +1,4 @@
-"""What of transformers' server is private: its handlers, the text of a request as it grows, errors in a stream.
+"""What of transformers' server is private: its handlers, a text as it grows, errors in a stream, chat templates.
 
 These names change with the minor versions of transformers: `pi_attention.serving.needs.need_server` is asked before.
 """
@@ -15,6 +15,7 @@ from transformers.cli.serving.utils import (
     response_events_to_chunks,
 )
 from transformers.cli.serving.utils import _StreamError as StreamError
+from transformers.utils.chat_template_utils import _compile_jinja_template as compile_template
 
 __all__ = [
     "BaseHandler",
@@ -24,5 +25,6 @@ __all__ = [
     "Modality",
     "StreamError",
     "build_response_parser",
+    "compile_template",
     "response_events_to_chunks",
 ]
