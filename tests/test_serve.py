@@ -30,12 +30,13 @@ try:
 except NotImplementedError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+from starlette.applications import Starlette  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from pi_attention.serving.app import build_app  # noqa: E402
 from pi_attention.serving.engine import Engine  # noqa: E402
 from pi_attention.serving.handlers import read_template  # noqa: E402
-from pi_attention.serving.server import is_local, listen  # noqa: E402
+from pi_attention.serving.server import _Server, is_local, listen  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = """{% for message in messages %}
@@ -394,6 +395,22 @@ def test_addresses():
         is_local("example.org")
     with listen("127.0.0.1", 0) as taken, pytest.raises(ValueError, match=r"cannot be taken: Address already in use"):
         listen("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_texts_at_once(sig):
+    ended = []
+
+    async def signals():
+        server = _Server(Starlette(), lambda: ended.append(1))
+        server.handle_exit(sig, None)
+        await asyncio.sleep(0)
+        assert server.should_exit and not ended
+        server.handle_exit(sig, None)
+        await asyncio.sleep(0)
+        assert ended == [1] and not server.force_exit
+
+    asyncio.run(signals())
 
 
 def until(condition, seconds=30):

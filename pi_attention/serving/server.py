@@ -70,8 +70,13 @@ class _Server(uvicorn.Server):
         self._stop = stop
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """As of uvicorn, which would raise SIGTERM again at the end, and so end with its code."""
-        if sig == signal.SIGTERM:
+        """As of uvicorn, which would raise SIGTERM again at the end, and so end with its code.
+
+        A second signal ends what runs at once, where uvicorn would drop it with a traceback.
+        """
+        if self.should_exit:
+            asyncio.get_running_loop().call_soon_threadsafe(self._stop)
+        elif sig == signal.SIGTERM:
             self.should_exit = True
         else:
             super().handle_exit(sig, frame)
