@@ -318,8 +318,12 @@ def test_a_cache_without_room_is_refused_when_it_is_loaded(saved):
     model, path = saved
     with pytest.raises(ValueError, match="max_length=30 leaves no room beside the 30 tokens"):
         load_prompt_cache(path, model, max_length=30)
-    moving = model_of("llama: sinks that move")
+    for wrong, error in ((0, ValueError), (-1, ValueError), (80.5, TypeError), ("80", TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"max_length must be .*{wrong!r}"):
+            load_prompt_cache(path, model, max_length=wrong)
     ids, _ = batch_of(20)
+    model.generate(ids, max_new_tokens=2, cache_implementation="static")  # no wrong size was kept
+    moving = model_of("llama: sinks that move")
     save_prompt_cache(read(moving, ids), path, moving, ids)
     with pytest.raises(NotImplementedError, match="context of 30 tokens only"):
         load_prompt_cache(path, moving, max_length=40)

@@ -19,6 +19,7 @@ from pi_attention.models.caching import BoundedCache, PiCache, PiStaticCache
 from pi_attention.models.fingerprint import difference, fingerprint
 from pi_attention.models.inputs import check_cache, check_inputs
 from pi_attention.paths import need_file, need_new_file, shown
+from pi_attention.pattern import need_int
 
 FORMAT = "pi-attention prompt cache 1"
 
@@ -108,7 +109,7 @@ def load_prompt_cache(path: str | Path, model: Any, *, max_length: int | None = 
         max_length: of a `PiStaticCache` to fill, whichever was saved; None fills a `PiCache`.
 
     Raises:
-        TypeError: the model is none that generates.
+        TypeError: the model is none that generates, or max_length no int.
         FileNotFoundError: there is no such file.
         ValueError: it is damaged or no prompt cache, or of another model; the message names what differs. Or
             max_length leaves no room.
@@ -119,6 +120,8 @@ def load_prompt_cache(path: str | Path, model: Any, *, max_length: int | None = 
 def load_named(argument: str, path: Path, model: Any, max_length: int | None = None) -> PromptCache:
     """`load_prompt_cache` for a caller whose own argument names the file: errors are of that."""
     _need_causal_model(model)
+    if max_length is not None:  # before the model takes it for the size of later caches
+        need_int("max_length", max_length, 1, "tokens that will come at most")
     need_file(argument, path, "a file that save_prompt_cache wrote")
     header, tensors = _read(argument, path)
     differs = difference(header["model"], fingerprint(model))
