@@ -304,6 +304,13 @@ def test_a_prompt_that_would_end_the_others_is_refused(prompt, error, words):
 
 
 @known
+@pytest.mark.parametrize("inputs", [torch.tensor([[3, 4]]), "to be", None, ([3, 4] for _ in range(2))])
+def test_prompts_are_a_list(inputs):
+    with pytest.raises(TypeError, match="inputs must be a list of prompts"):
+        model_of("pi").generate_batch(inputs, greedy(2), continuous_batching_config=small())
+
+
+@known
 def test_a_prompt_may_be_a_tensor_of_ids():
     model = model_of("pi")
     assert texts(model, [torch.tensor([3, 4])], 2) == texts(model, [[3, 4]], 2) == [wanted(model, [3, 4], 2)]

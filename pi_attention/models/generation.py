@@ -56,9 +56,15 @@ class BoundedGeneration:
 
         Raises:
             NotImplementedError: see `init_continuous_batching`.
+            TypeError: `inputs` is no list.
             TypeError, ValueError: see `check_request`.
         """
         need_known_version()
+        if not isinstance(inputs, list | tuple):
+            raise TypeError(
+                f"inputs must be a list of prompts, each a list of token ids, got {type(inputs).__name__}: of a tensor "
+                "without padding pass tolist()."
+            )
         most = kwargs.get("max_new_tokens")
         most = getattr(generation_config or self.generation_config, "max_new_tokens", None) if most is None else most
         for prompt in inputs:
