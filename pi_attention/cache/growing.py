@@ -90,6 +90,8 @@ class LayerCache:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Append, as `KeyValueCache.extend` says; some of the sink slots returned may be empty, with the id −1.
 
+        With sinks, tokens beyond the reach may be among the kept ones, up to a quarter more than it, or 64.
+
         Raises:
             ValueError: key and value do not have one shape [B, G, T, D], or another B, G or D than those kept.
         """
