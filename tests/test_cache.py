@@ -172,7 +172,7 @@ def test_memory_is_bounded_whatever_the_length(pattern):
     for step in range(2000):
         cache.update(*(torch.randn(1, 1, 1, 4) for _ in range(2)))
         assert cache.nbytes <= 2 * bound * 4 * 4, step
-        assert cache.kept.shape[3] <= pattern.reach + 1
+        assert cache.kept.shape[3] <= pattern.reach + (65 if pattern.sinks else 1)  # sinks move once in 64 steps
     assert cache.length == 2000
 
 

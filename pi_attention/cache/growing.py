@@ -16,6 +16,11 @@ from pi_attention.cache.held import Held, held
 from pi_attention.pattern import PiPattern, need_pattern
 
 
+def _reserve(tokens: int) -> int:
+    """Room that a buffer of so many tokens has for more."""
+    return max(64, tokens // 4)
+
+
 class LayerCache:
     """Keys and values that later queries of one layer can see; a `KeyValueCache`.
 
@@ -85,13 +90,15 @@ class LayerCache:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Append, as `KeyValueCache.extend` says; some of the sink slots returned may be empty, with the id −1.
 
+        With sinks, tokens beyond the reach may be among the kept ones, up to a quarter more than it, or 64.
+
         Raises:
             ValueError: key and value do not have one shape [B, G, T, D], or another B, G or D than those kept.
         """
         self._check(key, value)
-        new, reach, slots = torch.stack([key, value]), self._reach, self.pattern.sinks
+        new, slots = torch.stack([key, value]), self.pattern.sinks
         self._allocate(new)
-        forgotten = 0 if reach is None else max(0, self._end - self._first - reach)
+        forgotten = self._due(key.shape[2])
         starts = self._starts_with(segment_ids, len(key), key.shape[2])
         sinks, of_sinks = self._sinks_after_forgetting(forgotten, starts, key.shape[2])
         visible = None if starts is None else starts[:, slots + forgotten :]
@@ -244,6 +251,17 @@ class LayerCache:
         starts[:, : sinks - min(sinks, self.length - kept)] = -1
         return starts
 
+    def _due(self, tokens: int) -> int:
+        """How many of the first kept tokens, which no later query sees, go before so many new ones.
+
+        Forgetting moves sinks, so with these it waits for many tokens, or for a buffer that is full and rebuilt anyway.
+        """
+        assert self._buffer is not None
+        unseen = 0 if self._reach is None else max(0, self._end - self._first - self._reach)
+        full = self._end + tokens > self._buffer.shape[3]
+        enough = not self.pattern.sinks or unseen >= _reserve(self._end - self._first - unseen)
+        return unseen if full or enough else 0
+
     def _sinks_after_forgetting(
         self, forgotten: int, starts: Tensor | None, tokens: int
     ) -> tuple[Tensor, Tensor | None]:
@@ -281,7 +299,7 @@ class LayerCache:
         tokens, capacity = new.shape[3], self._buffer.shape[3]
         kept = slice(self._first - self.pattern.sinks, self._end)
         needed = kept.stop - kept.start + tokens
-        reserve = max(64, needed // 4)
+        reserve = _reserve(needed)
         graph = torch.is_grad_enabled() and (new.requires_grad or self._buffer.requires_grad)
         if graph or self._end + tokens > capacity or capacity > 2 * (needed + reserve):
             room = [] if graph else [new.new_empty(*new.shape[:3], reserve, new.shape[4])]
