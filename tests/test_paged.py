@@ -1,5 +1,7 @@
 """Decoding over a table of slots: each request as if its keys lay in order, wherever they lie."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,7 +112,7 @@ def test_kernels_that_are_named_and_cannot_serve_are_refused():
         with pytest.raises(NotImplementedError, match='impl="triton" cannot serve this call: many heads of a group'):
             paged_attention(given_query, key, value, pages, PiPattern(4, 4, 2), impl="triton")
     with pytest.raises(NotImplementedError, match="float64"):
-        paged_attention(double, key, value, pages, PiPattern(4, 4, 2), impl="triton")
+        paged_attention(double, key.double(), value.double(), pages, PiPattern(4, 4, 2), impl="triton")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,38 @@ def test_wrong_arguments_are_named_before_a_kernel_or_a_gathered_key(arguments, 
     pages = Pages.of((9, 5), torch.arange(14, device=DEVICE))
     with pytest.raises(ValueError, match=words):
         paged_attention(key=key.to(DEVICE), value=value.to(DEVICE), pages=pages, impl=way, **call)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(((14, 2, 4),) * 2, ((14, 2, 16),) * 2, ((14, 3, 8),) * 2, ((14, 8),) * 2, ((14, 2, 8), (14, 1, 8))),
+    ],
+    ids=str,
+)
+def test_no_kernel_reads_beside_keys_of_another_shape(key, value, way):
+    pages = Pages.of((9, 5), torch.arange(14, device=DEVICE))
+    words = re.escape(f"key {key} and value {value} must be [slots, G, D], with the query's D = 8")
+    query, key, value = (torch.zeros(shape, device=DEVICE) for shape in ((2, 4, 1, 8), key, value))
+    with pytest.raises(ValueError, match=words):
+        paged_attention(query, key, value, pages, PiPattern(4, 4, 2), impl=way)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_what_is_no_tensor_or_of_another_dtype_is_named(name, way):
+    pages = Pages.of((9, 5), torch.arange(14, device=DEVICE))
+    shapes = {"query": (2, 4, 1, 8), "key": (14, 2, 8), "value": (14, 2, 8)}
+    given = {other: torch.zeros(shape, device=DEVICE) for other, shape in shapes.items()}
+    with pytest.raises(TypeError, match=f"{name} must be a Tensor .*, got NoneType"):
+        paged_attention(**given | {name: None}, pages=pages, pattern=PiPattern(4, 4, 2), impl=way)
+    with pytest.raises(TypeError, match=r"has dtype torch\.float\d+ but query has torch\.float"):
+        paged_attention(**given | {name: given[name].half()}, pages=pages, pattern=PiPattern(4, 4, 2), impl=way)
+
+
+@pytest.mark.parametrize(("lengths", "slots"), [((9, 5), 13), ((0, 5), 5), ((), 0)])
+def test_every_key_has_a_slot_and_every_request_a_key(lengths, slots):
+    with pytest.raises(ValueError, match=rf"need {sum(lengths)} slots, got {slots}: give each request at least"):
+        Pages.of(lengths, torch.arange(slots))
 
 
 def test_a_pattern_that_is_none_is_named():

@@ -31,7 +31,16 @@ class Pages:
 
     @classmethod
     def of(cls, lengths: Sequence[int], slots: Tensor) -> Pages:
-        """Of the number of keys of each request, and the slots [ΣS] of all keys."""
+        """Of the number of keys of each request, and the slots [ΣS] of all keys.
+
+        Raises:
+            ValueError: there is no request, one has no key, or there are fewer slots than keys.
+        """
+        if min(lengths, default=0) < 1 or slots.numel() < sum(lengths):
+            raise ValueError(
+                f"lengths={list(lengths)[:8]} need {sum(lengths)} slots, got {slots.numel()}: give each request at "
+                "least one key, and a slot for every key."
+            )
         first = len(lengths) + 1
         ends = torch.tensor([*accumulate(lengths, initial=first)], dtype=torch.int32, device=slots.device)
         return cls(torch.cat([ends, slots.to(torch.int32)]), tuple(lengths))
@@ -89,6 +98,7 @@ def paged_attention(
         NotImplementedError: impl="triton" cannot serve this call; the message says why.
     """
     _check_call(query, pages, pattern, gate, fusion)
+    _check_keys(query, key, value)
     scale = None if scale is None else check_scale(scale)
     softcap = check_softcap(softcap)
     if sink_logit is not None:
@@ -109,8 +119,10 @@ def paged_attention(
 
 
 def _check_call(query: Tensor, pages: Pages, pattern: PiPattern, gate: Tensor | None, fusion: str) -> None:
-    """Raise for what neither the kernels nor the gathered keys could serve; those are checked when gathered."""
+    """Raise for a query, gate or pattern that neither the kernels nor gathered keys could serve."""
     requests = len(pages.lengths)
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query must be a Tensor [N, H, 1, D], got {type(query).__name__}.")
     if query.dim() != 4 or query.shape[0] != requests or query.shape[2] != 1:
         raise ValueError(
             f"query must be [N, H, 1, D] with N = {requests}, the requests of pages, got {tuple(query.shape)}: "
@@ -125,6 +137,23 @@ def _check_call(query: Tensor, pages: Pages, pattern: PiPattern, gate: Tensor | 
     check_fusion(fusion)
     if gate is not None:
         check_gate(gate, query)
+
+
+def _check_keys(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise for keys and values beside which a kernel would read: their slots are checked by nobody on a GPU."""
+    for name, x in (("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor [slots, G, D], got {type(x).__name__}.")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype} but query has {query.dtype}: cast them to one dtype.")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device} but query is on {query.device}: move them to one device.")
+    heads, dim, of_slot = query.shape[1], query.shape[3], key.shape[1:]  # one store may have more slots than the other
+    if key.dim() != 3 or of_slot != value.shape[1:] or of_slot[1] != dim or not of_slot[0] or heads % of_slot[0]:
+        raise ValueError(
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} must be [slots, G, D], with the query's D = {dim} "
+            f"and G dividing its {heads} heads: slots before heads."
+        )
 
 
 def _kernels_serve(
