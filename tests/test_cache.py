@@ -35,6 +35,30 @@ def cached(pattern, query, key, value, chunks, segment_ids=None, cache=None):
     return torch.cat(outs, dim=2)
 
 
+@pytest.mark.parametrize("pattern", [PiPattern(2, 2, 1, sinks=2), PiPattern(1, 1, 0, sinks=2)], ids=str)
+def test_caches_that_go_on_from_one_prompt_leave_it_as_it_was(pattern):
+    prompt, ids = LayerCache(pattern), torch.zeros(1, 13, dtype=torch.int32)
+    prompt.extend(*tokens(12, batch=1)[:2])
+    what = prompt.held()
+    states = what.states.clone()
+    ids[:, 12:] = 1
+    for ids_of_all in (ids, None):  # another document, whose sinks take the place of the first's; or the same
+        cache = LayerCache(pattern)
+        cache.hold(what)
+        cache.extend(*tokens(1, batch=1)[:2], ids_of_all)
+        assert torch.equal(what.states, states)
+
+
+@pytest.mark.parametrize("pattern", [PiPattern(2, 2, 1), PiPattern(2, 2, 1, sinks=2)], ids=str)
+@pytest.mark.parametrize("cache", [LayerCache, lambda pattern: StaticLayerCache(pattern, 20)], ids=["grows", "static"])
+def test_segment_ids_come_to_the_device_of_the_keys(cache, pattern):
+    made = cache(pattern)
+    key = torch.empty(1, 1, 5, 4, device="meta")  # as on the second GPU of a model that is spread over two
+    for length in (5, 10):
+        _, _, ids = made.extend(key, key, torch.zeros(1, length, dtype=torch.int32))
+        assert ids.device == key.device
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @settings(max_examples=15, deadline=None)
 @given(chunks=st.lists(st.integers(1, 30), min_size=1, max_size=12))

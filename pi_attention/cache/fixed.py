@@ -151,7 +151,8 @@ class StaticLayerCache:
         """Segment ids [B, T] of the new tokens; without any they go on with the last segment."""
         assert self.ids is not None
         if segment_ids is not None:
-            return starts_of_new(segment_ids, tokens, first).expand(len(self.ids), -1)
+            new = starts_of_new(segment_ids, tokens, first).expand(len(self.ids), -1)
+            return new.to(self.ids.device)  # of the layers of one model each may lie on a GPU of its own
         if first:
             return torch.zeros_like(self.ids[:, :1]).expand(-1, tokens)
         last = self.ids[:, -1:]

@@ -162,10 +162,10 @@ class LayerCache:
         return held(states, self._known_starts(states.shape[1], states.device), self.length, self.pattern)
 
     def hold(self, what: Held) -> None:
-        """Go on from what another cache of this pattern held, in place of what is here."""
+        """Go on from a copy of what another cache of this pattern held, in place of what is here."""
         self.reset()
         sinks = self.pattern.sinks
-        self._buffer, self._end, self.length = what.states, what.states.shape[3], what.length
+        self._buffer, self._end, self.length = what.states.clone(), what.states.shape[3], what.length
         one_segment = bool((what.starts[:, sinks:] == 0).all())
         self._starts = None if one_segment else what.starts
 
@@ -239,7 +239,9 @@ class LayerCache:
                 f"segment_ids {tuple(segment_ids.shape)} must have {self.length + tokens} columns, one for each token "
                 f"so far, the {self.length} cached ones included; or {tokens}, the starts of the new ones."
             )
+        assert self._buffer is not None
         new = starts_of_new(segment_ids, tokens, self.length == 0).expand(batch, -1)
+        new = new.to(self._buffer.device)  # of the layers of one model each may lie on a GPU of its own
         return torch.cat([self._known_starts(batch, new.device), new], dim=1)
 
     def _known_starts(self, batch: int, device: torch.device) -> Tensor:

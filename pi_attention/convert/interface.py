@@ -47,6 +47,7 @@ class ConvertedCall:
     ) -> Tensor:
         """The operator, each query with the sinks where its own position puts them; requests of a row apart."""
         ids = self.segments_of_keys(layer)
+        ids = None if ids is None else ids.to(key.device)  # the layers of one model may lie on several GPUs
         requests = None if self.cache is None else self.cache.layers[layer]
         if isinstance(requests, RaggedKeys):
             return requests.attend(operator, query, key, value, gate)
