@@ -272,6 +272,16 @@ def test_gradients_flow_through_the_cache(pattern):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_gradients_of_queries_alone_flow_beside_the_cache(pattern):
+    query, key, value = tokens(40)  # as where adapters train the query projection alone
+    query.requires_grad_()
+    whole = pi_attention(query, key, value, pattern, impl="reference")
+    (want,) = torch.autograd.grad(whole.square().sum(), query)
+    (got,) = torch.autograd.grad(cached(pattern, query, key, value, [20, 1, 1, 9, 9]).square().sum(), query)
+    torch.testing.assert_close(got, want)
+
+
 def test_reset_and_bidirectional_patterns():
     cache = LayerCache(PiPattern(4, 5, 3, sinks=2))
     cache.update(torch.randn(1, 1, 9, 4), torch.randn(1, 1, 9, 4))
@@ -281,6 +291,19 @@ def test_reset_and_bidirectional_patterns():
         LayerCache(PiPattern(4, 5, 3, causal=False))
     with pytest.raises(TypeError, match="PiPattern"):
         LayerCache(None)
+
+
+def test_a_static_cache_takes_another_model_after_a_reset():
+    pattern = PATTERNS[1]
+    cache = StaticLayerCache(pattern, 30)
+    single = torch.float32
+    for dtype, heads, dim in ((torch.float64, 2, 4), (single, 2, 4), (single, 1, 4), (single, 1, 6)):
+        query, key, value = (x.to(dtype) for x in tokens(9, heads=heads, dim=dim))
+        cache.extend(key[:, :, :8], value[:, :, :8])
+        *kept, ids = cache.extend(key[:, :, 8:], value[:, :, 8:])
+        whole = pi_attention(query, key, value, pattern, impl="reference")
+        torch.testing.assert_close(pi_attention(query[:, :, 8:], *kept, pattern, segment_ids=ids), whole[:, :, 8:])
+        cache.reset()
 
 
 def test_tokens_of_another_shape_are_refused():

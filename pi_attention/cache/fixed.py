@@ -52,7 +52,7 @@ class StaticLayerCache:
         first = self.is_empty
         self._leave_inference_mode()
         if first:
-            if self.ids is None or len(self.ids) != len(key):
+            if not self._fits(key):
                 self._allocate(key, value)
             self.is_empty = False
         assert self.keys is not None and self.values is not None and self.ids is not None
@@ -100,7 +100,7 @@ class StaticLayerCache:
             )
         self.reset()
         keys, values = what.states
-        if self.keys is None or self.ids is None or len(self.ids) != len(keys):
+        if not self._fits(keys):
             self._allocate(keys, values)
         assert self.keys is not None and self.values is not None and self.ids is not None
         slots = min(self.slots, what.starts.shape[1])  # those left out are empty
@@ -124,6 +124,14 @@ class StaticLayerCache:
         for tensor in (self.keys, self.values, self.ids):
             if tensor is not None:
                 tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
+
+    def _fits(self, key: Tensor) -> bool:
+        """Whether the tensors of earlier sequences take keys of this batch, heads, features, dtype and device."""
+        if self.keys is None:
+            return False
+        mine, shape = self.keys.shape, key.shape
+        alike = (mine[0], mine[1], mine[3]) == (shape[0], shape[1], shape[3])
+        return alike and (self.keys.dtype, self.keys.device) == (key.dtype, key.device)
 
     def _allocate(self, key: Tensor, value: Tensor) -> None:
         batch, heads = key.shape[:2]

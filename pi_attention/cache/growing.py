@@ -24,7 +24,8 @@ def _reserve(tokens: int) -> int:
 class LayerCache:
     """Keys and values that later queries of one layer can see; a `KeyValueCache`.
 
-    Memory is bounded by about 1.25 · reach + sinks + 64 tokens whatever the length (unbounded when `skips=None`).
+    Memory is bounded by about 1.25 · reach + sinks + 64 tokens whatever the length (unbounded when `skips=None`). Where
+    gradients are enabled, a step copies what is held, because they may need it as it was: decode under `torch.no_grad`.
 
     Args:
         pattern: of the layer; it decides what is kept.
@@ -292,8 +293,8 @@ class LayerCache:
         assert self._buffer is not None
         self._first += tokens
         if sinks.shape[3]:
-            if torch.is_grad_enabled() and self._buffer.requires_grad:
-                self._buffer = self._buffer.clone()  # the graph holds the old one
+            if torch.is_grad_enabled():
+                self._buffer = self._buffer.clone()  # a graph may hold the old one, that of the queries if no other
             self._buffer[:, :, :, self._first - sinks.shape[3] : self._first] = sinks
 
     def _append(self, new: Tensor) -> None:
@@ -302,7 +303,7 @@ class LayerCache:
         kept = slice(self._first - self.pattern.sinks, self._end)
         needed = kept.stop - kept.start + tokens
         reserve = _reserve(needed)
-        graph = torch.is_grad_enabled() and (new.requires_grad or self._buffer.requires_grad)
+        graph = torch.is_grad_enabled()  # and then the queries' gradients may need these keys as they are
         if graph or self._end + tokens > capacity or capacity > 2 * (needed + reserve):
             room = [] if graph else [new.new_empty(*new.shape[:3], reserve, new.shape[4])]
             self._buffer = torch.cat([self._buffer[:, :, :, kept], new, *room], dim=3)
