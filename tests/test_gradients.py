@@ -1,6 +1,6 @@
 import pytest
 import torch
-from problems import Case
+from problems import DEVICE, Case, need_triton
 
 from pi_attention import PiPattern, pi_attention
 
@@ -79,6 +79,15 @@ def test_a_gate_that_fuses_nothing_has_a_zero_gradient(impl, length):
     query, gate = torch.randn(1, 2, length, 4, requires_grad=True), torch.randn(1, 2, length, requires_grad=True)
     pi_attention(query, query, query, PiPattern(8, 8, 2), gate=gate, impl=impl).sum().backward()
     assert torch.equal(gate.grad[..., :8], torch.zeros(1, 2, min(8, length)))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "blocked", "triton"])
+def test_a_gate_without_skips_has_a_zero_gradient(impl):
+    if impl == "triton":
+        need_triton()
+    query, gate = (torch.randn(1, 2, 16, *dim, device=DEVICE, requires_grad=True) for dim in ([4], []))
+    pi_attention(query, query, query, PiPattern(8, 8, 0), gate=gate, impl=impl).sum().backward()
+    assert torch.equal(gate.grad, torch.zeros_like(gate))
 
 
 @pytest.mark.parametrize("pattern", [PiPattern(2, 2, 2), PiPattern(2, 3, 2, sinks=1, phase=1)], ids=str)

@@ -150,15 +150,19 @@ def pi_attention(
 
     plain = sink_logit is None and softcap is None  # what scaled_dot_product_attention computes
     if impl == "auto" and plain and not return_aux and not transforming() and covers_everything(pattern, key.shape[2]):
-        out = dense_attention(query, key, value, pattern, starts, scale)
-        # An empty sum: the gate, which fuses nothing here, gets a zero gradient like everywhere, and not none at all.
-        return out if gate is None or not gate.requires_grad else out + gate[..., :0].sum().to(out.dtype)
+        return _beside_gate(dense_attention(query, key, value, pattern, starts, scale), gate)
     attend = _implementation(impl, query)
     of_scores: Any = {"scale": scale, "sink_logit": sink_logit, "softcap": softcap}
     out, lse_local, lse_skip = attend(query, key, value, pattern, gate=gate, fusion=fusion, starts=starts, **of_scores)
+    out = _beside_gate(out, gate) if pattern.skips == 0 else out
     if not return_aux:
         return out
     return out, PiAux(lse_local, lse_skip, gate_values(lse_local, lse_skip, gate, fusion))
+
+
+def _beside_gate(out: Tensor, gate: Tensor | None) -> Tensor:
+    """The output; a gate that fuses nothing gets a zero gradient, by an empty sum, and not none at all."""
+    return out if gate is None or not gate.requires_grad else out + gate[..., :0].sum().to(out.dtype)
 
 
 def _under_autocast(query: Any) -> bool:
