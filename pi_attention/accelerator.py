@@ -11,6 +11,6 @@ def best_device() -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a GPU computes in bfloat16 itself; False for the CPU, and where PyTorch does not say."""
+    """Whether a GPU computes in bfloat16 itself, without emulation; False for the CPU, or where PyTorch is silent."""
     supported = getattr(getattr(torch, device.type, None), "is_bf16_supported", None)
-    return device.type != "cpu" and supported is not None and bool(supported())
+    return device.type != "cpu" and supported is not None and bool(supported(including_emulation=False))

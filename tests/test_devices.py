@@ -13,6 +13,7 @@ from pi_attention import PiPattern, pi_attention
 from pi_attention.accelerator import best_device, has_bf16
 from pi_attention.ops import api
 from pi_attention.ops.fused import attention, tiling
+from pi_attention.training.train import in_bf16
 
 PATTERN = PiPattern(8, 8, 2)
 
@@ -116,6 +117,19 @@ def test_the_device_is_the_accelerator_that_torch_finds(monkeypatch):
     assert best_device() == torch.device("xpu")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     assert best_device() == torch.device("cpu") and not has_bf16(best_device())
+
+
+@pytest.mark.parametrize(("major", "native"), [(7, False), (9, True)])
+def test_a_gpu_that_emulates_bfloat16_computes_in_fp32(monkeypatch, major, native):
+    """PyTorch calls bfloat16 supported on a Turing GPU, which has no such products."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported()
+    assert has_bf16(torch.device("cuda", 0)) is native
+    assert in_bf16("auto", torch.device("cuda", 0)) is native
+    assert in_bf16("bf16", torch.device("cuda", 0)) and not in_bf16("auto", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["env"]])

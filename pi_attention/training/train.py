@@ -18,6 +18,7 @@ from rich.console import Console
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import set_seed
 
+from pi_attention.accelerator import has_bf16
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.paths import need_folder
 from pi_attention.training.card import write_run_card
@@ -158,7 +159,7 @@ def enable_checkpointing(model: PiForCausalLM) -> None:
 
 def in_bf16(precision: str, device: torch.device) -> bool:
     """Whether a run computes in bf16: where it is asked for, or by "auto" on a GPU that has it."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return precision == "bf16" or (precision == "auto" and has_bf16(device))
 
 
 def whole_model(model: PiForCausalLM, parallel: Parallel, config: PiConfig) -> PiForCausalLM | None:
