@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def have_values(x: Tensor) -> bool:
+    """Whether a tensor's values can be looked at: not while a compiler traces, nor on the device "meta"."""
+    return not (torch.compiler.is_compiling() or x.is_meta)
+
+
 def segments_from_mask(attention_mask: Tensor) -> Tensor:
     """Segment ids of a padding mask: real tokens (non-zero) are one segment a row, padding is −1.
 
@@ -16,7 +21,7 @@ def segments_from_mask(attention_mask: Tensor) -> Tensor:
         attention_mask: [B, S] of 1 and 0, in any dtype; left, right or both sides padded.
 
     Raises:
-        TypeError, ValueError: it is no such tensor; values are looked at unless a compiler traces.
+        TypeError, ValueError: it is no such tensor; values are looked at where there are any.
     """
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask must be a Tensor [B, S], got {type(attention_mask).__name__}.")
@@ -25,7 +30,7 @@ def segments_from_mask(attention_mask: Tensor) -> Tensor:
             f"attention_mask must be [B, S], got shape {tuple(attention_mask.shape)}: "
             "pass the two-dimensional padding mask of the tokenizer."
         )
-    if not torch.compiler.is_compiling() and bool((attention_mask < 0).any()):
+    if have_values(attention_mask) and bool((attention_mask < 0).any()):
         raise ValueError(
             "attention_mask holds negative numbers, as a mask that is added to scores does: pass 1 for tokens and 0 "
             "for padding."
@@ -41,13 +46,13 @@ def segments_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
         length: number of tokens of the packed row, S.
 
     Raises:
-        TypeError, ValueError: they are no such lengths; values are looked at unless a compiler traces.
+        TypeError, ValueError: they are no such lengths; values are looked at where there are any.
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
         raise TypeError("cu_seqlens must be an integer Tensor [documents + 1] of cumulative lengths, from 0 upwards.")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must be [documents + 1], got shape {tuple(cu_seqlens.shape)}.")
-    if not torch.compiler.is_compiling():
+    if have_values(cu_seqlens):
         first, last, grows = cu_seqlens[0], cu_seqlens[-1], (cu_seqlens.diff() >= 0).all()
         if first or last > length or not grows:
             raise ValueError(
@@ -100,6 +105,6 @@ def segments_of_batch(
         ids = ids + starts_here.cumsum(dim=1, dtype=torch.int32)
     if attention_mask is not None:
         ids = torch.where(attention_mask != 0, ids, -1)
-    if not torch.compiler.is_compiling() and bool((ids == ids[:, :1]).all()) and bool((ids[:, :1] >= 0).all()):
+    if have_values(ids) and bool((ids == ids[:, :1]).all()) and bool((ids[:, :1] >= 0).all()):
         return None
     return ids

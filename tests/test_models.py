@@ -301,6 +301,17 @@ def test_heads_that_differ_have_no_tensor_parallel_plan_of_transformers():
         assert {"lm_head", "model.layers.*.self_attn.q_proj"} <= set(plan)
 
 
+@pytest.mark.parametrize("name", ["pi", "mixed"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_shapes_are_found_on_the_device_without_values(name, use_cache):
+    with torch.device("meta"):
+        model, ids = PiForCausalLM(config_of(name)), torch.zeros(2, 12, dtype=torch.long)
+        inputs = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(12)[None]}
+    out = model(ids, labels=ids, use_cache=use_cache, **inputs)
+    out.loss.backward()
+    assert out.logits.shape == (2, 12, 64) and model.model.embed_tokens.weight.grad.is_meta
+
+
 def test_plain_batches_need_no_segments():
     assert segments_of_batch(None, None, 0, 2, 5) is None
     assert segments_of_batch(torch.ones(2, 8), torch.arange(3, 8)[None], 3, 2, 5) is None

@@ -18,7 +18,7 @@ from pi_attention.nn.sources import Operator
 from pi_attention.ops.api import pi_attention
 from pi_attention.ops.paged import Pages, paged_attention
 from pi_attention.pattern import PiPattern
-from pi_attention.segments import segments_of_batch
+from pi_attention.segments import have_values, segments_of_batch
 
 NAME = "pi"
 
@@ -122,7 +122,7 @@ def padding_of_keys(
     if attention_mask is None:
         return None
     present = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-    if not torch.compiler.is_compiling() and bool(present.all()):
+    if have_values(present) and bool(present.all()):
         return None
     return present[:, None, None]
 
