@@ -203,6 +203,10 @@ def test_wrong_layouts_are_named(monkeypatch, tmp_path):
         Layout.parse("dp=2,pp=2")
     with pytest.raises(ValueError, match="dp must be at least 1"):
         Layout.parse("dp=0")
+    with pytest.raises(ValueError, match="names dp twice"):
+        Layout.parse("dp=2,cp=2,dp=4")
+    with pytest.raises(ValueError, match="'dp=²' is not one of"):
+        Layout.parse("dp=²")
     monkeypatch.delenv("RANK", raising=False)
     config = TrainConfig()
     config.run.out, config.run.parallel = tmp_path / "run", "dp=2"

@@ -44,8 +44,10 @@ class Layout:
         known, sizes = [field.name for field in fields(Layout)], {}
         for part in filter(None, text.split(",")):
             name, _, size = part.strip().partition("=")
-            if name not in known or not size.isdigit():
+            if name not in known or not size.isdecimal():
                 raise ValueError(f'parallel={text!r}: {part!r} is not one of dp=N, tp=N, cp=N, as in "dp=2,cp=4".')
+            if name in sizes:
+                raise ValueError(f"parallel={text!r} names {name} twice: give each once.")
             sizes[name] = int(size)
         return Layout(**sizes)
 
