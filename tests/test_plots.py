@@ -10,6 +10,7 @@ from pi_attention import PiPattern, plots
 from pi_attention.masks import dense_masks
 from pi_attention.pattern import coordinated_heads, dilated_heads
 from pi_attention.plots.pattern import heads_alike, seen_by
+from pi_attention.receptive_field import receptive_field
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,6 +88,16 @@ def test_every_kind_of_pattern_has_its_pictures(pattern, tmp_path):
     plots.save(plots.pattern_picture(pattern, length), tmp_path / "pattern.png")
     plots.save(plots.density_picture({"one": pattern}, length), tmp_path / "density.png")
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("pattern.png", "density.png"))
+
+
+def test_no_line_is_left_out_for_want_of_a_colour():
+    names = [str(number) for number in range(11)]
+    drawn = plots.curves({name: [(1, 1), (2, 2)] for name in names}, "x", "y").axes[0]
+    assert drawn.get_legend_handles_labels()[1] == names
+    drawn = plots.intervals({"row": dict.fromkeys(names, (1.0, 0.5))}, "x").axes[0]
+    assert drawn.get_legend_handles_labels()[1] == names
+    field = receptive_field([PiPattern(4, 4, 2)], 64)
+    assert len(plots.hops_picture(dict.fromkeys(names, field)).axes[0].lines) == len(names)
 
 
 def test_the_density_picture_holds_the_octaves():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from pi_attention.plots.style import COLOURS, LOCAL, SKIP, figure_of
 def curves(lines: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str, *, log: bool = False) -> Figure:
     """Lines through points (x, y) by label; `log` scales both axes."""
     figure, axes = figure_of(6, 4)
-    for (label, points), colour, marker in zip(lines.items(), COLOURS, "os^Dv<>", strict=False):
+    for (label, points), colour, marker in zip(lines.items(), cycle(COLOURS), cycle("os^Dv<>p"), strict=False):
         axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=4)
     if log:
         axes.set(xscale="log", yscale="log")
@@ -29,7 +30,7 @@ def intervals(
     """Means with their intervals, mean ± half-width, by row and series; what leaves the `limits` is cut off."""
     figure, axes = figure_of(6, 0.9 + 0.32 * len(rows))
     series = list(dict.fromkeys(label for row in rows.values() for label in row))
-    for number, (label, colour) in enumerate(zip(series, COLOURS, strict=False)):
+    for number, (label, colour) in enumerate(zip(series, cycle(COLOURS), strict=False)):
         shift = 0.3 * (number / max(1, len(series) - 1) - 0.5)
         points = [(place + shift, *row[label]) for place, row in enumerate(rows.values()) if label in row]
         place, mean, half = zip(*points, strict=True)

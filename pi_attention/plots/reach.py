@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -60,7 +62,7 @@ def growth_picture(fields: dict[str, ReceptiveField]) -> Figure:
 def hops_picture(fields: dict[str, ReceptiveField]) -> Figure:
     """The fewest layers through which each lag is seen, for several patterns; a gap where there are too few."""
     figure, axes = figure_of(7, 3)
-    for (label, field), colour in zip(fields.items(), COLOURS, strict=False):
+    for (label, field), colour in zip(fields.items(), cycle(COLOURS), strict=False):
         hops = torch.tensor(field.hops()).flip(0)[field.context - 1 - field.query :].double()
         axes.plot(torch.where(hops < 0, torch.nan, hops).numpy(), label=label, color=colour, linewidth=0.8)
     axes.set(xlabel="lag (tokens back)", ylabel="layers needed")
