@@ -54,6 +54,12 @@ def test_each_pattern_and_each_kind_of_head_has_its_line():
     assert strips == ["####+...+...", "####.+...+..", "####..+...+.", "####...+...+"]
 
 
+def test_a_strip_is_made_without_walking_its_lags():
+    pattern = PiPattern(4, 2**40, 2)  # a walk would take days
+    text = card_text("m", PiConfig(**SIZES, **pattern.to_dict()), {})
+    assert f"#{'.' * 34}+{'.' * 35}+\n" in text
+
+
 def test_a_card_that_is_there_stays(tmp_path):
     (tmp_path / CARD).write_text("mine")
     PiForCausalLM(PiConfig(**SIZES)).save_pretrained(tmp_path)

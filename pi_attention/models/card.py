@@ -115,7 +115,8 @@ def _strips(patterns: Sequence[PiPattern]) -> str:
 def _letter(pattern: PiPattern, band: Any, lags: range) -> str:
     if lags.start < pattern.window:
         return "#"
-    return "+" if band is not None and any(band.contains(lag) for lag in lags) else "."
+    seen = () if band is None else band.within(lags.stop).lags()  # by arithmetic: a letter may stand for many lags
+    return "+" if seen and seen[-1] >= lags.start else "."
 
 
 def _use(name: str, converted: bool) -> str:
