@@ -125,6 +125,16 @@ def test_recorded_gates():
     assert (gate[..., :5] == 1).all() and ((gate[..., 6:] > 0) & (gate[..., 6:] < 1)).all()
 
 
+def test_a_recording_within_a_recording_leaves_it_on():
+    attention, x = layer(), torch.randn(1, 20, 32, dtype=torch.float64)
+    with record_aux(attention) as outer:
+        with record_aux(attention) as inner:
+            attention(x)
+        attention(x)
+    attention(x)
+    assert len(inner[""]) == len(outer[""]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -193,6 +193,8 @@ class PiAttention(nn.Module):
 def record_aux(model: nn.Module) -> Iterator[dict[str, list[PiAux]]]:
     """Collect gates and log-sum-exps of every `PiAttention` in `model`, by module name, one `PiAux` a call.
 
+    Within another `record_aux` of the same layers, that one goes on afterwards.
+
     Example::
 
         with record_aux(model) as aux:
@@ -201,10 +203,11 @@ def record_aux(model: nn.Module) -> Iterator[dict[str, list[PiAux]]]:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PiAttention)}
     records: dict[str, list[PiAux]] = {name: [] for name in layers}
+    before = {name: layer.aux for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.aux = records[name]
     try:
         yield records
     finally:
-        for layer in layers.values():
-            layer.aux = None
+        for name, layer in layers.items():
+            layer.aux = before[name]

@@ -47,7 +47,7 @@ def evaluate(
     """Evaluate a causal language model on packed blocks.
 
     Args:
-        model: a `PiForCausalLM`, or a converted model.
+        model: a `PiForCausalLM`, or a converted model; left in evaluation mode.
         blocks: of the text; blocks do not overlap, and each starts without context.
         batch_size: blocks at a time.
         buckets: parts of the context for the loss by position.
