@@ -65,16 +65,16 @@ def segments_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def segment_starts(segment_ids: Tensor) -> Tensor:
-    """For each token the position where its segment starts, −1 for padding: [B, S] int32.
+    """For each token the position where its segment starts, −1 for padding: [B, S] int32, row by row in memory.
 
     Two tokens are in one segment exactly when their starts are equal and not negative; so this is the form that the
-    implementations work on.
+    implementations work on. The ids may have any strides, which kernels do not ask for.
     """
     position = torch.arange(segment_ids.shape[1], dtype=torch.int32, device=segment_ids.device)
     changed = torch.ones_like(segment_ids, dtype=torch.bool)
     changed[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = torch.where(changed, position, 0).cummax(dim=1).values
-    return torch.where(segment_ids >= 0, starts, -1).to(torch.int32)
+    return torch.where(segment_ids >= 0, starts, -1).to(torch.int32).contiguous()
 
 
 def segments_of_batch(

@@ -321,6 +321,17 @@ def test_any_strides(impl):
     assert_close(out, case.run(impl, (query, key, value, gate)), impl=impl)
 
 
+@pytest.mark.parametrize("queries", [40, 3])
+def test_segment_ids_have_any_strides(queries, impl):
+    """Ids that were made [S, B], as sequence-first models have them, are the same documents."""
+    ids = torch.zeros(2, 40, dtype=torch.int32)
+    ids[0, 13:], ids[1, :4], ids[1, 25:] = 1, -1, 1
+    query, key, value = torch.randn(3, 2, 2, 40, 16, dtype=torch.float64)
+    call = query[:, :, 40 - queries :], key, value, PiPattern(4, 5, 3, sinks=2)
+    want = attend(*call, segment_ids=ids, impl=impl)
+    assert torch.equal(attend(*call, segment_ids=ids.T.contiguous().T, impl=impl), want)
+
+
 def test_results_are_bitwise_repeatable(impl):
     case = Case(PiPattern(4, (5, 6, 7, 9), 3, sinks=1), segments=((0,) * 20 + (1,) * 17,) * 2)
     first, second = (outputs_and_gradients(case, impl, torch.float32) for _ in range(2))
