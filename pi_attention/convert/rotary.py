@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-MOVING = ("dynamic", "longrope")
-"""Kinds of rotary embedding whose frequencies depend on the length."""
+from pi_attention.models.rotary import MOVING
 
 
 def rotary_modules(model: nn.Module) -> list[nn.Module]:

@@ -12,6 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from pi_attention.models.configuration_pi import PiConfig
 from pi_attention.nn.rope import angles_at, rotary_frequencies
 
+MOVING = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose frequencies depend on the length."""
+
 
 def keep_in_fp32(module: nn.Module, before: dict[str, Tensor]) -> None:
     """After a module was cast: its buffers in fp32, on the new device.
@@ -30,7 +33,7 @@ def moving_rope_types(config: Any) -> list[str]:
     """Those of a text configuration whose frequencies depend on the longest text in a batch."""
     rotary = getattr(config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
-    return [kind for kind in ("dynamic", "longrope") if kind in kinds]
+    return [kind for kind in MOVING if kind in kinds]
 
 
 class PiRotaryEmbedding(nn.Module):
