@@ -305,6 +305,8 @@ def test_inputs_of_a_model_are_dense_tensors_of_the_usual_kinds(make):
         ({"input_ids": ids, "position_ids": ids[0]}, ValueError, r"position_ids must be \[B or 1, T\]"),
         ({"input_ids": ids, "position_ids": ids / 2}, TypeError, "position_ids has dtype"),
         ({"input_ids": ids, "attention_mask": [[1, 1, 1]]}, TypeError, "attention_mask must be a Tensor"),
+        ({"input_ids": ids, "segment_ids": ids[0]}, ValueError, r"segment_ids must be \[B, cached \+ T\]"),
+        ({"input_ids": ids, "segment_ids": ids / 2}, TypeError, r"segment_ids has dtype torch\.float32: cast it to"),
     ):
         with pytest.raises(error, match=words):
             model(**wrong)

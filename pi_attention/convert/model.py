@@ -158,7 +158,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         like = input_ids if input_ids is not None else inputs_embeds
         if like is None:
             raise ValueError("pass either input_ids or inputs_embeds.")
-        check_inputs(input_ids, inputs_embeds, attention_mask, position_ids)
+        check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, segment_ids)
         segment_ids = without_padding(segment_ids, attention_mask)
         use_cache = self.config.text_config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:

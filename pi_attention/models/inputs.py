@@ -13,7 +13,15 @@ from pi_attention.ops.checks import check_layout
 from pi_attention.pattern import PiPattern
 
 
-def check_inputs(input_ids: Any, inputs_embeds: Any, attention_mask: Any, position_ids: Any, *, least: int = 1) -> None:
+def check_inputs(
+    input_ids: Any,
+    inputs_embeds: Any,
+    attention_mask: Any,
+    position_ids: Any,
+    segment_ids: Any = None,
+    *,
+    least: int = 1,
+) -> None:
     """Raise TypeError or ValueError for inputs of a model that are no dense tensors of the usual shapes and dtypes.
 
     A shard of a sequence may hold no token (`least` 0): its rank takes part in the exchange all the same.
@@ -23,6 +31,7 @@ def check_inputs(input_ids: Any, inputs_embeds: Any, attention_mask: Any, positi
         ("inputs_embeds", inputs_embeds, "[B, T, hidden]"),
         ("attention_mask", attention_mask, "[B, cached + T]"),
         ("position_ids", position_ids, "[B or 1, T]"),
+        ("segment_ids", segment_ids, "[B, cached + T]"),
     ):
         if x is None:
             continue

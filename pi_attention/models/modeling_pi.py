@@ -162,7 +162,8 @@ class PiModel(PiPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds, not both or none.")
-        check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, least=0 if self._is_sharded() else 1)
+        least = 0 if self._is_sharded() else 1
+        check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, segment_ids, least=least)
         segment_ids = without_padding(segment_ids, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
