@@ -50,6 +50,22 @@ def test_a_compiled_graph_refuses_a_soft_cap_that_is_none(way):
             compiled(softcap)
 
 
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+@pytest.mark.parametrize("shared", ["keys and values", "all"])
+def test_a_compiled_call_may_be_given_one_tensor_twice(impl, shared):
+    torch._dynamo.reset()
+    if impl == "triton":
+        need_triton()
+
+    def attend(query, key):
+        return pi_attention(key if shared == "all" else query, key, key, PiPattern(4, 5, 3), impl=impl)
+
+    inputs = [torch.randn(1, 2, 20, 8, device=DEVICE, requires_grad=True) for _ in range(2)]
+    calls = attend, torch.compile(attend, fullgraph=True, backend="aot_eager")
+    got, want = (torch.autograd.grad(call(*inputs).square().sum(), inputs[1])[0] for call in calls)
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.slow
 def test_compiled_by_inductor():
     torch._dynamo.reset()

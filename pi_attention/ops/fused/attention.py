@@ -126,6 +126,9 @@ def fused_attention(
         return attend(query, key, value, gate, starts, code, mass, scale, sink_logit, softcap)
     if pattern.skips == 0:
         gate, mass = None, False
+    if torch.compiler.is_compiling():  # Dynamo traces no autograd function to which one tensor is given twice
+        key = key.view_as(key) if key is query else key
+        value = value.view_as(value) if value is query or value is key else value
     attend = Fused.apply if torch.is_grad_enabled() else run_fused if is_plain(query, key, value) else fused
     more = () if sink_logit is None and softcap is None else (sink_logit, softcap)
     out, lse, _, lse_skip = attend(query, key, value, gate, starts, code, mass, scale, *more)
