@@ -15,10 +15,8 @@ from pi_attention.cache.contract import sink_places, starts_of_new, take
 from pi_attention.cache.held import Held, held
 from pi_attention.pattern import PiPattern, need_pattern
 
-
-def _reserve(tokens: int) -> int:
-    """Room that a buffer of so many tokens has for more."""
-    return max(64, tokens // 4)
+LEAST = 64
+"""Tokens for which a buffer has room at least; and with sinks, tokens that are forgotten together."""
 
 
 class LayerCache:
@@ -91,7 +89,7 @@ class LayerCache:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Append, as `KeyValueCache.extend` says; some of the sink slots returned may be empty, with the id −1.
 
-        With sinks, tokens beyond the reach may be among the kept ones, up to a quarter more than it, or 64.
+        With sinks, up to 64 tokens beyond the reach may be among the kept ones.
 
         Raises:
             ValueError: key and value do not have one shape [B, G, T, D], or another B, G or D than those kept.
@@ -257,13 +255,13 @@ class LayerCache:
     def _due(self, tokens: int) -> int:
         """How many of the first kept tokens, which no later query sees, go before so many new ones.
 
-        Forgetting moves sinks, so with these it waits for many tokens, or for a buffer that is full and rebuilt anyway.
+        Forgetting moves sinks, so with these it waits for some tokens, or for a buffer that is full and rebuilt anyway.
+        They are few, since kernels are planned for each number of keys.
         """
         assert self._buffer is not None
         unseen = 0 if self._reach is None else max(0, self._end - self._first - self._reach)
         full = self._end + tokens > self._buffer.shape[3]
-        enough = not self.pattern.sinks or unseen >= _reserve(self._end - self._first - unseen)
-        return unseen if full or enough else 0
+        return unseen if full or unseen >= LEAST or not self.pattern.sinks else 0
 
     def _sinks_after_forgetting(
         self, forgotten: int, starts: Tensor | None, tokens: int
@@ -302,7 +300,7 @@ class LayerCache:
         tokens, capacity = new.shape[3], self._buffer.shape[3]
         kept = slice(self._first - self.pattern.sinks, self._end)
         needed = kept.stop - kept.start + tokens
-        reserve = _reserve(needed)
+        reserve = max(LEAST, needed // 4)
         graph = torch.is_grad_enabled()  # and then the queries' gradients may need these keys as they are
         if graph or self._end + tokens > capacity or capacity > 2 * (needed + reserve):
             room = [] if graph else [new.new_empty(*new.shape[:3], reserve, new.shape[4])]
