@@ -11,6 +11,8 @@ need_triton()
 from pi_attention import PiPattern, coordinated_heads  # noqa: E402
 from pi_attention.ops.fused import compiled  # noqa: E402
 from pi_attention.ops.fused.compiled import Constants, Kernel, Step  # noqa: E402
+from pi_attention.ops.fused.decoding import decode_plan, table_length  # noqa: E402
+from pi_attention.ops.fused.tiling import problem_of  # noqa: E402
 
 
 class FakeKernel:
@@ -156,3 +158,32 @@ def test_constants_are_the_last_arguments_in_the_order_of_the_kernel(pattern, ho
             constants = list(step.constants.values)
             assert step.kernel.kernel.arg_names[-len(constants) :] == constants
     assert isinstance(forward.local, of_hopper.Forward) == hopper
+
+
+@pytest.mark.parametrize(
+    ("pattern", "splits"),
+    [
+        (PiPattern(32, 64, 8), 1),
+        (PiPattern(300, 64, 8), 4),
+        (PiPattern(4, 4, None), 4),
+        (PiPattern(4, 4, 60, sinks=4), 2),
+        (PiPattern(4, 64, 0, sinks=100), 4),
+        (coordinated_heads(4, None, 2, period=2), 4),
+    ],
+    ids=str,
+)
+def test_every_list_of_keys_of_a_decoding_step_is_split(pattern, splits):
+    query, key = torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 500, 16)
+    problem = problem_of(query, key, key, None, None, pattern, True, 1.0)
+    assert decode_plan(problem).splits == splits  # of eight programs on the four multiprocessors of the interpreter
+
+
+@pytest.mark.parametrize("skips", [9, None])
+def test_a_text_that_grows_by_a_token_needs_no_new_table(skips):
+    pattern = coordinated_heads(4, skips, 2, period=2)
+    lengths = range(1, 2000)
+    tables = {table_length(pattern, length) for length in lengths}
+    assert len(tables) == (1 if pattern.reach else 24)
+    assert all(table_length(pattern, n) >= (n if pattern.reach is None else pattern.reach + 1) for n in lengths)
+    both = PiPattern(4, (2, 3), 5, causal=False)
+    assert [table_length(both, n) for n in (7, 8)] == [7, 8]

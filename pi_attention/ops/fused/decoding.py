@@ -12,8 +12,9 @@ from triton import cdiv
 
 from pi_attention.ops.fused.compiled import Constants, Kernel, Step
 from pi_attention.ops.fused.kernels.decode import decode_kernel, join_kernel
-from pi_attention.ops.fused.launch import LOG2E, empty_as, on_device, one_a_head, rows_like, table_of
-from pi_attention.ops.fused.tiling import Problem, heads_differ, multiprocessors, padded, row_lags
+from pi_attention.ops.fused.launch import LOG2E, empty_as, on_device, one_a_head, rows_like
+from pi_attention.ops.fused.tiling import Problem, band_table, heads_differ, multiprocessors, padded, row_lags
+from pi_attention.pattern import PiPattern
 
 decode = Kernel(decode_kernel)
 join = Kernel(join_kernel)
@@ -48,16 +49,36 @@ def decode_constants(problem: Problem) -> Constants:
     )
 
 
+def table_length(pattern: PiPattern, keys: int) -> int:
+    """For how many keys, these or more, the table of the heads' lags is made: one more token needs no new table.
+
+    The kernel leaves out lags that reach beyond the first key.
+    """
+    if pattern.ring or not pattern.causal:
+        return keys
+    if pattern.reach is not None:
+        return pattern.reach + 1
+    eighth = max(64, (1 << keys.bit_length()) // 16)
+    return cdiv(keys, eighth) * eighth
+
+
 @lru_cache(maxsize=1024)
 def decode_plan(problem: Problem) -> DecodePlan:
-    """Two programs a multiprocessor, each with at least 32 keys of the window; a second kernel joins their parts."""
+    """Two programs a multiprocessor, each with at least 32 keys of the longest list; a second kernel joins their parts.
+
+    The lists are those of the window, and of every query's skips and sinks.
+    """
     batch, heads, queries, dim = problem.query
     keys, pattern = problem.key[2], problem.pattern
     window = min(pattern.window, keys)
     programs = batch * (heads if heads_differ(pattern) else heads // problem.group)
-    splits = min(cdiv(2 * multiprocessors(problem.device), programs), cdiv(window + queries - 1, 32), 64)
-    lags = row_lags(pattern, True, 0, keys)
-    numbers = (splits, heads, queries, keys, *lags, problem.sinks, window, problem.scale * LOG2E)
+    bands = [
+        row_lags(pattern, True, head, keys) for head in range(len(pattern.periods) if heads_differ(pattern) else 1)
+    ]
+    skips = max(last - first for _, _, first, last, *_ in bands)
+    longest = max(window + queries - 1, queries * skips, queries * problem.sinks)
+    splits = min(cdiv(2 * multiprocessors(problem.device), programs), cdiv(longest, 32), 64)
+    numbers = (splits, heads, queries, keys, *bands[0], problem.sinks, window, problem.scale * LOG2E)
     parts = Step(decode, programs * splits, problem.strides, numbers, decode_constants(problem))
     constants = Constants(
         {"num_warps": 4},
@@ -67,7 +88,8 @@ def decode_plan(problem: Problem) -> DecodePlan:
     rows = batch * heads * queries
     numbers = (*problem.gate_strides, rows, heads, queries, splits)
     together = Step(join, rows, (), numbers, constants, absent=0 if problem.sink_logit else 1)
-    return DecodePlan(parts, together, splits, table_of(problem))
+    table = band_table(pattern, table_length(pattern, keys), problem.device) if heads_differ(pattern) else None
+    return DecodePlan(parts, together, splits, table)
 
 
 def run_decode(
