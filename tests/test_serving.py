@@ -108,7 +108,16 @@ def test_the_kernels_read_the_pages_where_they_lie(name, monkeypatch):
 
     monkeypatch.setattr(paged, "paged_decoding", counted)
     monkeypatch.setattr(paged, "why_not_auto", why_not_triton)
-    assert texts(model, prompts, 6, small(max_batch_tokens=100)) == want
+    given_settings = small(max_batch_tokens=100)
+    manager = model.init_continuous_batching(generation_config=greedy(6), continuous_batching_config=given_settings)
+    names, found = manager.add_requests(prompts), {}  # before the thread begins, so that all are there at once
+    manager.start()
+    while len(found) < len(names):
+        result = manager.get_result(timeout=60)
+        assert result is not None and not result.error
+        found[result.request_id] = result.generated_tokens
+    manager.stop()
+    assert [found[name] for name in names] == want
     assert launches == [3] * (5 * model.config.get_text_config().num_hidden_layers)
 
 
