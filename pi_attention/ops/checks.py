@@ -124,6 +124,14 @@ def _check_tensor(name: str, x: object, layout: str) -> None:
         raise TypeError(f"{name} has dtype {x.dtype}: cast it to float16, bfloat16, float32 or float64.")
 
 
+def check_beside(name: str, x: Tensor, query: Tensor) -> None:
+    """Raise TypeError or ValueError where keys or values have another dtype or device than the query."""
+    if x.dtype != query.dtype:
+        raise TypeError(f"{name} has dtype {x.dtype} but query has {query.dtype}: cast them to one dtype.")
+    if x.device != query.device:
+        raise ValueError(f"{name} is on {x.device} but query is on {query.device}: move them to one device.")
+
+
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Shapes, dtypes and devices of query [B, H, T, D], key and value [B, G, S, D]."""
     _check_tensor("query", query, "[B, H, T, D]")
@@ -132,11 +140,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     of_query, of_key = query.shape, key.shape
     if of_key != value.shape:
         raise ValueError(f"key {tuple(of_key)} and value {tuple(value.shape)} must have one shape [B, G, S, D].")
-    for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype} but query has {query.dtype}: cast them to one dtype.")
-        if x.device != query.device:
-            raise ValueError(f"{name} is on {x.device} but query is on {query.device}: move them to one device.")
+    check_beside("key", key, query)
+    check_beside("value", value, query)
     (batch, heads, queries, dim), (key_batch, groups, keys, key_dim) = of_query, of_key
     if key_batch != batch or key_dim != dim:
         raise ValueError(

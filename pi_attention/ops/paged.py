@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pi_attention.ops.api import Fusion, Impl, pi_attention
-from pi_attention.ops.checks import check_fusion, check_gate, check_scale, check_sink_logit, check_softcap
+from pi_attention.ops.checks import check_beside, check_fusion, check_gate, check_scale, check_sink_logit, check_softcap
 from pi_attention.ops.fused.attention import is_decoding, note_failure, paged_decoding, why_not_auto, why_not_triton
 from pi_attention.pattern import PiPattern, need_pattern
 
@@ -144,10 +144,7 @@ def _check_keys(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor [slots, G, D], got {type(x).__name__}.")
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype} but query has {query.dtype}: cast them to one dtype.")
-        if x.device != query.device:
-            raise ValueError(f"{name} is on {x.device} but query is on {query.device}: move them to one device.")
+        check_beside(name, x, query)
     heads, dim, of_slot = query.shape[1], query.shape[3], key.shape[1:]  # one store may have more slots than the other
     if key.dim() != 3 or of_slot != value.shape[1:] or of_slot[1] != dim or not of_slot[0] or heads % of_slot[0]:
         raise ValueError(

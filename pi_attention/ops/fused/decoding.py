@@ -12,8 +12,8 @@ from triton import cdiv
 
 from pi_attention.ops.fused.compiled import Constants, Kernel, Step
 from pi_attention.ops.fused.kernels.decode import decode_kernel, join_kernel
-from pi_attention.ops.fused.launch import LOG2E, empty_as, on_device, one_a_head, rows_like
-from pi_attention.ops.fused.tiling import Problem, band_table, heads_differ, multiprocessors, padded, row_lags
+from pi_attention.ops.fused.launch import LOG2E, empty_as, on_device, one_a_head, rows_like, table_of
+from pi_attention.ops.fused.tiling import Problem, heads_differ, most_lags, multiprocessors, padded, skip_lags
 from pi_attention.pattern import PiPattern
 
 decode = Kernel(decode_kernel)
@@ -72,11 +72,8 @@ def decode_plan(problem: Problem) -> DecodePlan:
     keys, pattern = problem.key[2], problem.pattern
     window = min(pattern.window, keys)
     programs = batch * (heads if heads_differ(pattern) else heads // problem.group)
-    bands = [
-        row_lags(pattern, True, head, keys) for head in range(len(pattern.periods) if heads_differ(pattern) else 1)
-    ]
-    skips = max(last - first for _, _, first, last, *_ in bands)
-    longest = max(window + queries - 1, queries * skips, queries * problem.sinks)
+    bands = skip_lags(pattern, keys)
+    longest = max(window + queries - 1, queries * most_lags(bands), queries * problem.sinks)
     splits = min(cdiv(2 * multiprocessors(problem.device), programs), cdiv(longest, 32), 64)
     numbers = (splits, heads, queries, keys, *bands[0], problem.sinks, window, problem.scale * LOG2E)
     parts = Step(decode, programs * splits, problem.strides, numbers, decode_constants(problem))
@@ -88,8 +85,7 @@ def decode_plan(problem: Problem) -> DecodePlan:
     rows = batch * heads * queries
     numbers = (*problem.gate_strides, rows, heads, queries, splits)
     together = Step(join, rows, (), numbers, constants, absent=0 if problem.sink_logit else 1)
-    table = band_table(pattern, table_length(pattern, keys), problem.device) if heads_differ(pattern) else None
-    return DecodePlan(parts, together, splits, table)
+    return DecodePlan(parts, together, splits, table_of(problem, table_length(pattern, keys)))
 
 
 def run_decode(

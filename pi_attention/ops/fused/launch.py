@@ -83,10 +83,11 @@ class ForwardPlan(NamedTuple):
     """`band_table`, where heads differ."""
 
 
-def table_of(problem: Problem) -> Tensor | None:
+def table_of(problem: Problem, length: int | None = None) -> Tensor | None:
+    """`band_table` for so many keys, those of the problem when None; None where heads do not differ."""
     if not heads_differ(problem.pattern):
         return None
-    return band_table(problem.pattern, problem.key[2], problem.device)
+    return band_table(problem.pattern, problem.key[2] if length is None else length, problem.device)
 
 
 @lru_cache(maxsize=1024)

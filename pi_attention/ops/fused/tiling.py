@@ -120,17 +120,27 @@ def row_lags(pattern: PiPattern, skip: bool, head: int, length: int) -> tuple[in
     return band.stride, band.phase, *sides[1], *sides[0]
 
 
-@lru_cache(maxsize=64)
-def band_table(pattern: PiPattern, length: int, device: torch.device) -> Tensor:
-    """`row_lags` of the skip band of every head, [H, 6]."""
-    rows = [row_lags(pattern, True, head, length) for head in range(len(pattern.periods))]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
 @lru_cache(maxsize=256)
 def heads_differ(pattern: PiPattern) -> bool:
     """Whether heads differ in their skip keys."""
     return pattern.skips != 0 and len(set(pattern.skip_bands())) > 1
+
+
+def skip_lags(pattern: PiPattern, length: int) -> list[tuple[int, int, int, int, int, int]]:
+    """`row_lags` of the skip band of every head where they differ, else of one."""
+    heads = range(len(pattern.periods) if heads_differ(pattern) else 1)
+    return [row_lags(pattern, True, head, length) for head in heads]
+
+
+def most_lags(bands: list[tuple[int, int, int, int, int, int]]) -> int:
+    """The most row lags [first, last) of one of these heads."""
+    return max(last - first for _, _, first, last, *_ in bands)
+
+
+@lru_cache(maxsize=64)
+def band_table(pattern: PiPattern, length: int, device: torch.device) -> Tensor:
+    """`skip_lags` of heads that differ, [H, 6]."""
+    return torch.tensor(skip_lags(pattern, length), dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=256)
@@ -223,8 +233,7 @@ def one_pass_rows(problem: Problem) -> int:
         return 0
     if problem.dtype.itemsize > 2 and not INTERPRETED:
         return 0
-    heads = range(len(pattern.periods)) if heads_differ(pattern) else [0]
-    most = max(row_lags(pattern, True, head, problem.key[2])[3] for head in heads) - 1
+    most = max(last for _, _, _, last, *_ in skip_lags(pattern, problem.key[2])) - 1
     return padded(most) if 0 < most <= 32 else 0
 
 

@@ -14,7 +14,7 @@ from pi_attention.ops.fused.compiled import Constants, Kernel, Step
 from pi_attention.ops.fused.hopper.forward import forward_kernel
 from pi_attention.ops.fused.hopper.key import key_kernel
 from pi_attention.ops.fused.hopper.query import query_kernel
-from pi_attention.ops.fused.tiling import Problem, heads_differ, multiprocessors, row_lags
+from pi_attention.ops.fused.tiling import Problem, heads_differ, most_lags, multiprocessors, skip_lags
 
 LOG2E = 1.4426950408889634
 BM = BN = 64
@@ -58,9 +58,8 @@ def _lags(problem: Problem, skip: bool) -> tuple[int, int, int, int, int]:
     if not skip:
         window = min(problem.pattern.window, keys)
         return 1, 0, 0, window, window
-    heads = range(len(problem.pattern.periods) if heads_differ(problem.pattern) else 1)
-    lags = [row_lags(problem.pattern, True, head, keys) for head in heads]
-    return *lags[0][:4], max(last - first for _, _, first, last, *_ in lags)
+    bands = skip_lags(problem.pattern, keys)
+    return *bands[0][:4], most_lags(bands)
 
 
 def _step(
