@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,23 @@ BUCKETS = 8
 
 
 @torch.no_grad()
-def losses(model: PiForCausalLM, held_out: Tensor) -> Tensor:
-    """The loss of predicting each token [N, length − 1] of blocks [N, length]."""
+def over_blocks(losses_of: Callable[[Tensor], Tensor], held_out: Tensor) -> Tensor:
+    """The losses [N, length − 1] of blocks [N, length], asked for a few blocks at a time, on the device."""
     found = []
     for block in held_out.split(max(1, 16384 // held_out.shape[1])):
-        ids = block.to(DEVICE)
         with products():
-            logits = model(ids, use_cache=False).logits[:, :-1]
-        found.append(F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none").cpu())
+            found.append(losses_of(block.to(DEVICE)).cpu())
     return torch.cat(found)
+
+
+def losses(model: PiForCausalLM, held_out: Tensor) -> Tensor:
+    """The loss of predicting each token [N, length − 1] of blocks [N, length]."""
+
+    def losses_of(ids: Tensor) -> Tensor:
+        logits = model(ids, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+    return over_blocks(losses_of, held_out)
 
 
 def by_document(found: Tensor, owners: list[int]) -> list[float]:

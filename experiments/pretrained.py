@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from experiments.data import prepared
 from experiments.decoders import decoder_of, tokenizer_of
 from experiments.experiment import Experiment, Result, Scale, Settings
-from experiments.language_losses import BUCKETS
+from experiments.language_losses import BUCKETS, over_blocks
+from experiments.pass_keys import asked, needles
 from experiments.recurrence import by_recurrence
 from experiments.texts import Documents, blocks, corpus, encoded, file_name, split, windows
-from experiments.training import DEVICE, Batch, Pace, fit, products
+from experiments.training import DEVICE, Batch, Pace, fit
 from pi_attention.convert import convert
 from pi_attention.data.tokenizers import beginning
 from pi_attention.models.configuration_pi import DENSE
@@ -35,9 +37,6 @@ SLICE = 2048
 """Tokens whose logits exist at a time: those of a long text and a large vocabulary fill a GPU."""
 NEIGHBOURS = 32
 """Contexts of characters that are joined to a text: some eight contexts of tokens."""
-NEEDLES = 8
-"""Pass keys of a length and depth."""
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 EVERY = 6
 """Of the hybrids: one layer in so many stays dense."""
 ALIKE = "window + sinks"
@@ -152,16 +151,6 @@ class Sliced(nn.Module):
         return SimpleNamespace(loss=self.losses(input_ids).mean())
 
 
-@torch.no_grad()
-def losses(model: Sliced, held_out: Tensor) -> Tensor:
-    """Of the tokens of blocks [N, T], one block at a time, [N, T − 1]."""
-    found = []
-    for block in held_out.split(1):
-        with products():
-            found.append(model.losses(block.to(DEVICE)).cpu())
-    return torch.cat(found)
-
-
 def neighbours(texts: list[str], least: int) -> list[str]:
     """Successive texts joined by line breaks, until each has `least` characters; what is left at the end is dropped."""
     found, gathered, size = [], list[str](), 0
@@ -174,61 +163,20 @@ def neighbours(texts: list[str], least: int) -> list[str]:
     return found
 
 
-def documents(settings: Settings, data: Path) -> dict[str, Documents]:
-    """Tokens of the training, validation and test texts."""
-    name, context, tokenizer = settings["corpus"], settings["context"], tokenizer_of(settings["pretrained"], data)
-    file = f"{file_name(name)}-{settings['pretrained']}-{context}"
+@cache
+def documents(name: str, pretrained: str, context: int, data: Path) -> dict[str, Documents]:
+    """Tokens of the training, validation and test texts of a corpus."""
 
     def arrays() -> dict[str, np.ndarray]:
-        return encoded(neighbours(corpus(name, data), NEIGHBOURS * context), tokenizer.backend_tokenizer)
+        texts = neighbours(corpus(name, data), NEIGHBOURS * context)
+        return encoded(texts, tokenizer_of(pretrained, data).backend_tokenizer)
 
-    return split(prepared(data, file, arrays))
+    return split(prepared(data, f"{file_name(name)}-{pretrained}-{context}", arrays))
 
 
 def begun(ids: Tensor, first: list[int]) -> Tensor:
     """Rows [N, T] that begin with what the tokenizer puts before a text; the last tokens make room."""
     return torch.cat([torch.tensor(first, dtype=ids.dtype).expand(len(ids), -1), ids], dim=1)[:, : ids.shape[1]]
-
-
-def asked(pieces: Documents, length: int, depth: float, tokenizer: Any, seed: int) -> tuple[Tensor, int]:
-    """Texts [NEEDLES, length] that say a pass key at a depth, and end with it; and how many tokens the key has."""
-    generator = torch.Generator().manual_seed(seed)
-    keys = torch.randint(10_000, 100_000, (NEEDLES,), generator=generator).tolist()
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    said = [ids(f"\nThe pass key of these files is {key}.\n") for key in keys]
-    ends = [ids(f"\nThe pass key of these files is {key}") for key in keys]
-    opening = ids("\nThe pass key of these files is")
-    answer = len(ends[0]) - len(opening)
-    first = beginning(tokenizer)
-    rows = []
-    for number, (statement, end) in enumerate(zip(said, ends, strict=True)):
-        room = length - len(first) - len(statement) - len(end)
-        text = pieces[number % len(pieces)][:room].tolist()
-        place = round(depth * room)
-        rows.append([*first, *text[:place], *statement, *text[place:], *end])
-    if len({len(row) for row in (*said, *ends)} | {length}) != 3 or any(len(row) != length for row in rows):
-        raise ValueError("the tokenizer writes five digits in different numbers of tokens: pass keys have one length.")
-    return torch.tensor(rows), answer
-
-
-@torch.no_grad()
-def needles(model: Any, pieces: Documents, lengths: list[int], tokenizer: Any) -> dict[str, list[float]]:
-    """The share of pass keys of which every token is the likeliest one: by length, for each of `DEPTHS`."""
-    found: dict[str, list[float]] = {}
-    for length in lengths:
-        found[str(length)] = []
-        for depth in DEPTHS:
-            ids, answer = asked(pieces, length, depth, tokenizer, seed=length)
-            right = 0
-            for row in ids.to(DEVICE).split(1):
-                with products():
-                    logits = model(input_ids=row, use_cache=False, logits_to_keep=answer + 1).logits[:, :-1]
-                right += int((logits.argmax(-1) == row[:, -answer:]).all())
-            found[str(length)].append(right / len(ids))
-    return found
 
 
 def measure(settings: Settings, data: Path) -> Result:
@@ -237,22 +185,23 @@ def measure(settings: Settings, data: Path) -> Result:
     "untrained" is the test perplexity before the training, "short" that of short texts before and after it.
     """
     torch.manual_seed(settings["seed"])
-    context, tokenizer = settings["context"], tokenizer_of(settings["pretrained"], data)
-    first, parts = beginning(tokenizer), documents(settings, data)
+    context, pretrained = settings["context"], settings["pretrained"]
+    tokenizer, parts = tokenizer_of(pretrained, data), documents(settings["corpus"], pretrained, context, data)
+    first = beginning(tokenizer)
     model = Sliced(decoder(settings, data)).eval()
     short = encoded(corpus(settings["other"], data), tokenizer.backend_tokenizer)["tokens"]
     held_out = {
         part: begun(blocks(parts[part], context, settings["blocks"])[0], first) for part in ("validation", "test")
     }
     held_out["short"] = begun(blocks([short], settings["short"], settings["blocks"])[0], first)
-    before = {part: math.exp(float(losses(model, held_out[part]).mean())) for part in ("test", "short")}
+    before = {part: math.exp(float(over_blocks(model.losses, held_out[part]).mean())) for part in ("test", "short")}
     generator = torch.Generator().manual_seed(1 + settings["seed"])
     drawn: Iterator[Batch] = (
         {"input_ids": begun(ids, first)} for ids in windows(parts["training"], context, 1, generator)
     )
     pace = Pace()
     last = fit(model, drawn, steps=settings["steps"], rate=settings["rate"], pace=pace)
-    found = {part: losses(model, ids) for part, ids in held_out.items()}
+    found = {part: over_blocks(model.losses, ids) for part, ids in held_out.items()}
     perplexity = {part: math.exp(float(loss.mean())) for part, loss in found.items()}
     result: Result = {
         "validation": perplexity["validation"],
@@ -270,7 +219,7 @@ def measure(settings: Settings, data: Path) -> Result:
 
 def prepare(settings: Settings, data: Path) -> None:
     """Encode the corpus; whatever is missing or too short fails here, not after training."""
-    parts = documents(settings, data)
+    parts = documents(settings["corpus"], settings["pretrained"], settings["context"], data)
     for part in ("validation", "test"):
         blocks(parts[part], settings["context"], 1)
     asked(parts["test"], min(settings["lengths"]), 0.5, tokenizer_of(settings["pretrained"], data), 0)

@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments import pretrained
+from experiments import pass_keys, pretrained
 from experiments.decoders import decoder_of, tokenizer_of
-from experiments.pretrained import ALIKE, DEPTHS, VARIANTS, Sliced, asked, decoder, forms, needles, neighbours
+from experiments.pass_keys import DEPTHS, asked, needles
+from experiments.pretrained import ALIKE, VARIANTS, Sliced, decoder, forms, neighbours
 from pi_attention.models.configuration_pi import DENSE
 
 LONGEST = "coordinated heads, all skips"
@@ -55,7 +56,7 @@ def test_pass_keys_stand_at_their_depth_and_are_counted(made_up):
     text = np.frombuffer(b"static int x;\n" * 50, np.uint8)
     for depth in DEPTHS:
         ids, answer = asked([text], 300, depth, tokenizer, seed=1)
-        assert ids.shape == (pretrained.NEEDLES, 300)
+        assert ids.shape == (pass_keys.NEEDLES, 300)
         for row in ids.tolist():
             said = tokenizer.decode(row)
             key = said.rsplit(" ", 1)[1]
@@ -71,7 +72,7 @@ def test_pass_keys_stand_at_their_depth_and_are_counted(made_up):
 
     even = sum(row[-5] % 2 == 0 for row in asked([text], 300, 0.5, tokenizer, seed=300)[0].tolist())
     found = needles(Oracle(), [text], [300], tokenizer)["300"]
-    assert 0 < even < pretrained.NEEDLES and found == [even / pretrained.NEEDLES] * len(DEPTHS)
+    assert 0 < even < pass_keys.NEEDLES and found == [even / pass_keys.NEEDLES] * len(DEPTHS)
 
 
 def test_neighbours_are_joined_in_their_order():
