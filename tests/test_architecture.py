@@ -67,6 +67,7 @@ WITHIN = {
         "fused.hopper.serves",
         "fused.hopper.launch",
         "fused.hopper",
+        "fused.fallback",
         "fused.launch",
         "fused.decoding",
         "fused.operators",

@@ -307,6 +307,28 @@ def test_command_converts_fine_tunes_saves_and_generates(tmp_path, monkeypatch, 
     assert run("convert") == 2
 
 
+@pytest.mark.parametrize("part", ["gates", "lora"])
+def test_a_fine_tune_that_is_interrupted_freezes_nothing(part, tmp_path):
+    from pi_attention.data.packing import PackedBlocks
+    from pi_attention.data.tokenizers import load_tokenizer
+    from pi_attention.training.finetune import finetune
+
+    if part == "lora":
+        pytest.importorskip("peft")
+    tokenizer = load_tokenizer("bytes")
+    model = convert(pretrained(vocab_size=len(tokenizer)), PATTERN)
+    names = [name for name, _ in model.named_parameters()]
+    blocks = PackedBlocks(["To be, or not to be. " * 30], tokenizer, 32)
+
+    def stop(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, blocks, steps=2, part=part, learning_rate=1e-3, out=tmp_path, tell=stop)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_beyond_the_pretrained_context_the_sinks_move_along(family, padding):

@@ -12,7 +12,7 @@ import torch
 from pi_attention import PiPattern, pi_attention
 from pi_attention.accelerator import best_device, has_bf16
 from pi_attention.ops import api
-from pi_attention.ops.fused import attention, tiling
+from pi_attention.ops.fused import attention, fallback, operators, tiling
 from pi_attention.training.train import in_bf16
 
 PATTERN = PiPattern(8, 8, 2)
@@ -29,7 +29,7 @@ def a_gpu_machine(monkeypatch):
     """Triton compiles, so that only the device decides; failures are forgotten afterwards."""
     monkeypatch.setattr(attention, "HAS_TRITON", True)
     monkeypatch.setattr(attention, "INTERPRETED", False)
-    monkeypatch.setattr(attention, "FAILED", {})
+    monkeypatch.setattr(fallback, "FAILED", {})
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_kernels_that_do_not_compile_are_warned_of_once_and_replaced(monkeypatch
         raise error()
 
     monkeypatch.setattr(api, "fused_attention", attend)
-    monkeypatch.setattr(api, "why_not_auto", lambda query: attention.FAILED.get(attention._compiled_for(query)))
+    monkeypatch.setattr(api, "why_not_auto", fallback.why_not)
     query, key, value = torch.randn(3, 1, 2, 40, 16).unbind()
     with pytest.warns(UserWarning, match="plain PyTorch.*failed to compile") as told:
         first = pi_attention(query, key, value, PATTERN)
@@ -95,6 +95,69 @@ def test_kernels_that_do_not_compile_are_warned_of_once_and_replaced(monkeypatch
     want = pi_attention(query, key, value, PATTERN, impl="blocked")
     assert len(calls) == 1 and told[0].filename == __file__
     assert torch.equal(first, want) and torch.equal(second, want)
+
+
+def forward_alone(*args, **kwargs):
+    """What the kernels of a forward pass would leave behind, where those of the backward pass do not compile."""
+    query, key, value, gate, starts, pattern, mass, scale, sink_logit, softcap = args
+    fusion = "mass" if mass or gate is None else "gate"
+    of_scores = {"scale": scale, "sink_logit": sink_logit, "softcap": softcap}
+    out, lse, skip_lse = api.blocked_attention(
+        query, key, value, PiPattern.from_ints(pattern), gate=gate, fusion=fusion, starts=starts, **of_scores
+    )
+    return out, lse, out.clone(), skip_lse
+
+
+@pytest.mark.parametrize("fusion", ["gate", "mass", None])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "sink logit, cap, documents, aux"])
+@pytest.mark.parametrize("pattern", [PATTERN, PiPattern(8, 8, 0, sinks=2)], ids=["skips", "no skips"])
+def test_gradients_whose_kernels_do_not_compile_are_those_of_plain_pytorch(monkeypatch, fusion, extras, pattern):
+    pytest.importorskip("triton")
+    calls = []
+
+    def gradients(*args):
+        calls.append(1)
+        raise errors()["out of shared memory"]()
+
+    monkeypatch.setattr(operators, "run_fused", lambda *args: forward_alone(*args))
+    monkeypatch.setattr(operators, "run_fused_backward", gradients)
+    monkeypatch.setattr(api, "why_not_auto", fallback.why_not)
+    torch.manual_seed(0)
+    inputs = [x.requires_grad_() for x in torch.randn(3, 1, 2, 40, 16).unbind()]
+    options: dict = {} if fusion is None else {"gate": torch.randn(1, 2, 40, requires_grad=True), "fusion": fusion}
+    if extras:
+        ids = (torch.arange(40) // 25)[None].int()
+        options |= {"sink_logit": torch.randn(2, requires_grad=True), "softcap": 5.0, "segment_ids": ids}
+    given = [*inputs, *(x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad)]
+
+    def differentiate(impl):
+        out = pi_attention(*inputs, pattern, **options, return_aux=extras, impl=impl)
+        loss = out.sin().sum() if not extras else (out[0].sin() * out[1].lse_local.detach().exp()[..., None]).sum()
+        if extras:
+            loss = loss + out[1].lse_local.cos().sum()
+        return torch.autograd.grad(loss, given, materialize_grads=True)
+
+    want = differentiate("blocked")
+    with pytest.warns(UserWarning, match="plain PyTorch.*failed to compile"):
+        found = differentiate("auto")
+    again = differentiate("auto")  # by plain PyTorch from the start
+    assert len(calls) == 1
+    for x, y, z in zip(want, found, again, strict=True):
+        torch.testing.assert_close(x, y)
+        assert torch.equal(x, z)
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_errors_of_gradients_are_not_hidden(monkeypatch, impl):
+    """Those of running, and every one where the kernels were asked for by name."""
+    error = errors()["LLVM"] if impl == "triton" else lambda: RuntimeError("an illegal memory access")
+    monkeypatch.setattr(operators, "run_fused", lambda *args: forward_alone(*args))
+    monkeypatch.setattr(operators, "run_fused_backward", lambda *args: failing(type(error()), str(error()))())
+    monkeypatch.setattr(api, "why_not_auto", lambda query: None)
+    monkeypatch.setattr(api, "why_not_triton", lambda query: None)
+    out = pi_attention(*torch.randn(3, 1, 2, 40, 16, requires_grad=True), PATTERN, impl=impl)
+    with pytest.raises(RuntimeError, match="PassManager" if impl == "triton" else "illegal memory access"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError, ValueError])

@@ -157,6 +157,16 @@ def test_what_a_sharded_model_cannot_know_is_refused():
         torch.testing.assert_close(model(ids, use_cache=False).logits, want)
         detach(model)
         torch.testing.assert_close(model(ids).logits, want)
+        of_layer, ids_of = model.model.layers[0].self_attn, torch.zeros(1, 20, dtype=torch.int32)
+        attach(model, dist.group.WORLD, [20], segment_ids=ids_of)
+        kept = of_layer.source
+        attach(model, dist.group.WORLD, [20], segment_ids=ids_of)
+        assert of_layer.source is kept
+        of_layer.pattern = PiPattern(2, 2, 1)
+        attach(model, dist.group.WORLD, [20], segment_ids=ids_of)
+        assert of_layer.source.pattern == of_layer.pattern
+        of_layer.pattern = kept.pattern
+        detach(model)
         cut = ids.clone()
         refused = pytest.raises(RuntimeError, match=r"context_parallel .* is active")
         with context_parallel(init_device_mesh("cpu", (1,)), buffers=[cut], buffer_seq_dims=[1]), refused:

@@ -102,10 +102,11 @@ class HaloContext:
         """The rank's part of a tensor over the whole sequence."""
         return shard(x, self.plan.bounds[1:], self.rank, dim)
 
-    def is_for(self, group: ProcessGroup, lengths: Sequence[int]) -> bool:
-        """Whether this object shards so, as one document."""
+    def is_for(self, group: ProcessGroup, lengths: Sequence[int], pattern: PiPattern) -> bool:
+        """Whether this object shards so, for this pattern and as one document."""
         ends = tuple(accumulate(lengths))
-        return self.group is group and self.plan.bounds[1:] == ends and self._documents == (0,)
+        same = self.group is group and self.pattern == pattern
+        return same and self.plan.bounds[1:] == ends and self._documents == (0,)
 
     def set_segments(self, segment_ids: Tensor) -> None:
         """Packed documents that change from batch to batch, without a new plan: keys are exchanged as for one document.

@@ -50,7 +50,7 @@ def attach(
         context = contexts.get(layer.pattern)
         present = layer.source
         if context is None and segment_ids is not None and isinstance(present, HaloContext):
-            context = present if present.is_for(group, lengths) else None
+            context = present if present.is_for(group, lengths, layer.pattern) else None
         context = context or HaloContext(group, lengths, layer.pattern, documents)
         contexts[layer.pattern] = layer.source = context
     if segment_ids is not None:

@@ -18,7 +18,8 @@ from pi_attention.ops.checks import (
     refuse_context_parallel,
 )
 from pi_attention.ops.dense import covers_everything, dense_attention
-from pi_attention.ops.fused.attention import fused_attention, note_failure, why_not_auto, why_not_triton
+from pi_attention.ops.fused.attention import fused_attention, why_not_auto, why_not_triton
+from pi_attention.ops.fused.fallback import note_failure
 from pi_attention.ops.fusion import gate_values
 from pi_attention.ops.transforms import transforming
 from pi_attention.pattern import PiPattern
@@ -203,7 +204,7 @@ def _implementation(impl: Impl, query: Tensor) -> Callable[..., tuple[Tensor, Te
 def _fused_or_blocked(query: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The kernels, or plain PyTorch where they do not compile: that is warned of once, and not tried again."""
     try:
-        return fused_attention(query, *others, **options)
+        return fused_attention(query, *others, **options, replaceable=True)
     except Exception as error:
         if not note_failure(query, error):
             raise

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pi_attention.ops.api import Fusion, Impl, pi_attention
 from pi_attention.ops.checks import check_beside, check_fusion, check_gate, check_scale, check_sink_logit, check_softcap
-from pi_attention.ops.fused.attention import is_decoding, note_failure, paged_decoding, why_not_auto, why_not_triton
+from pi_attention.ops.fused.attention import is_decoding, paged_decoding, why_not_auto, why_not_triton
+from pi_attention.ops.fused.fallback import note_failure
 from pi_attention.pattern import PiPattern, need_pattern
 
 

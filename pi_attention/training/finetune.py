@@ -98,8 +98,14 @@ def finetune(
     )
     trainer = Trainer(model=trained, args=arguments, train_dataset=blocks, callbacks=[_Lines(tell)])
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    if part == "lora":
-        trained.merge_and_unload()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(before[name])
+    try:
+        trainer.train()
+        if part == "lora":
+            trained.merge_and_unload()
+    except BaseException:
+        if part == "lora":
+            trained.unload()  # the adapters, half trained
+        raise
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])

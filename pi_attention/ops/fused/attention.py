@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import warnings
 from functools import lru_cache
 from importlib.util import find_spec
-from subprocess import CalledProcessError
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pi_attention.ops.fused.fallback import why_not
 from pi_attention.ops.fused.operators import Fused, decode, fused, is_plain, run_decoding, run_fused
 from pi_attention.ops.transforms import transforming
 from pi_attention.pattern import PiPattern
@@ -42,8 +41,6 @@ UNTRIED = {
     "mps": "the tensors are on an Apple GPU (MPS), and Triton has no compiler for it",
     "xpu": "the tensors are on an Intel GPU (XPU), and the kernels are registered for CUDA alone",
 }
-FAILED: dict[Any, str] = {}
-"""Why kernels failed to compile under "auto", by what they were compiled for; it does not try them again."""
 
 
 def why_not_auto(query: Tensor) -> str | None:
@@ -52,32 +49,7 @@ def why_not_auto(query: Tensor) -> str | None:
         return UNTRIED.get(query.device.type, f"the tensors are on {query.device}, where the kernels are untried")
     if torch.version.hip is not None:
         return 'the kernels are untested on AMD GPUs (ROCm): impl="triton" tries them'
-    return why_not_triton(query) or (FAILED.get(_compiled_for(query)) if FAILED else None)
-
-
-def _compiled_for(query: Tensor) -> Any:
-    return query.device, query.dtype, query.shape[3]
-
-
-def note_failure(query: Tensor, error: Exception) -> bool:
-    """Whether an error is of compiling kernels, and not of running them; if so warn, and keep "auto" off them."""
-    made_by_triton = any(kind.__module__.startswith("triton.") for kind in type(error).__mro__)
-    words = ("C compiler", "PassManager", "ptxas", "libcuda")  # plain RuntimeErrors and AssertionErrors of Triton
-    if not (
-        made_by_triton
-        or isinstance(error, CalledProcessError | ImportError)
-        or (type(error) in (RuntimeError, AssertionError) and any(word in str(error) for word in words))
-    ):
-        return False
-    first = (str(error).strip().splitlines() or [""])[0]
-    reason = f"the kernels failed to compile ({type(error).__name__}: {first[:200]})"
-    FAILED[_compiled_for(query)] = reason
-    warnings.warn(
-        f"π-Attention runs as plain PyTorch on {query.device}, with {query.dtype} and head dim {query.shape[3]}: "
-        f'{reason}. impl="triton" shows the whole error.',
-        stacklevel=4,
-    )
-    return True
+    return why_not_triton(query) or (why_not(query))
 
 
 MAX_QUERIES = 16
@@ -114,8 +86,13 @@ def fused_attention(
     scale: float,
     sink_logit: Tensor | None = None,
     softcap: float | None = None,
+    replaceable: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`."""
+    """out [B, H, T, D], lse_local and lse_skip [B, H, T]; arguments as in `pi_attention`.
+
+    Args:
+        replaceable: whether plain PyTorch may compute the gradients if their kernels do not compile.
+    """
     if scale <= 0:  # the kernels' running maximum takes a positive one
         query, scale = query * scale, 1.0
     code = pattern.to_ints() if torch.compiler.is_compiling() else _ints_of(pattern)  # Dynamo looks through caches
@@ -129,8 +106,11 @@ def fused_attention(
     if torch.compiler.is_compiling():  # Dynamo traces no autograd function to which one tensor is given twice
         key = key.view_as(key) if key is query else key
         value = value.view_as(value) if value is query or value is key else value
-    attend = Fused.apply if torch.is_grad_enabled() else run_fused if is_plain(query, key, value) else fused
-    more = () if sink_logit is None and softcap is None else (sink_logit, softcap)
+    differentiable = torch.is_grad_enabled()
+    attend = Fused.apply if differentiable else run_fused if is_plain(query, key, value) else fused
+    more: tuple[Any, ...] = () if sink_logit is None and softcap is None else (sink_logit, softcap)
+    if differentiable and replaceable:
+        more = sink_logit, softcap, True
     out, lse, _, lse_skip = attend(query, key, value, gate, starts, code, mass, scale, *more)
     return out, lse, torch.full_like(lse, -torch.inf) if pattern.skips == 0 else lse_skip
 

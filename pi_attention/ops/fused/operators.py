@@ -119,6 +119,21 @@ def run_fused_backward(
     return launch.run_backward(grads, query, key, value, gate, starts, sink_logit, saved, problem)
 
 
+def _run_or_replace(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """`run_fused_backward`, or plain PyTorch where its kernels do not compile: that is warned of once."""
+    try:
+        return run_fused_backward(*arguments)
+    except Exception as error:
+        from pi_attention.ops.fused.fallback import blocked_gradients, note_failure
+
+        query, key, value, gate, starts = arguments[3:8]
+        if not note_failure(query, error):
+            raise
+    pattern, mass, scale, sink_logit, softcap = arguments[12:]
+    inputs = (query, key, value, gate, sink_logit)
+    return blocked_gradients(arguments[:3], inputs, starts, pattern, mass, scale, softcap)
+
+
 def _fused_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The same; empty tensors without gate logits or sink logit."""
     return tuple(arguments[0].new_empty(0) if x is None else x for x in run_fused_backward(*arguments))
@@ -177,11 +192,13 @@ class Fused(torch.autograd.Function):
         scale: float,
         sink_logit: Tensor | None = None,
         softcap: float | None = None,
+        replaceable: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         call = run_fused if is_plain(query, key, value) else fused
         outputs = call(query, key, value, gate, starts, pattern, mass, scale, sink_logit, softcap)
         ctx.save_for_backward(query, key, value, gate, starts, *outputs, sink_logit)
         ctx.rest = (pattern, mass, scale, softcap)
+        ctx.replaceable = replaceable
         ctx.mark_non_differentiable(outputs[2])
         if not torch.compiler.is_compiling():  # which knows no gradient that is left out
             ctx.set_materialize_grads(False)
@@ -196,13 +213,15 @@ class Fused(torch.autograd.Function):
         *rest, softcap = ctx.rest
         if grad_out is None:
             grad_out = torch.zeros_like(query)
-        differentiate: Any = run_fused_backward if is_plain(grad_out, query) else fused_backward
+        differentiate: Any = fused_backward
+        if is_plain(grad_out, query):
+            differentiate = _run_or_replace if ctx.replaceable else run_fused_backward
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
             differentiate = FusedBackward.apply
         arguments = grad_out, grad_lse, grad_skip_lse, *saved, *rest, sink_logit, softcap
         *grads, grad_gate, grad_sink = differentiate(*arguments)
         grad_gate = None if gate is None else grad_gate
-        return *grads, grad_gate, None, None, None, None, None if sink_logit is None else grad_sink, None
+        return *grads, grad_gate, None, None, None, None, None if sink_logit is None else grad_sink, None, None
 
 
 class FusedBackward(torch.autograd.Function):
