@@ -55,9 +55,10 @@ class Bill:
         gradients: bytes of the fp32 gradients when all exist, at the end of the backward pass.
         gathered: bytes of whole bf16 weights: the embeddings, a layer in use and one on its way.
         activations: bytes of the hidden states kept between layers, and of the rotary angles.
-        layer: bytes of one layer's activations while it is differentiated.
+        layer: bytes of one layer's activations while its feed-forward network is differentiated.
         logits: bytes.
-        keys: bytes of keys and values of other ranks in one layer, and of the gradients that go back to them.
+        keys: bytes of keys and values of other ranks in one layer, and of the gradients that go back to them, while
+            its attention is differentiated.
         peaks: bytes at the peak of each part of the step, see `_peaks`.
         received: bytes that a rank receives for one layer, forward and backward.
         flops: operations of a step, the recomputation of the layers included.
@@ -91,7 +92,8 @@ class _Held:
     zero: int
     hidden: int
     angles: int
-    layer: int
+    feed_forward: int
+    attention: int
     logits: int
     slices: int
 
@@ -102,7 +104,7 @@ class _Held:
 
 
 def _peaks(held: _Held) -> dict[str, int]:
-    """Bytes at the peaks of a step, all in the backward pass: of the loss, a layer, and sums of gradients over ranks.
+    """Bytes at the peaks of a step, all in the backward pass: of the loss, a layer's halves, and sums over ranks.
 
     From the last layer to the first, hidden states are freed and gradients come into being. Both are linear in the
     layers, so the peak is at the last one, at the one before, where the last one's sums are on their way, or at the
@@ -117,15 +119,23 @@ def _peaks(held: _Held) -> dict[str, int]:
     loss = stays + (held.layers + 2) * held.hidden + held.logits  # two: before and after the last norm
     if held.slices:  # then the head is called within the model, whose ends FSDP keeps gathered
         loss += ends + (head if held.slices > 1 else 0)
-    layer, sums = 0, 0
+    feed_forward, attention, sums = 0, 0, 0
     for left in {held.layers, max(1, held.layers - 1), 1}:
         done = held.layers - left
         base = stays + ends + head + left * held.hidden + 4 * done * held.in_layer // held.shards
         on_their_way = 4 * held.in_layer if done else 0
-        layer = max(layer, base + 2 * next_layer + on_their_way + held.layer)  # its own weights and the next one's
+        in_layer = base + 2 * next_layer + on_their_way  # its own weights and the next one's
+        feed_forward = max(feed_forward, in_layer + held.feed_forward)
+        attention = max(attention, in_layer + held.attention)
         sums = max(sums, base + 2 * next_layer + summed)  # the next one's weights, and the buffer that brought them
     of_ends = stays + 4 * held.weights // held.shards + (2 + 4) * held.in_ends
-    return {"the loss": loss, "a layer": layer, "a layer's sums": sums, "the embeddings' sums": of_ends}
+    return {
+        "the loss": loss,
+        "a layer's feed-forward": feed_forward,
+        "a layer's attention": attention,
+        "a layer's sums": sums,
+        "the embeddings' sums": of_ends,
+    }
 
 
 def bill(
@@ -174,25 +184,26 @@ def bill(
         ends = [min(context, tokens * rank) for rank in range(ranks + 1)]
         plan = halo_plan(pattern, [b - a for a, b in pairwise(ends)])
         halo = max(halo.rows for halo in plan.halos)
-        keys = 2 * max(halo.length - (halo.own[1] - halo.own[0]) for halo in plan.halos) * row
-        received = 2 * halo * row
+        kept = max(halo.length - (halo.own[1] - halo.own[0]) for halo in plan.halos) * row
+        keys, received = 2 * kept, 2 * halo * row
     elif way == "all-gather":
-        keys, received = 2 * others * row, 2 * others * row
+        kept = others * row
+        keys, received = 2 * kept, 2 * kept
     else:  # two blocks in flight; backward, their gradients travel too, in fp32, and one step more to come home
-        several = ranks > 1
+        kept, several = 0, ranks > 1
         keys = several * (2 * tokens * row + 2 * tokens * 2 * row)
         received = 2 * others * row + several * context * 2 * row
     attended = PiPattern(context, 1, 0) if way == "dense ring" else pattern
     patterns = [attended] * sizes.num_hidden_layers
     flops = sum(model_flops(patterns, context, sizes, backward=True).values())
     flops += sum(flops for part, flops in model_flops(patterns, context, sizes).items() if part != "head")
-    held = _held(sizes, tokens, dp * ranks, tp, zero, loss_slice, keys)
+    held = _held(sizes, tokens, dp * ranks, tp, zero, loss_slice, way, kept, keys)
     return Bill(
         state=STATE_BYTES * held.weights // held.shards,
         gradients=4 * held.weights // held.shards + (4 * held.weights if zero == 1 else 0),
         gathered=2 * (2 * held.in_layer + held.in_ends if zero == 3 else held.weights),
         activations=sizes.num_hidden_layers * held.hidden + held.angles,
-        layer=held.layer - keys,
+        layer=held.feed_forward - kept,
         logits=held.logits,
         keys=keys,
         peaks=_peaks(held),
@@ -201,15 +212,32 @@ def bill(
     )
 
 
-def _held(sizes: Sizes, tokens: int, shards: int, tp: int, zero: int, loss_slice: int | None, keys: int) -> _Held:
+def _held(
+    sizes: Sizes,
+    tokens: int,
+    shards: int,
+    tp: int,
+    zero: int,
+    loss_slice: int | None,
+    way: Way,
+    kept: int,
+    keys: int,
+) -> _Held:
+    """Of a rank with so many tokens; `kept` are other ranks' keys until a layer's backward pass, `keys` during it."""
     hidden = 2 * tokens * sizes.hidden_size
     query, key = (2 * tokens * n * sizes.head_dim // tp for n in (sizes.num_attention_heads, sizes.num_key_value_heads))
     inner = 2 * tokens * sizes.intermediate_size // tp
+    dense = way == "dense ring"
     # Kept for the backward pass: both norms' outputs, the sum between attention and feed-forward; queries, outputs of
     # the attention, of its skip band alone, and token by token for the projection; keys and values. Then the layer's
     # gradient, and at the product of the feed-forward both factors, the gate before its silu, and all the gradients.
     # Where tp leaves little of those, the two factors' gradients and three of the whole width outweigh them.
-    layer = 4 * hidden + 4 * query + 2 * key + max(6 * inner, 2 * inner + 3 * hidden)
+    outputs = (3 if dense else 4) * query
+    feed_forward = 4 * hidden + outputs + 2 * key + max(6 * inner, 2 * inner + 3 * hidden) + kept
+    # At the attention, of the layer are left the first norm's output and the gradient. Gradients of the output, the
+    # queries, keys and values are new. A ring has copies of three tensors by chunks, and sums its queries' in fp32.
+    of_ring = 7 * query if dense else 0
+    attention = 2 * hidden + outputs + 2 * query + 4 * key + of_ring + keys
     at_once = min(tokens, loss_slice or tokens)
     return _Held(
         layers=sizes.num_hidden_layers,
@@ -219,7 +247,8 @@ def _held(sizes: Sizes, tokens: int, shards: int, tp: int, zero: int, loss_slice
         zero=zero,
         hidden=hidden,
         angles=2 * 4 * tokens * sizes.head_dim,  # cos and sin in fp32
-        layer=layer + keys,
+        feed_forward=feed_forward,
+        attention=attention,
         logits=LOGIT_BYTES * at_once * sizes.vocab_size,
         slices=-(-tokens // loss_slice) if loss_slice else 0,
     )

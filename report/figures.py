@@ -15,7 +15,7 @@ from pi_attention.models import PiConfig
 from pi_attention.pattern import PiPattern, coordinated_heads
 from report import gains, law
 from report.gains import Lines
-from report.multigpu_rows import latest
+from report.multigpu_rows import latest, of_widest
 from report.pattern import labelled_pattern
 
 DOCS = RESULTS.parents[1] / "docs"
@@ -32,22 +32,13 @@ def volumes() -> Lines:
     }
 
 
-def times_over_ranks(result: dict[str, Any]) -> Lines:
-    """Milliseconds of the operator on several GPUs by tokens of the sequence."""
-    labels = {"no exchange": "no exchange", "halo": "halo", "all-gather": "all-gather", "dense ring": "Ring Attention"}
-    return {
-        label: [(row["S"], row[kind]["ms"]) for row in result["operator"] if kind in row]
-        for kind, label in labels.items()
-    }
-
-
 def times_of_pieces() -> Lines:
     """Milliseconds of the operator by tokens of the sequence: on one GPU, and on the most that were measured."""
-    rows = [row for row in latest(read(FILE)) if row["piece"] == "operator" and "seconds" in row]
+    rows = [row for row in of_widest(latest(read(FILE))) if row["piece"] == "operator" and "seconds" in row]
     rows = [row for row in rows if row["pattern"] in ("one period", "dense")]
-    gpu, most = max(((row["gpu"], row["ranks"]) for row in rows), key=lambda pair: pair[1])
+    most = max(row["ranks"] for row in rows)
     lines: Lines = {}
-    for row in sorted((row for row in rows if row["gpu"] == gpu), key=lambda row: (row["ranks"], row["S"])):
+    for row in sorted(rows, key=lambda row: (row["ranks"], row["S"])):
         if row["ranks"] in (1, most):
             label = f"{row['way']}, {row['ranks']} GPU{'s' if row['ranks'] > 1 else ''}"
             lines.setdefault(label, []).append((row["S"], 1e3 * row["seconds"]))
@@ -89,8 +80,7 @@ def draw() -> None:
     plots.save(picture, FIGURES / "volumes.svg")
     picture = plots.curves(times_of_pieces(), "tokens of the sequence", "forward + backward (ms)", log=True)
     plots.save(picture, FIGURES / "multigpu.svg")
-    for kind, times in (("gpu", times_of_kernels), ("multigpu", times_over_ranks)):
-        for file in sorted(RESULTS.glob(f"{kind}-*.json")):
-            lines = times(json.loads(file.read_text()))
-            picture = plots.curves(lines, "tokens of the sequence", "forward + backward (ms)", log=True)
-            plots.save(picture, FIGURES / f"{file.stem}.svg")
+    for file in sorted(RESULTS.glob("gpu-*.json")):
+        lines = times_of_kernels(json.loads(file.read_text()))
+        picture = plots.curves(lines, "tokens of the sequence", "forward + backward (ms)", log=True)
+        plots.save(picture, FIGURES / f"{file.stem}.svg")

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from benchmarks.multigpu.rows import FILE, Row, read
 from benchmarks.multigpu.ways import GATHER, HALO, RING
-from report.multigpu_rows import LABELS, NONE, Table, found, latest, model_name, shared, values
+from report.multigpu_rows import LABELS, NONE, Table, found, latest, model_name, of_widest, shared, values
 from report.multigpu_steps import contexts, layouts, throughput
 
 
 def tables(table: Table, rows: list[Row] | None = None) -> str:
-    """Every table, one GPU kind after another.
+    """Every table, of the kind of GPU of which most were measured together.
 
     Args:
         table: makes one.
         rows: of the result file when None.
     """
-    rows = latest(read(FILE) if rows is None else rows)
-    parts = []
-    for gpu in dict.fromkeys(row["gpu"] for row in rows):
-        of_gpu = [row for row in rows if row["gpu"] == gpu]
-        last = of_gpu[-1]
-        parts.append(f"{gpu}, torch {last['torch']}, triton {last['triton']}, {last['date'][:10]}.")
-        made = (_checks, _operator, _patterns, _scaling, layouts, contexts, throughput, _runs)
-        parts += [part(table, of_gpu) for part in made]
+    rows = of_widest(latest(read(FILE) if rows is None else rows))
+    parts = [
+        f"{last['gpu']}, torch {last['torch']}, triton {last['triton']}, {last['date'][:10]}." for last in rows[-1:]
+    ]
+    made = (_checks, _operator, _patterns, _scaling, layouts, contexts, throughput, _runs)
+    parts += [part(table, rows) for part in made]
     return "\n\n".join(filter(None, parts)) or "Not measured yet."
+
+
+def _about(table: Table, rows: list[Row]) -> str:
+    return "".join(
+        f"{row['gpu']}, torch {row['torch']}, triton {row['triton']}, {row['date'][:10]}." for row in rows[-1:]
+    )
 
 
 def _checks(table: Table, rows: list[Row]) -> str:

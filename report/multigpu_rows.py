@@ -27,6 +27,12 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list(last.values())
 
 
+def of_widest(rows: list[Row]) -> list[Row]:
+    """Rows of the kind of GPU of which most were measured together; of two kinds, the one measured last."""
+    widest = max(rows, key=lambda row: (row["ranks"], row["date"]), default=None)
+    return [row for row in rows if widest is not None and row["gpu"] == widest["gpu"]]
+
+
 def found(rows: Iterable[Row], **settings: Any) -> Row | None:
     """The last row of these settings that was measured; `_` in a name is a space."""
     wanted = {name.replace("_", " "): value for name, value in settings.items()}

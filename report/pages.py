@@ -28,7 +28,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "paged": serving.paged,
     "memory": ranks.memory,
     "eight": ranks.eight,
-    "multigpu": ranks.multigpu,
     "pieces": ranks.pieces,
     "coverage": theory.coverage,
     "one_layer": theory.one_layer,

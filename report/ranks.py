@@ -5,7 +5,7 @@ from __future__ import annotations
 from pi_attention import PiPattern
 from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks
 from pi_attention.distributed import Layout
-from report.markdown import Measured, per_file, read, table, version
+from report.markdown import read, table
 from report.multigpu import tables
 
 
@@ -48,42 +48,6 @@ def eight() -> str:
             rows.append([model.upper(), f"{context:,}", *cells])
     head = ["model", "tokens in all", "halo", "halo, tracked", "all-gather", "dense ring"]
     return table([*head, "received a layer", "fewest of 80 GiB", "fewest of 141 GiB"], rows)
-
-
-def _operator(result: Measured) -> str:
-    rows = []
-    for row in result["operator"]:
-        cells = [f"{row['S']:,}", f"{row['halo rows']:,}"]
-        for kind in ("no exchange", "halo", "all-gather", "dense ring"):
-            found = row.get(kind)
-            cells.append(f"{found['ms']:.1f} ms, {found['peak MiB'] / 1024:.1f} GiB" if found else "–")
-        rows.append(cells)
-    head = ["tokens in all", "halo, tokens a GPU", "no exchange", "halo", "all-gather", "dense Ring Attention"]
-    errors = ", ".join(f"{kind} {error:.1e}" for kind, error in result["largest relative error"].items())
-    said = (
-        f"{result['ranks']} × {result['device']}, {version(result)}; w, π, m = "
-        f"{result['pattern']}, H = {result['H']}, D = {result['D']}, bf16; forward + backward of the operator. "
-        f"Checked before against one GPU, largest relative error of outputs and gradients: {errors}."
-    )
-    return said + "\n\n" + table(head, rows)
-
-
-def _training(result: Measured) -> str:
-    rows = [
-        [f"{r['S']:,}", f"{r['seconds']:.2f} s", f"{r['tokens/s']:,.0f}", f"{r['peak GiB']:.1f} GiB"]
-        for r in result["training step"]
-    ]
-    count = result["training step"][0]["parameters"] / 1e9
-    said = (
-        f"A training step (forward, backward, AdamW) of {count:.2f} B parameters on the same GPUs, FSDP2 and "
-        "context parallelism over both, activations recomputed:"
-    )
-    return said + "\n\n" + table(["tokens of the sequence", "a step", "tokens/s", "peak a GPU"], rows)
-
-
-def multigpu() -> str:
-    """The halo exchange beside an all-gather and dense Ring Attention on several GPUs, and a training step."""
-    return per_file("multigpu-*", lambda result: _operator(result) + "\n\n" + _training(result))
 
 
 def pieces() -> str:

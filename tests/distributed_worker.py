@@ -87,20 +87,20 @@ def check_exchange(group, seed):
     pattern, lengths, documents, *_ = draw(seed, dist.get_world_size(group))
     halo = HaloContext(group, lengths, pattern, documents)
     start, end = halo.halo.own
-    rows = torch.arange(start, end, dtype=torch.float64)[:, None].repeat(1, 3) + 1
-    rows.requires_grad_()
-    extended = Extend.apply(rows, route(halo.plan, halo.rank), group)
-    want = torch.zeros(halo.halo.length, 3, dtype=torch.float64)
+    key = (torch.arange(start, end, dtype=torch.float64)[:, None].repeat(2, 3, 1, 5) + 1).requires_grad_()
+    value = (-key.detach()).requires_grad_()
+    extended = Extend.apply(key, value, route(halo.plan, halo.rank), group)
+    want = torch.zeros(2, 3, halo.halo.length, 5, dtype=torch.float64)
     for a, b in (*halo.halo.needed, halo.halo.own):
         for position in range(a, b):
-            want[halo.halo.place(position)] = position + 1
-    assert torch.equal(extended, want)
-    extended.backward(torch.ones_like(extended))
-    uses = torch.ones(end - start, 3, dtype=torch.float64)
+            want[:, :, halo.halo.place(position)] = position + 1
+    assert torch.equal(extended[0], want) and torch.equal(extended[1], -want)
+    (extended[0] + 2 * extended[1]).sum().backward()
+    uses = torch.ones(end - start, 1, dtype=torch.float64)
     for other in halo.plan.halos:
         for a, b in other.needed:
             uses[max(a, start) - start : max(min(b, end) - start, 0)] += 1 if max(a, start) < min(b, end) else 0
-    assert torch.equal(rows.grad, uses)
+    assert torch.equal(key.grad, uses.expand_as(key)) and torch.equal(value.grad, 2 * key.grad)
 
 
 def check_two_parts(group, seed):

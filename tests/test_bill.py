@@ -43,19 +43,8 @@ def test_the_halo_s_bytes_are_those_that_the_exchange_receives(ranks):
 def test_memory_is_what_gpus_measured():
     measured = [row for row in read(FILE) if row["piece"] == "step" and row.get("peak GiB")]
     for row in measured:
-        assert predicted(row) / 2**30 == pytest.approx(row["peak GiB"], rel=0.1), row
-    assert len(measured) >= 9
-
-
-def test_memory_is_what_an_earlier_script_measured_with_what_that_script_held():
-    """Its loop kept the operator's inputs of 1,048,576 tokens alive, and its step the bf16 logits."""
-    result = json.loads((RESULTS / "multigpu-2xnvidia-h100-80gb-hbm3.json").read_text())
-    sizes, ranks = MODELS["1b"], result["ranks"]
-    inputs = result["H"] * result["operator"][-1]["S"] // ranks * (4 * 2 * result["D"] + 4)  # and the gate in fp32
-    for row in result["training step"]:
-        logits = 2 * row["S"] // ranks * sizes.vocab_size
-        made = bill(sizes, PATTERN, row["S"], ranks).bytes + inputs + logits
-        assert made / 2**30 == pytest.approx(row["peak GiB"], rel=0.1), row
+        assert predicted(row) / 2**30 == pytest.approx(row["peak GiB"], rel=0.05), row
+    assert len(measured) >= 64 and {row["way"] for row in measured} == {*WAYS}
 
 
 @pytest.mark.parametrize(("kind", "loss_slice"), [("tracked bytes", None), ("tracked bytes, loss by slices", 4096)])
@@ -67,7 +56,7 @@ def test_memory_is_what_was_tracked_on_the_cpu_whose_norm_keeps_copies_in_fp32(k
         made = bill(sizes, PATTERN, context, layout.cp, loss_slice=loss_slice,
                     dp=layout.dp, tp=layout.tp, zero=row.get("zero", 3))  # fmt: skip
         copies = 2 * 4 * context // layout.cp * sizes.hidden_size  # of one norm
-        norms = {"the loss": 1, "a layer": 2}
+        norms = {"the loss": 1, "a layer's feed-forward": 2, "a layer's attention": 1}
         peak = max(size + norms.get(part, 0) * copies for part, size in made.peaks.items())
         assert peak == pytest.approx(row[kind], rel=0.05), (row, peak)
         if layout.tp < 8 and context == result["S"]:

@@ -66,6 +66,6 @@ def test_a_step_of_one_of_eight_ranks_takes_what_the_bill_counts():
     tracked = in_a_process(peak_of_step, sizes, context, loss_slice)
     made = bill(sizes, PATTERN, context, 8, loss_slice=loss_slice)
     copies = 2 * 4 * context // 8 * sizes.hidden_size  # of a norm, in fp32 on a CPU
-    norms = {"the loss": 1, "a layer": 2}
+    norms = {"the loss": 1, "a layer's feed-forward": 2, "a layer's attention": 1}
     expected = max(size + norms.get(part, 0) * copies for part, size in made.peaks.items())
     assert tracked == pytest.approx(expected, rel=0.05)

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from pi_attention.cache.contract import KeyValueCache
-from pi_attention.distributed.exchange import Extend, Finish, Flight, Route, Start, packed, route, unpacked
+from pi_attention.distributed.exchange import Extend, Finish, Flight, Route, Start, route, unpacked
 from pi_attention.distributed.plan import halo_plan
 from pi_attention.nn.sources import Operator
 from pi_attention.ops.api import Fusion, pi_attention
@@ -26,6 +26,10 @@ def shard(x: Tensor, ends: Sequence[int], rank: int, dim: int = 1) -> Tensor:
     """A rank's part of a tensor over the whole sequence; `ends` are where the shards of all ranks end."""
     start = ends[rank - 1] if rank else 0
     return x.narrow(dim, start, ends[rank] - start)
+
+
+SHORT = 1 << 25
+"""Elements of queries on a GPU below which a second call of the operator costs more host time than messages take."""
 
 
 class Started(NamedTuple):
@@ -144,8 +148,8 @@ class HaloContext:
             ValueError: there are segments (packed documents, padding), but this object was told of none.
         """
         self._check_segments(segment_ids)
-        rows = Extend.apply(packed(key, value), self._way(key.device), self.group)
-        return *unpacked(rows, key), self._ids_for(key, slice(None))
+        key, value = Extend.apply(key, value, self._way(key.device), self.group)
+        return key, value, self._ids_for(key, slice(None))
 
     def start(self, key: Tensor, value: Tensor, tokens: int | None = None) -> Started:
         """`extend` in two parts, so that something else is computed while keys are on their way: this sends them.
@@ -191,7 +195,7 @@ class HaloContext:
         A `cache` gets what later queries see of the whole sequence, on every rank.
 
         In eager mode, queries whose keys are all at home are attended to while the others' keys are on their way,
-        unless the operator is to be called `once`.
+        unless the operator is to be called `once`, or the shard is short.
 
         Raises:
             ValueError: a cache is to be filled where gradients are wanted, which it would keep on one rank alone; or
@@ -203,7 +207,8 @@ class HaloContext:
                 raise ValueError("a sharded sequence fills a cache without gradients only: pass use_cache=False.")
             cache.resume(*self.kept(key, value))
         tokens, at_home = query.shape[2], self._first_at_home
-        if torch.compiler.is_compiling() or once or at_home is None or at_home >= tokens:
+        once = once or torch.compiler.is_compiling() or (query.is_cuda and query.numel() < SHORT)
+        if once or at_home is None or at_home >= tokens:
             key, value, ids = self.extend(key, value, segment_ids)
             return _before_others(operator, query, key, value, gate, ids, self.after)
         started = self.start(key, value, at_home)

@@ -58,29 +58,41 @@ def _all_to_all(rows: Tensor, received: list[int], sent: list[int], group: Proce
 
 
 class Extend(torch.autograd.Function):
-    """Rows [tokens, …] of the shard to extended rows [length, …]; rows that nobody needs are zero.
+    """Keys and values [B, G, T, D] of the shard to extended ones [B, G, length, D]; rows that nobody needs are zero.
 
     Backward sends the gradients of received rows to their owners, who add them in the order of the ranks, so the
     result is the same in every run.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, way: Route, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, key: Tensor, value: Tensor, way: Route, group: ProcessGroup) -> tuple[Tensor, Tensor]:
         ctx.way, ctx.group = way, group
-        extended = rows.new_zeros(way.length, *rows.shape[1:])
-        extended[way.placed] = _all_to_all(rows[torch.cat(way.sent)], way.received, list(map(len, way.sent)), group)
-        extended[way.own : way.own + way.tokens] = rows
-        return extended
+        sent, end = torch.cat(way.sent), way.own + way.tokens
+        message = packed(key[:, :, sent], value[:, :, sent])
+        arrived = _all_to_all(message, way.received, list(map(len, way.sent)), group)
+        extended = [x.new_empty(*x.shape[:2], way.length, x.shape[3]) for x in (key, value)]
+        for whole, own, others in zip(extended, (key, value), unpacked(arrived, key), strict=True):
+            whole[:, :, : way.own], whole[:, :, end:] = 0, 0
+            whole[:, :, way.own : end] = own
+            whole[:, :, way.placed] = others
+        return extended[0], extended[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        way = ctx.way
-        counts = list(map(len, way.sent))
-        returned = _all_to_all(grad[way.placed], counts, way.received, ctx.group)
-        total = grad[way.own : way.own + way.tokens].clone()
-        for rows, part in zip(way.sent, returned.split(counts), strict=True):
-            total[rows] += part  # a rank asks for a row once, so no two additions meet
-        return total, None, None
+    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        way: Route = ctx.way
+        counts, end = list(map(len, way.sent)), way.own + way.tokens
+        message = packed(grad_key[:, :, way.placed], grad_value[:, :, way.placed])
+        returned = _all_to_all(message, counts, way.received, ctx.group)
+        totals = grad_key[:, :, way.own : end].clone(), grad_value[:, :, way.own : end].clone()
+        add_returned(totals, returned, way)
+        return *totals, None, None
+
+
+def add_returned(totals: tuple[Tensor, Tensor], returned: Tensor, way: Route) -> None:
+    """Add what came back to the gradients of the shard's keys and values, in the order of the ranks."""
+    for rows, returned_rows in zip(way.sent, returned.split(list(map(len, way.sent))), strict=True):
+        for total, part in zip(totals, unpacked(returned_rows, totals[0]), strict=True):
+            total[:, :, rows] += part  # a rank asks for a row once, so no two additions meet
 
 
 def packed(key: Tensor, value: Tensor) -> Tensor:
@@ -148,9 +160,7 @@ class Start(torch.autograd.Function):
         totals = grad_key.clone(), grad_value.clone()
         for total, part in zip(totals, unpacked(grad_own, flight.like), strict=True):
             total[:, :, : flight.tokens] += part
-        for rows, returned in zip(flight.way.sent, flight.land().split(flight.counts), strict=True):
-            for total, part in zip(totals, unpacked(returned, flight.like), strict=True):
-                total[:, :, rows] += part  # a rank asks for a row once, so no two additions meet
+        add_returned(totals, flight.land(), flight.way)
         return *totals, None
 
 
