@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from triton.testing import do_bench, do_bench_cudagraph
 
-from benchmarks.peers import Attend, cudnn, fla, flex, sdpa
+from benchmarks.peers import Attend, cudnn, fa4, fla, flex, sdpa
 from benchmarks.timing import machine, write
 from pi_attention import PiPattern, pi_attention
 from pi_attention.accounting import attention_bytes, attention_flops, roofline_seconds
@@ -161,6 +161,8 @@ def with_peers(length: int, dim: int, limits: tuple[float, float]) -> dict[str, 
         "flex local": ours(local),
         "cudnn local": ours(local),
         "fla window": ours(local),
+        "fa4 local": ours(local),
+        "fa4 local, repeatable": ours(local),
         "flex pair": ours(MAIN),
         "cudnn pair": ours(MAIN),
         "flex union": lambda q, k, v, a: pi_attention(q, k, v, union, fusion="mass", impl="triton"),
@@ -169,6 +171,7 @@ def with_peers(length: int, dim: int, limits: tuple[float, float]) -> dict[str, 
         lambda: {"sdpa causal, flash": sdpa(SDPBackend.FLASH_ATTENTION)},
         lambda: flex(MAIN, length),
         lambda: cudnn(MAIN, length),
+        lambda: fa4(MAIN),
         lambda: fla(MAIN),
     ]
     for family in families:

@@ -190,3 +190,27 @@ def fla(pattern: PiPattern) -> dict[str, Attend]:
         return parallel_nsa(q, k[:, :, :1], v[:, :, :1], g, g, None, block_counts=blocks, block_size=64)  # type: ignore[no-any-return]
 
     return {"fla window": turned(window), "fla nsa": turned(sparse)}
+
+
+def fa4(pattern: PiPattern) -> dict[str, Attend]:
+    """FlashAttention-4 (flash-attn-4): dense causal attention, and the local band by its sliding window.
+
+    The window's gradients are added in the order in which they come, or, as ours always are, in the same one every
+    time.
+    """
+    from flash_attn.cute.interface import flash_attn_func
+
+    def turned(**options: Any) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+            out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **options)
+            out = out[0] if isinstance(out, tuple) else out
+            return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+        return attend
+
+    window = (pattern.window - 1, 0)  # the keys before a query
+    return {
+        "fa4 causal": turned(causal=True),
+        "fa4 local": turned(window_size=window),
+        "fa4 local, repeatable": turned(window_size=window, deterministic=True),
+    }
