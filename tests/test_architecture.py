@@ -122,6 +122,7 @@ WITHIN = {
         "resume",
         "text",
         "run",
+        "heartbeat",
         "ranks",
         "report",
         "train",

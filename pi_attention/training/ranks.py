@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pi_attention.accelerator import best_device
 from pi_attention.distributed.layout import Layout
+from pi_attention.training.heartbeat import watched
 
 ANSWER = 10
 """Seconds that a rank has to say that it lives, once an exchange has failed."""
@@ -56,7 +57,7 @@ def joined(layout: Layout, patience: int, device: torch.device) -> Iterator[Devi
 
     Args:
         layout: of the ranks.
-        patience: seconds that an exchange may take.
+        patience: seconds that an exchange may take, and that a rank may be silent.
         device: of this rank.
 
     Raises:
@@ -66,10 +67,14 @@ def joined(layout: Layout, patience: int, device: torch.device) -> Iterator[Devi
     if rank_and_ranks() is None:
         yield None
         return
-    if device.type == "cuda":
+    nccl = device.type == "cuda"
+    if nccl:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=patience))
-    with naming_the_missing():
+    later = patience + 2 * ANSWER
+    dist.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(seconds=later if nccl else patience))
+    # gloo raises, and the missing are asked for; on NCCL, silence ends the run before NCCL does, which names nobody
+    silence = patience if nccl else later
+    with watched(silence, dist.get_rank(), dist.get_world_size()), naming_the_missing():
         yield layout.mesh(device.type)
         dist.barrier()  # no rank leaves while another still talks to it
     dist.destroy_process_group()
