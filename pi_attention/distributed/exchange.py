@@ -20,6 +20,8 @@ class Route:
 
     Args:
         sent: rows of the shard, for each receiving rank.
+        rows: all of them.
+        counts: how many each rank receives.
         placed: rows of the extended keys where what is received goes, in the order of the sending ranks.
         received: how many rows come from each rank.
         own: first row of the shard among the extended keys.
@@ -28,6 +30,8 @@ class Route:
     """
 
     sent: tuple[Tensor, ...]
+    rows: Tensor
+    counts: list[int]
     placed: Tensor
     received: list[int]
     own: int
@@ -49,7 +53,9 @@ def route(plan: HaloPlan, rank: int, device: torch.device | str = "cpu") -> Rout
     needed = [rows(plan.received(rank, other)) for other in ranks]
     placed = tensor([halo.place(row) for part in needed for row in part])
     received = [len(part) for part in needed]
-    return Route(sent, placed, received, halo.place(halo.own[0]), halo.length, halo.own[1] - halo.own[0])
+    start, end = halo.own
+    counts = list(map(len, sent))
+    return Route(sent, torch.cat(sent), counts, placed, received, halo.place(start), halo.length, end - start)
 
 
 def _all_to_all(rows: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
@@ -67,9 +73,9 @@ class Extend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: Tensor, value: Tensor, way: Route, group: ProcessGroup) -> tuple[Tensor, Tensor]:
         ctx.way, ctx.group = way, group
-        sent, end = torch.cat(way.sent), way.own + way.tokens
-        message = packed(key[:, :, sent], value[:, :, sent])
-        arrived = _all_to_all(message, way.received, list(map(len, way.sent)), group)
+        end = way.own + way.tokens
+        message = packed(key[:, :, way.rows], value[:, :, way.rows])
+        arrived = _all_to_all(message, way.received, way.counts, group)
         extended = [x.new_empty(*x.shape[:2], way.length, x.shape[3]) for x in (key, value)]
         for whole, own, others in zip(extended, (key, value), unpacked(arrived, key), strict=True):
             whole[:, :, : way.own], whole[:, :, end:] = 0, 0
@@ -80,9 +86,9 @@ class Extend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor, None, None]:
         way: Route = ctx.way
-        counts, end = list(map(len, way.sent)), way.own + way.tokens
+        end = way.own + way.tokens
         message = packed(grad_key[:, :, way.placed], grad_value[:, :, way.placed])
-        returned = _all_to_all(message, counts, way.received, ctx.group)
+        returned = _all_to_all(message, way.counts, way.received, ctx.group)
         totals = grad_key[:, :, way.own : end].clone(), grad_value[:, :, way.own : end].clone()
         add_returned(totals, returned, way)
         return *totals, None, None
@@ -90,7 +96,7 @@ class Extend(torch.autograd.Function):
 
 def add_returned(totals: tuple[Tensor, Tensor], returned: Tensor, way: Route) -> None:
     """Add what came back to the gradients of the shard's keys and values, in the order of the ranks."""
-    for rows, returned_rows in zip(way.sent, returned.split(list(map(len, way.sent))), strict=True):
+    for rows, returned_rows in zip(way.sent, returned.split(way.counts), strict=True):
         for total, part in zip(totals, unpacked(returned_rows, totals[0]), strict=True):
             total[:, :, rows] += part  # a rank asks for a row once, so no two additions meet
 
@@ -120,7 +126,6 @@ class Flight:
     def __init__(self, way: Route, group: ProcessGroup, like: Tensor, tokens: int) -> None:
         self.way, self.group, self.tokens = way, group, tokens
         self.like = like.new_empty(*like.shape[:2], 0, like.shape[3])  # the sizes without the memory
-        self.counts = list(map(len, way.sent))
         self._message: tuple[Tensor, Tensor, Any] | None = None
 
     def depart(self, rows: Tensor, received: list[int], sent: list[int]) -> None:
@@ -149,8 +154,8 @@ class Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: Tensor, value: Tensor, flight: Flight) -> tuple[Tensor, Tensor, Tensor]:
         ctx.flight = flight
-        sent = torch.cat(flight.way.sent)
-        flight.depart(packed(key[:, :, sent], value[:, :, sent]), flight.way.received, flight.counts)
+        way = flight.way
+        flight.depart(packed(key[:, :, way.rows], value[:, :, way.rows]), way.received, way.counts)
         own = slice(0, flight.tokens)
         return key.view_as(key), value.view_as(value), packed(key[:, :, own], value[:, :, own])
 
@@ -179,5 +184,5 @@ class Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         flight, way = ctx.flight, ctx.flight.way
-        flight.depart(grad[way.placed], flight.counts, way.received)
+        flight.depart(grad[way.placed], way.counts, way.received)
         return grad[way.own : way.own + flight.tokens], None
