@@ -126,12 +126,13 @@ def wait_for(condition, seconds=120):
 def test_a_stopped_run_resumes_to_the_same_weights(stop, finished, corpus, tmp_path):
     out = tmp_path / "stopped"
     command = [sys.executable, "-m", "pi_attention.cli", "train", "--data", corpus, "--out", str(out), "--steps", "12"]
-    process = subprocess.Popen([*command, *TINY], env=environment(), stdout=subprocess.PIPE, text=True)
+    narrow = environment() | {"COLUMNS": "40"}
+    process = subprocess.Popen([*command, *TINY], env=narrow, stdout=subprocess.PIPE, text=True)
     wait_for(lambda: last_checkpoint(out) is not None or process.poll() is not None)
     process.send_signal(stop)
     printed, _ = process.communicate(timeout=120)
     if stop == signal.SIGINT:
-        assert process.returncode == 130 and "--resume" in printed
+        assert process.returncode == 130 and f"Go on: pi-attention train --out {out} --resume\n" in printed
     assert not (out / "model").exists()
     assert "missing keys" not in run("train", "--out", str(out), "--resume").stderr
     for name, tensor in weights(finished[0]).items():
@@ -310,3 +311,5 @@ def test_time_left_counts_by_recent_steps(monkeypatch):
         now += 30.0  # a validation is no part of a step
     bar.show({"loss": 1.5})
     assert "step 30/40  loss 1.500" in printed.getvalue() and "50 tokens/s  20 s left" in printed.getvalue()
+    bar.show({"eval_loss": 2.0})
+    assert "step 30/40  loss -  validation 2.000" in printed.getvalue()  # no loss of an earlier step under this one

@@ -105,5 +105,5 @@ class Convert:
             picture = save_picture(partial, [pattern], self.context)
             base_model = "" if Path(self.model).exists() else self.model
             write_card(partial, converted.config, facts, base_model=base_model, picture=picture)
-        console.print(f"Saved in {self.out}. Next: pi-attention generate {self.out}")
+        console.print(f"Saved in {self.out}. Next: pi-attention generate {self.out}", soft_wrap=True)
         return 0

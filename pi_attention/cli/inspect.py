@@ -86,7 +86,7 @@ class Inspect:
         if self.html:
             written.append("explorer.html")
             write_explorer(out / written[-1], stack[0], heads=heads, layers=len(stack), context=context)
-        console.print(f"written: {', '.join(str(out / name) for name in written)}")
+        console.print(f"written: {', '.join(str(out / name) for name in written)}", soft_wrap=True)
         return 0
 
     def _measured(self, console: Console) -> dict[str, Any]:

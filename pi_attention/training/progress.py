@@ -55,14 +55,16 @@ class ProgressBar:
         self._show()
 
     def show(self, values: dict[str, float]) -> None:
-        """Show the loss and eval_loss among the values."""
-        self.loss = f"{values['loss']:.3f}" if "loss" in values else self.loss
-        self.validation = f"{values['eval_loss']:.3f}" if "eval_loss" in values else self.validation
+        """Show the loss and eval_loss among the values: the bar shows the last of each, a line those of its step."""
+        loss, validation = (f"{values[name]:.3f}" if name in values else "-" for name in ("loss", "eval_loss"))
+        self.loss = loss if "loss" in values else self.loss
+        self.validation = validation if "eval_loss" in values else self.validation
         if not self.console.is_terminal:
             left = (self.steps - self.done) * (median(self.seconds) if self.seconds else 0.0)
             self.console.print(
-                f"step {self.done}/{self.steps}  loss {self.loss}  validation {self.validation}  "
-                f"{self._speed()} tokens/s  {left:.0f} s left"
+                f"step {self.done}/{self.steps}  loss {loss}  validation {validation}  "
+                f"{self._speed()} tokens/s  {left:.0f} s left",
+                soft_wrap=True,
             )
         self._show()
 

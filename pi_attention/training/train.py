@@ -81,7 +81,9 @@ def train(asked: TrainConfig, console: Console) -> bool:
         )
         step = Run(config, parallel, training, validation, console).go(checkpoint)
         if step < config.optimizer.steps:
-            console.print(f"Interrupted at step {step}, saved. Go on: pi-attention train --out {out} --resume")
+            console.print(
+                f"Interrupted at step {step}, saved. Go on: pi-attention train --out {out} --resume", soft_wrap=True
+            )
             return False
         whole = model if mesh is None else whole_model(model, parallel, model_config(config, tokenizer))
     if whole is not None:
