@@ -49,6 +49,14 @@ def _longest(steps: list[Row], way: str, ranks: int) -> tuple[int, bool]:
     return fits, any("failed" in row and row["S"] > fits for row in tried)
 
 
+def _fewest(counts: list[int], enough: list[int]) -> str:
+    """The least number of GPUs that is enough; at most that many, where half as many were not tried."""
+    if not enough:
+        return NONE
+    least = min(enough)
+    return str(least) if least == 1 or least // 2 in counts else f"≤ {least}"
+
+
 def contexts(table: Table, rows: list[Row]) -> str:
     """The longest sequence on each number of GPUs, and the fewest GPUs for a sequence, of each model."""
     return "\n\n".join(filter(None, (_contexts(table, rows, model) for model in values(rows, "model", piece="step"))))
@@ -70,7 +78,10 @@ def _contexts(table: Table, rows: list[Row], model: str) -> str:
     lengths = sorted({fits for each in each_way.values() for fits, _ in each.values() if fits})
     fewest = [
         [f"{length:,}"]
-        + [str(next((n for n, (fits, _) in each_way[way].items() if fits >= length), NONE)) for way in each_way]
+        + [
+            _fewest([n for n, at in each.items() if any(at)], [n for n, (fits, _) in each.items() if fits >= length])
+            for each in each_way.values()
+        ]
         for length in lengths
     ]
     return (
@@ -92,12 +103,14 @@ def _throughput(table: Table, rows: list[Row], model: str) -> str:
     counts, body = values(steps, "ranks"), []
     for length in values(steps, "S"):
         at = {way: {ranks: found(steps, S=length, way=way, ranks=ranks) for ranks in counts} for way in LABELS}
+        if 1 in counts and any(at[GATHER].values()):
+            at[GATHER][1] = at[HALO][1]  # one GPU has all keys
         speeds = {way: {n: row["tokens/s"] for n, row in each.items() if row} for way, each in at.items()}
         goal = max(speeds[RING].values(), default=None)
         for way, each in ((way, each) for way, each in speeds.items() if each):
-            enough = next((n for n, speed in each.items() if goal is not None and speed >= goal), NONE)
+            enough = [n for n, speed in each.items() if goal is not None and speed >= goal]
             cells = [f"{each[n]:,.0f}" if n in each else NONE for n in counts]
-            body.append([f"{length:,}", LABELS[way], *cells, str(enough)])
+            body.append([f"{length:,}", LABELS[way], *cells, _fewest(list(each), enough)])
     if not body:
         return ""
     head = ["tokens", "", *(str(n) if n > 1 else "1 GPU" for n in counts), "fewest that reach the dense ring's best"]

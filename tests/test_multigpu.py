@@ -142,4 +142,5 @@ def test_tables_name_the_fewest_gpus_and_what_does_not_fit():
     text = tables(table, json.loads(json.dumps(rows)))
     assert "halo|32,768|65,536" in text and "65,536|2|–|–" in text
     assert "32,768|halo|100|–|1" in text  # one GPU reaches what the dense ring does with two
+    assert "32,768|dense Ring Attention|–|60|≤ 2" in text  # one GPU was not tried
     assert "operator" not in text.split("Training steps")[0]
