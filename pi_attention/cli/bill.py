@@ -88,7 +88,8 @@ class Bill:
         table = Table(
             title=f"What one of {self.gpus} GPUs holds in a training step of {self.context:,} tokens: {shape}",
             caption="halo: a GPU receives the keys that its pattern sees; all-gather: all keys; dense ring: all keys "
-            "in turn, for dense attention. The parts are not all there at once, so the peak is less than their sum.",
+            "in turn, for dense attention. The parts are not all there at once, so the peak is less than their sum. "
+            "Layers are recomputed (`train --gradient-checkpointing`), and the allocator takes more than tensors do.",
         )
         for name in ("", *bills):
             table.add_column(name, justify="left" if not name else "right")
