@@ -48,7 +48,7 @@ lint: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/python -m report
-	$(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 build: $(VENV)/installed  # dist/: wheel and source distribution, built twice, the same to the byte, fit for a package index
 	PYTHON=$(BIN)/python .ci/build
