@@ -167,6 +167,69 @@ def check_repeatable(group):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def refused(kind, words, call):
+    try:
+        call()
+    except kind as error:
+        assert words in str(error), error
+        return
+    raise AssertionError(f"nothing was refused: {words}")
+
+
+def check_refused(group):
+    """What would be silently wrong, or leave other ranks waiting, is refused on every rank before any message."""
+    halo = HaloContext(group, [43, 49], PiPattern(4, 5, 3))
+    tensors, _ = whole_tensors(0, 92, 2, 2, "gate")
+    whole, mine = tensors[:3], [halo.shard(x, 2).clone().requires_grad_() for x in tensors]
+    for call in (halo.attention, lambda query, key, value: halo.extend(key, value)):
+        refused(ValueError, "key has shape (2, 2, 92, 8), but the shard of rank", lambda call=call: call(*whole))
+    refused(ValueError, "query has shape", lambda: halo.attention(whole[0], *mine[1:3]))
+    for value in (mine[2].repeat(1, 1, 1, 3), mine[2].half()):
+        refused(ValueError, "must have one shape", lambda value=value: halo.start(mine[1], value))
+    for shape in ((92,), (1, 43), (1, 120)):
+        refused(ValueError, "whole sequence", lambda shape=shape: halo.set_segments(torch.zeros(shape).int()))
+    for output in (halo.attention(*mine[:3], gate=mine[3]), halo.extend(*mine[1:3])[0]):
+        grad = torch.autograd.grad
+        refused(NotImplementedError, "second derivatives",
+                lambda output=output: grad(output.sum(), mine[1], create_graph=True))  # fmt: skip
+
+
+def check_half_used(group):
+    """Ranks of which nothing uses the halo of `finish` take part in the way back; under autocast they agree."""
+    for lengths in ([43, 49], [0, 49]):
+        halo = HaloContext(group, lengths, PiPattern(4, 5, 3))
+        tensors, _ = whole_tensors(0, sum(lengths), 2, 2, "gate")
+        query, key, value = (halo.shard(x, 2).float().requires_grad_() for x in tensors[:3])
+        with torch.autocast("cpu", torch.bfloat16):
+            out = halo.attention(query, key, value)
+        assert out.dtype == torch.bfloat16
+        out.sum().backward()
+        key.grad = None
+        started = halo.start(key, value)
+        extended = halo.finish(started)[0]
+        used = 2 * started.key.sum() + (extended[:, :, : halo.halo.place(halo.halo.own[0])].sum() if halo.rank else 0)
+        used.backward()
+        needed = sum(b - a for a, b in halo.plan.received(1, 0)) if halo.rank == 0 else 0
+        assert key.grad.sum() == key.shape[0] * key.shape[1] * key.shape[3] * (2 * key.shape[2] + needed)
+        empty = halo.extend(key[:0], value[:0])[0]
+        assert empty.shape == (0, 2, halo.halo.length, 8)
+
+
+def check_prefill_leaves_the_shards(group):
+    """A prompt read while training goes on sharded afterwards; positions are those of the whole by themselves."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = PiForCausalLM(PiConfig(**sizes, window=6, period=5, skips=3)).double().train()
+    ids = torch.randint(50, (1, 40))
+    want = model(ids, use_cache=False).logits
+    attach(model, group, [17, 23])
+    prefill(model, ids, group)
+    cut = HaloContext(group, [17, 23], PiPattern(1, 1, 0)).shard
+    torch.testing.assert_close(model(cut(ids), use_cache=False).logits, cut(want), rtol=1e-10, atol=1e-10)
+    model.gradient_checkpointing_enable()
+    refused(ValueError, "fills no cache", lambda: prefill(model, ids, group))
+
+
 def check_compiled(group):
     """One graph over the exchange, with the outputs and gradients of the eager call."""
     ranks = dist.get_world_size(group)
@@ -184,6 +247,9 @@ def check_compiled(group):
         found.append([out, *(x.grad for x in mine)])
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+    key = halo.shard(tensors[1], 2)
+    same = torch.compile(halo.extend, fullgraph=True, backend="aot_eager")(key, key)
+    assert torch.equal(same[0], halo.extend(key, key)[0]) and torch.equal(same[1], same[0])
 
 
 def check_documents_compile_once(group):
@@ -285,6 +351,9 @@ def work(rank, ranks, folder, seeds):
         assert overlapped >= 3
         check_repeatable(group)
         if ranks == 2:
+            check_refused(group)
+            check_half_used(group)
+            check_prefill_leaves_the_shards(group)
             check_compiled(group)
             check_documents_compile_once(group)
         shards = [60 // ranks] * (ranks - 1)

@@ -18,7 +18,7 @@ from pi_attention.cache.contract import KeyValueCache
 from pi_attention.distributed.exchange import Extend, Finish, Flight, Route, Start, route, unpacked
 from pi_attention.distributed.plan import halo_plan
 from pi_attention.nn.sources import Operator
-from pi_attention.ops.api import Fusion, pi_attention
+from pi_attention.ops.api import Fusion, as_autocast, pi_attention
 from pi_attention.pattern import PiPattern
 
 
@@ -119,8 +119,15 @@ class HaloContext:
             segment_ids: [B or 1, S] int32 of the whole sequence, as in `pi_attention`.
 
         Raises:
-            ValueError: the pattern has sinks, which lie where documents start: give `documents` then; or it is a ring.
+            ValueError: the pattern has sinks, which lie where documents start: give `documents` then; or it is a ring;
+                or the ids are not of the whole sequence.
         """
+        total = self.plan.bounds[-1]
+        if segment_ids.dim() != 2 or segment_ids.shape[1] != total:
+            raise ValueError(
+                f"segment_ids has shape {tuple(segment_ids.shape)}, but [B or 1, {total}] is needed: "
+                "give those of the whole sequence to every rank, not of its shard."
+            )
         if self.pattern.ring:
             raise ValueError("packed documents cannot share a ring: set ring=False.")
         if self.pattern.sinks:
@@ -145,9 +152,13 @@ class HaloContext:
             segment_ids: of a model's packed batch; this object was told the documents, which count here.
 
         Raises:
-            ValueError: there are segments (packed documents, padding), but this object was told of none.
+            ValueError: there are segments (packed documents, padding), but this object was told of none; or key and
+                value are not those of the shard.
         """
         self._check_segments(segment_ids)
+        self._check_shard(key, value)
+        if torch.compiler.is_compiling() and value is key:  # Dynamo traces no function of one tensor given twice
+            value = value.view_as(value)
         key, value = Extend.apply(key, value, self._way(key.device), self.group)
         return key, value, self._ids_for(key, slice(None))
 
@@ -162,8 +173,10 @@ class HaloContext:
             tokens: let `finish` return so many tokens of the shard beside those of others; all when None.
 
         Raises:
-            ValueError: fewer than all tokens of a bidirectional pattern, whose halo follows them, too.
+            ValueError: fewer than all tokens of a bidirectional pattern, whose halo follows them, too; or key and
+                value are not those of the shard.
         """
+        self._check_shard(key, value)
         if tokens is not None and tokens < key.shape[2] and self.after:
             raise ValueError(
                 f"tokens={tokens} is less than the shard's {key.shape[2]}, but keys follow it: leave it out."
@@ -199,13 +212,15 @@ class HaloContext:
 
         Raises:
             ValueError: a cache is to be filled where gradients are wanted, which it would keep on one rank alone; or
-                there are segments that this object was not told of.
+                there are segments that this object was not told of; or tensors are not those of the shard.
         """
         self._check_segments(segment_ids)
+        self._check_shard(key, value, query)
         if cache is not None:
             if torch.is_grad_enabled():
                 raise ValueError("a sharded sequence fills a cache without gradients only: pass use_cache=False.")
             cache.resume(*self.kept(key, value))
+        query, key, value = as_autocast(query, key, value)  # an empty shard's output has the dtype of others, too
         tokens, at_home = query.shape[2], self._first_at_home
         once = once or torch.compiler.is_compiling() or (query.is_cuda and query.numel() < SHORT)
         if once or at_home is None or at_home >= tokens:
@@ -257,6 +272,21 @@ class HaloContext:
             raise ValueError(
                 "the batch has padding or packed documents, which a sharded sequence knows by documents= alone: "
                 "give their starts to HaloContext or attach, and pad no rows."
+            )
+
+    def _check_shard(self, key: Tensor, value: Tensor, query: Tensor | None = None) -> None:
+        """Raise ValueError, before any message, for tensors that are not of this rank's shard."""
+        (start, end), rank = self.halo.own, self.rank
+        for name, x in (("key", key), ("query", key if query is None else query)):
+            if x.dim() != 4 or x.shape[2] != end - start:
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}, but the shard of rank {rank} has {end - start} tokens: give "
+                    "[B, heads, tokens, D] of the shard, cut by `shard`, or the lengths of these shards."
+                )
+        if value.shape != key.shape or value.dtype != key.dtype:
+            raise ValueError(
+                f"key {tuple(key.shape)}, {key.dtype} and value {tuple(value.shape)}, {value.dtype} must have one "
+                "shape [B, G, T, D] and one dtype: they travel in one message."
             )
 
     def _rows_until_home(self) -> int | None:

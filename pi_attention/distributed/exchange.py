@@ -63,6 +63,14 @@ def _all_to_all(rows: Tensor, received: list[int], sent: list[int], group: Proce
     return torch.ops._c10d_functional.wait_tensor(exchanged)
 
 
+def _refuse_second_derivatives() -> None:
+    """Raise, on every rank and before any message, in a backward pass with create_graph=True."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "a sharded sequence has no second derivatives (create_graph=True): compute them on one process."
+        )
+
+
 class Extend(torch.autograd.Function):
     """Keys and values [B, G, T, D] of the shard to extended ones [B, G, length, D]; rows that nobody needs are zero.
 
@@ -85,6 +93,7 @@ class Extend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        _refuse_second_derivatives()
         way: Route = ctx.way
         end = way.own + way.tokens
         message = packed(grad_key[:, :, way.placed], grad_value[:, :, way.placed])
@@ -109,7 +118,7 @@ def packed(key: Tensor, value: Tensor) -> Tensor:
 def unpacked(rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [B, G, rows, D] of rows; `like` has the other sizes."""
     batch, groups, _, dim = like.shape
-    key, value = rows.view(-1, batch, groups, 2 * dim).permute(1, 2, 0, 3).split(dim, dim=-1)
+    key, value = rows.view(rows.shape[0], batch, groups, 2 * dim).permute(1, 2, 0, 3).split(dim, dim=-1)
     return key, value
 
 
@@ -135,10 +144,15 @@ class Flight:
         work = dist.all_to_all_single(arriving, rows, received, sent, self.group, async_op=True)
         self._message = rows, arriving, work  # both must live until they have been sent
 
+    @property
+    def departed(self) -> bool:
+        """Whether a message is on its way."""
+        return self._message is not None
+
     def land(self) -> Tensor:
         """Wait for the rows that were sent to this rank."""
         if self._message is None:
-            raise RuntimeError("no message is on its way: what `finish` returned must take part in the loss.")
+            raise RuntimeError("no message is on its way: hand to `finish` what `start` returned, once.")
         (_, arriving, work), self._message = self._message, None
         work.wait()
         return arriving
@@ -161,7 +175,11 @@ class Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor, grad_own: Tensor) -> tuple[Tensor, Tensor, None]:
+        _refuse_second_derivatives()
         flight: Flight = ctx.flight
+        if not flight.departed:  # nothing uses what `finish` returned; the other ranks wait all the same
+            none = grad_own.new_zeros(len(flight.way.placed), *grad_own.shape[1:])
+            flight.depart(none, flight.counts, flight.way.received)
         totals = grad_key.clone(), grad_value.clone()
         for total, part in zip(totals, unpacked(grad_own, flight.like), strict=True):
             total[:, :, : flight.tokens] += part
@@ -183,6 +201,7 @@ class Finish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _refuse_second_derivatives()
         flight, way = ctx.flight, ctx.flight.way
         flight.depart(grad[way.placed], way.counts, way.received)
         return grad[way.own : way.own + flight.tokens], None

@@ -78,14 +78,18 @@ def prefill(model: Any, input_ids: Tensor, group: DeviceMesh | ProcessGroup) -> 
         group: the ranks that share the work.
 
     Raises:
-        ValueError: the prompt has a single token, or the model no `PiAttention` layer.
+        ValueError: the prompt has a single token, the model no `PiAttention` layer, or it recomputes its layers
+            (gradient checkpointing while it trains), which fills no cache.
     """
     total = input_ids.shape[1] - 1
     if total < 1:
         raise ValueError(f"input_ids has {input_ids.shape[1]} tokens: a prompt of at least 2 has some to prefill.")
+    if model.training and model.is_gradient_checkpointing:
+        raise ValueError("a model that trains with gradient checkpointing fills no cache: call model.eval() first.")
     group = group.get_group() if isinstance(group, DeviceMesh) else group
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     ends = [total * (i + 1) // ranks for i in range(ranks)]
+    sources = [(module, module.source) for module in model.modules() if isinstance(module, PiAttention)]
     attach(model, group, [end - start for start, end in zip([0, *ends], ends, strict=False)])
     cache = model.new_cache()
     positions = torch.arange(total, device=input_ids.device)[None]
@@ -97,5 +101,6 @@ def prefill(model: Any, input_ids: Tensor, group: DeviceMesh | ProcessGroup) -> 
             use_cache=True,
         )
     finally:
-        detach(model)
+        for module, source in sources:  # perhaps sharded, to train on
+            module.source = source
     return cache

@@ -182,7 +182,8 @@ class PiModel(PiPreTrainedModel):
         elif segment_ids is None:
             segment_ids = segments_of_batch(attention_mask, position_ids, 0, batch, tokens)
         if position_ids is None:
-            position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past)[None]
+            first = next(self._attentions()).source.position() if self._is_sharded() else past
+            position_ids = (torch.arange(tokens, device=inputs_embeds.device) + first)[None]
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds

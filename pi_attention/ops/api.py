@@ -179,6 +179,11 @@ def _as_autocast_would(query: Tensor, key: Tensor, value: Tensor, pattern: PiPat
         return attend(*cast, pattern, **options)
 
 
+def as_autocast(*tensors: Tensor) -> list[Tensor]:
+    """Tensors in the dtype to which autocast, where it is on, casts query, key and value of `pi_attention`."""
+    return [_as_autocast(x, tensors[0]) for x in tensors] if _under_autocast(tensors[0]) else list(tensors)
+
+
 def _as_autocast(x: Any, like: Tensor) -> Any:
     return x.to(torch.get_autocast_dtype(like.device.type)) if isinstance(x, Tensor) and x.dtype in CASTS else x
 
