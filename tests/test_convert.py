@@ -308,7 +308,7 @@ def test_command_converts_fine_tunes_saves_and_generates(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("part", ["gates", "lora"])
-def test_a_fine_tune_that_is_interrupted_freezes_nothing(part, tmp_path):
+def test_a_fine_tune_that_is_interrupted_freezes_nothing(part, tmp_path, monkeypatch):
     from pi_attention.data.packing import PackedBlocks
     from pi_attention.data.tokenizers import load_tokenizer
     from pi_attention.training.finetune import finetune
@@ -323,8 +323,16 @@ def test_a_fine_tune_that_is_interrupted_freezes_nothing(part, tmp_path):
     def stop(line):
         raise KeyboardInterrupt
 
+    def run(out=tmp_path):
+        finetune(model, blocks, steps=2, part=part, learning_rate=1e-3, out=out, tell=stop)
+
     with pytest.raises(KeyboardInterrupt):
-        finetune(model, blocks, steps=2, part=part, learning_rate=1e-3, out=tmp_path, tell=stop)
+        run()
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    monkeypatch.setattr("pi_attention.training.finetune.TrainingArguments", stop)  # before the first step
+    with pytest.raises(TypeError):
+        run()
     assert [name for name, _ in model.named_parameters()] == names
     assert all(parameter.requires_grad for parameter in model.parameters())
 

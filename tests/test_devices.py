@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from pi_attention import PiPattern, pi_attention
 from pi_attention.accelerator import best_device, has_bf16
@@ -30,6 +31,7 @@ def a_gpu_machine(monkeypatch):
     monkeypatch.setattr(attention, "HAS_TRITON", True)
     monkeypatch.setattr(attention, "INTERPRETED", False)
     monkeypatch.setattr(fallback, "FAILED", {})
+    monkeypatch.setattr(fallback, "FAILED_BACKWARD", {})
 
 
 @pytest.mark.parametrize(
@@ -145,6 +147,28 @@ def test_gradients_whose_kernels_do_not_compile_are_those_of_plain_pytorch(monke
     for x, y, z in zip(want, found, again, strict=True):
         torch.testing.assert_close(x, y)
         assert torch.equal(x, z)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_are_recomputed_as_they_were_where_kernels_of_gradients_do_not_compile(monkeypatch, reentrant):
+    """The last layer's gradients fail first; others are recomputed afterwards. Autocast changes no gradient."""
+    monkeypatch.setattr(operators, "run_fused", lambda *args: forward_alone(*args))
+    monkeypatch.setattr(operators, "run_fused_backward", failing(RuntimeError, "PassManager::run failed"))
+    monkeypatch.setattr(api, "why_not_auto", fallback.why_not)
+    query = torch.randn(1, 2, 40, 16, requires_grad=True)
+
+    def layer(x, impl="auto"):
+        return pi_attention(x, 1.1 * x, 0.9 * x, PATTERN, impl=impl)
+
+    out = layer(layer(query, "blocked"), "blocked")
+    (want,) = torch.autograd.grad(out.sum(), query)
+    with pytest.warns(UserWarning, match="Gradients of π-Attention run as plain PyTorch"):
+        checkpoint(layer, checkpoint(layer, query, use_reentrant=reentrant), use_reentrant=reentrant).sum().backward()
+    torch.testing.assert_close(query.grad, want)
+    loss = layer(layer(query)).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(loss, query)
+    torch.testing.assert_close(found, want)
 
 
 @pytest.mark.parametrize("impl", ["auto", "triton"])

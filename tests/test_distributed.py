@@ -48,7 +48,10 @@ def losses(ranks, cp):
     example = Path(__file__).parents[1] / "examples" / "context_parallel.py"
     options = ["--cp", str(cp), "--context", "256", "--steps", "3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, str(example), *options], capture_output=True, text=True, env=environment)
+    for _ in range(3):
+        done = subprocess.run([*launch, str(example), *options], capture_output=True, text=True, env=environment)
+        if "terminate called without an active exception" not in done.stderr:  # gloo's, rarely, as a process ends
+            break
     assert done.returncode == 0, done.stderr
     return re.findall(r"loss (\S+)", done.stdout)
 

@@ -179,7 +179,7 @@ class Start(torch.autograd.Function):
         flight: Flight = ctx.flight
         if not flight.departed:  # nothing uses what `finish` returned; the other ranks wait all the same
             none = grad_own.new_zeros(len(flight.way.placed), *grad_own.shape[1:])
-            flight.depart(none, flight.counts, flight.way.received)
+            flight.depart(none, flight.way.counts, flight.way.received)
         totals = grad_key.clone(), grad_value.clone()
         for total, part in zip(totals, unpacked(grad_own, flight.like), strict=True):
             total[:, :, : flight.tokens] += part

@@ -80,25 +80,25 @@ def finetune(
             raise ValueError('part="gates", but the model has no gate: convert with gate=True, or train part="all".')
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        max_steps=steps,
-        per_device_train_batch_size=1,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        max_grad_norm=1.0,
-        bf16=has_bf16(best_device()),
-        dataloader_pin_memory=best_device().type != "cpu",
-        save_strategy="no",
-        logging_steps=max(1, steps // 20),
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        seed=seed,
-    )
-    trainer = Trainer(model=trained, args=arguments, train_dataset=blocks, callbacks=[_Lines(tell)])
-    trainer.remove_callback(PrinterCallback)
     try:
+        arguments = TrainingArguments(
+            output_dir=str(out),
+            max_steps=steps,
+            per_device_train_batch_size=1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            max_grad_norm=1.0,
+            bf16=has_bf16(best_device()),
+            dataloader_pin_memory=best_device().type != "cpu",
+            save_strategy="no",
+            logging_steps=max(1, steps // 20),
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            seed=seed,
+        )
+        trainer = Trainer(model=trained, args=arguments, train_dataset=blocks, callbacks=[_Lines(tell)])
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         if part == "lora":
             trained.merge_and_unload()

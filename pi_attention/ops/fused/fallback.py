@@ -14,6 +14,8 @@ from pi_attention.pattern import PiPattern
 
 FAILED: dict[Any, str] = {}
 """Why kernels failed to compile, by what they were compiled for."""
+FAILED_BACKWARD: dict[Any, str] = {}
+"""The same of kernels of gradients. Those of the output go on: gradient checkpointing computes it twice, and alike."""
 
 
 def why_not(query: Tensor) -> str | None:
@@ -21,12 +23,21 @@ def why_not(query: Tensor) -> str | None:
     return FAILED.get(_compiled_for(query)) if FAILED else None
 
 
+def has_backward(query: Tensor) -> bool:
+    """Whether no kernel of gradients has failed to compile for such a query."""
+    return not FAILED_BACKWARD or _compiled_for(query) not in FAILED_BACKWARD
+
+
 def _compiled_for(query: Tensor) -> Any:
     return query.device, query.dtype, query.shape[3]
 
 
-def note_failure(query: Tensor, error: Exception) -> bool:
-    """Whether an error is of compiling kernels, and not of running them; if so warn, and keep "auto" off them."""
+def note_failure(query: Tensor, error: Exception, failed: dict[Any, str] | None = None) -> bool:
+    """Whether an error is of compiling kernels, and not of running them; if so warn, and keep "auto" off them.
+
+    Args:
+        failed: FAILED_BACKWARD for kernels of gradients; FAILED when None.
+    """
     made_by_triton = any(kind.__module__.startswith("triton.") for kind in type(error).__mro__)
     words = ("C compiler", "PassManager", "ptxas", "libcuda")  # plain RuntimeErrors and AssertionErrors of Triton
     if not (
@@ -37,9 +48,10 @@ def note_failure(query: Tensor, error: Exception) -> bool:
         return False
     first = (str(error).strip().splitlines() or [""])[0]
     reason = f"the kernels failed to compile ({type(error).__name__}: {first[:200]})"
-    FAILED[_compiled_for(query)] = reason
+    (FAILED if failed is None else failed)[_compiled_for(query)] = reason
+    of = "π-Attention runs" if failed is None else "Gradients of π-Attention run"
     warnings.warn(
-        f"π-Attention runs as plain PyTorch on {query.device}, with {query.dtype} and head dim {query.shape[3]}: "
+        f"{of} as plain PyTorch on {query.device}, with {query.dtype} and head dim {query.shape[3]}: "
         f'{reason}. impl="triton" shows the whole error.',
         stacklevel=4,
     )
@@ -65,11 +77,14 @@ def blocked_gradients(
     query, key, value, gate, sink_logit = leaves
     fusion = "mass" if mass or gate is None else "gate"
     of_scores: Any = {"scale": scale, "sink_logit": sink_logit, "softcap": softcap}
-    with torch.enable_grad():
-        outputs = blocked_attention(
-            query, key, value, PiPattern.from_ints(pattern), gate=gate, fusion=fusion, starts=starts, **of_scores
+    with torch.autocast(query.device.type, enabled=False):  # as in the forward pass
+        with torch.enable_grad():
+            outputs = blocked_attention(
+                query, key, value, PiPattern.from_ints(pattern), gate=gate, fusion=fusion, starts=starts, **of_scores
+            )
+        results, given = zip(
+            *((y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None and y.requires_grad),
+            strict=True,
         )
-    differentiable = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None and y.requires_grad]
-    results, given = zip(*differentiable, strict=True)
-    found = iter(torch.autograd.grad(results, [x for x in leaves if x is not None], given, materialize_grads=True))
+        found = iter(torch.autograd.grad(results, [x for x in leaves if x is not None], given, materialize_grads=True))
     return tuple(None if x is None else next(found) for x in leaves)

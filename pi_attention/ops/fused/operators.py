@@ -121,14 +121,15 @@ def run_fused_backward(
 
 def _run_or_replace(*arguments: Any) -> tuple[Tensor | None, ...]:
     """`run_fused_backward`, or plain PyTorch where its kernels do not compile: that is warned of once."""
-    try:
-        return run_fused_backward(*arguments)
-    except Exception as error:
-        from pi_attention.ops.fused.fallback import blocked_gradients, note_failure
+    from pi_attention.ops.fused.fallback import FAILED_BACKWARD, blocked_gradients, has_backward, note_failure
 
-        query, key, value, gate, starts = arguments[3:8]
-        if not note_failure(query, error):
-            raise
+    query, key, value, gate, starts = arguments[3:8]
+    if has_backward(query):
+        try:
+            return run_fused_backward(*arguments)
+        except Exception as error:
+            if not note_failure(query, error, FAILED_BACKWARD):
+                raise
     pattern, mass, scale, sink_logit, softcap = arguments[12:]
     inputs = (query, key, value, gate, sink_logit)
     return blocked_gradients(arguments[:3], inputs, starts, pattern, mass, scale, softcap)
