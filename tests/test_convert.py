@@ -323,8 +323,8 @@ def test_a_fine_tune_that_is_interrupted_freezes_nothing(part, tmp_path, monkeyp
     def stop(line):
         raise KeyboardInterrupt
 
-    def run(out=tmp_path):
-        finetune(model, blocks, steps=2, part=part, learning_rate=1e-3, out=out, tell=stop)
+    def run():
+        finetune(model, blocks, steps=2, part=part, learning_rate=1e-3, out=tmp_path, tell=stop)
 
     with pytest.raises(KeyboardInterrupt):
         run()

@@ -84,7 +84,7 @@ def prefill(model: Any, input_ids: Tensor, group: DeviceMesh | ProcessGroup) -> 
     total = input_ids.shape[1] - 1
     if total < 1:
         raise ValueError(f"input_ids has {input_ids.shape[1]} tokens: a prompt of at least 2 has some to prefill.")
-    if model.training and model.is_gradient_checkpointing:
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("a model that trains with gradient checkpointing fills no cache: call model.eval() first.")
     group = group.get_group() if isinstance(group, DeviceMesh) else group
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
