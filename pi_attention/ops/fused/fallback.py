@@ -32,11 +32,11 @@ def _compiled_for(query: Tensor) -> Any:
     return query.device, query.dtype, query.shape[3]
 
 
-def note_failure(query: Tensor, error: Exception, failed: dict[Any, str] | None = None) -> bool:
+def note_failure(query: Tensor, error: Exception, *, backward: bool = False) -> bool:
     """Whether an error is of compiling kernels, and not of running them; if so warn, and keep "auto" off them.
 
     Args:
-        failed: FAILED_BACKWARD for kernels of gradients; FAILED when None.
+        backward: whether they are kernels of gradients.
     """
     made_by_triton = any(kind.__module__.startswith("triton.") for kind in type(error).__mro__)
     words = ("C compiler", "PassManager", "ptxas", "libcuda")  # plain RuntimeErrors and AssertionErrors of Triton
@@ -48,8 +48,8 @@ def note_failure(query: Tensor, error: Exception, failed: dict[Any, str] | None 
         return False
     first = (str(error).strip().splitlines() or [""])[0]
     reason = f"the kernels failed to compile ({type(error).__name__}: {first[:200]})"
-    (FAILED if failed is None else failed)[_compiled_for(query)] = reason
-    of = "π-Attention runs" if failed is None else "Gradients of π-Attention run"
+    (FAILED_BACKWARD if backward else FAILED)[_compiled_for(query)] = reason
+    of = "Gradients of π-Attention run" if backward else "π-Attention runs"
     warnings.warn(
         f"{of} as plain PyTorch on {query.device}, with {query.dtype} and head dim {query.shape[3]}: "
         f'{reason}. impl="triton" shows the whole error.',

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pi_attention.ops.checks import check_softcap
+from pi_attention.ops.fused.fallback import blocked_gradients, has_backward, note_failure
 from pi_attention.pattern import PiPattern
 
 # Defined without torch.library.custom_op or register_autograd, which cost each call some 50 µs more.
@@ -121,14 +122,12 @@ def run_fused_backward(
 
 def _run_or_replace(*arguments: Any) -> tuple[Tensor | None, ...]:
     """`run_fused_backward`, or plain PyTorch where its kernels do not compile: that is warned of once."""
-    from pi_attention.ops.fused.fallback import FAILED_BACKWARD, blocked_gradients, has_backward, note_failure
-
     query, key, value, gate, starts = arguments[3:8]
     if has_backward(query):
         try:
             return run_fused_backward(*arguments)
         except Exception as error:
-            if not note_failure(query, error, FAILED_BACKWARD):
+            if not note_failure(query, error, backward=True):
                 raise
     pattern, mass, scale, sink_logit, softcap = arguments[12:]
     inputs = (query, key, value, gate, sink_logit)
