@@ -122,7 +122,7 @@ def test_one_rank_receives_nothing_and_wrong_arguments_are_named():
         bill(MODELS["1b"], PATTERN, 4096, 0)
     with pytest.raises(ValueError, match="way='other'"):
         bill(MODELS["1b"], PATTERN, 4096, 2, "other")
-    for name, wrong in (("dp", 0), ("tp", -1), ("zero", 4)):
+    for name, wrong in (("dp", 0), ("tp", -1), ("tp", 3), ("zero", 4)):
         with pytest.raises(ValueError, match=f"{name}={wrong}"):
             bill(MODELS["1b"], PATTERN, 4096, 2, **{name: wrong})
     with pytest.raises(ValueError, match="loss_slice=0"):

@@ -158,6 +158,12 @@ def test_command_prints_the_bill_of_a_pattern(monkeypatch, capsys):
     code, printed = run(monkeypatch, capsys, *asked, command="bill")
     assert "--gradient-checkpointing" in " ".join(printed.out.split())  # what the bill assumes, and train leaves out
     assert code == 0 and "fewest GPUs of 80 GiB" in printed.out
+    layout = ["--dp", "2", "--tp", "4", "--zero", "2"]
+    code, printed = run(monkeypatch, capsys, *asked, *layout, "--json", command="bill")
+    found, made = json.loads(printed.out), bill(MODELS["1b"], PiPattern(128, 128, 8), 8192, 4, dp=2, tp=4, zero=2)
+    assert code == 0 and found["halo"]["bytes"] == made.bytes and found["halo"]["fewest GPUs"] == 8
+    code, printed = run(monkeypatch, capsys, *asked, "--tp", "3", command="bill")
+    assert code == 2 and "tp=3 must divide the 16 heads, 16 key heads" in printed.err
     code, printed = run(monkeypatch, capsys, "--context", "4", "--gpus", "5", command="bill")
     assert code == 2 and "gpus must be from 1 to context=4, got 5" in printed.err
 

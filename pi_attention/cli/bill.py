@@ -23,6 +23,7 @@ LABELS = {
     "received": "received, a layer",
     "flops": "operations",
     "bytes": "memory at the peak of the step",
+    "fewest GPUs": "fewest GPUs of {} GiB",
 }
 """What the rows of the table are called."""
 
@@ -34,7 +35,13 @@ class Bill:
     context: int = 131072
     """Tokens of the sequence."""
     gpus: int = 8
-    """GPUs that share the sequence."""
+    """GPUs that share the sequence (cp of `train --parallel`)."""
+    dp: int = 1
+    """Groups of GPUs with a sequence each; weights and optimizer are sharded over all of them."""
+    tp: int = 1
+    """GPUs that share the heads and features of each layer."""
+    zero: Literal[1, 2, 3] = 3
+    """What is sharded over the groups: 3 is all, 2 leaves the weights whole, 1 the sums of gradients, too."""
     model: Literal["1b", "8b", "70b"] = "8b"
     """Shape of the model."""
     window: int = 256
@@ -58,6 +65,8 @@ class Bill:
         """Run the command; the exit code."""
         if not 1 <= self.gpus <= self.context:
             raise ValueError(f"gpus must be from 1 to context={self.context}, got {self.gpus}.")
+        if self.memory < 1:
+            raise ValueError(f"memory must be at least 1 GiB, got {self.memory}.")
         pattern = pattern_of(self)
         pattern.check_heads(MODELS[self.model].num_attention_heads)
         figures = self.figures()
@@ -70,13 +79,14 @@ class Bill:
     def figures(self) -> dict[str, dict[str, Any]]:
         """What a rank holds and receives for a training step, by the way that keys reach it."""
         sizes, pattern, memory = MODELS[self.model], pattern_of(self), self.memory << 30
+        layout = {"dp": self.dp, "tp": self.tp, "zero": int(self.zero)}
         found: dict[str, dict[str, Any]] = {}
         for way in WAYS:
-            made = bill(sizes, pattern, self.context, self.gpus, way, self.loss_slice)
-            fewest = fewest_ranks(sizes, pattern, self.context, memory, way, self.loss_slice)
+            made = bill(sizes, pattern, self.context, self.gpus, way, self.loss_slice, **layout)
+            fewest = fewest_ranks(sizes, pattern, self.context, memory, way, self.loss_slice, **layout)
             parts = asdict(made)
             peaks = {f"peak of {part}": size for part, size in parts.pop("peaks").items()}
-            found[way] = parts | peaks | {"bytes": made.bytes, f"fewest GPUs of {self.memory} GiB": fewest}
+            found[way] = parts | peaks | {"bytes": made.bytes, "fewest GPUs": fewest and fewest * self.dp * self.tp}
         return found
 
     def _table(self, bills: dict[str, dict[str, Any]]) -> Table:
@@ -85,8 +95,9 @@ class Bill:
             f"the {self.model} model ({sizes.num_hidden_layers} layers, {sizes.num_attention_heads} heads, "
             f"{sizes.num_key_value_heads} key heads)"
         )
+        ranks = self.dp * self.gpus * self.tp
         table = Table(
-            title=f"What one of {self.gpus} GPUs holds in a training step of {self.context:,} tokens: {shape}",
+            title=f"What one of {ranks} GPUs holds in a training step of {self.context:,} tokens: {shape}",
             caption="halo: a GPU receives the keys that its pattern sees; all-gather: all keys; dense ring: all keys "
             "in turn, for dense attention. The parts are not all there at once, so the peak is less than their sum. "
             "Layers are recomputed (`train --gradient-checkpointing`), and the allocator takes more than tensors do.",
@@ -101,5 +112,5 @@ class Bill:
                 cells = [f"{value / 1e12:,.0f} TFLOP" for value in values]
             else:
                 cells = [f"{value / 2**30:,.2f} GiB" for value in values]
-            table.add_row(LABELS.get(name, name), *cells)
+            table.add_row(LABELS.get(name, name).format(self.memory), *cells)
         return table
