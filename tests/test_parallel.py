@@ -48,23 +48,26 @@ def launched(folder, out, ranks, *options):
     return subprocess.Popen([*command, *options], env=environment, **pipes)
 
 
-def losses(folder, out):
+FIGURES = ("loss", "eval_loss", "grad_norm")
+
+
+def figures(folder, out):
     lines = [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
-    return {(line["step"], name): line[name] for line in lines for name in ("loss", "eval_loss") if name in line}
+    return {(line["step"], name): line[name] for line in lines for name in FIGURES if name in line}
 
 
 def trained(folder, out, ranks, *options):
     process = launched(folder, out, ranks, *options)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said[-3000:]
-    return losses(folder, out)
+    return figures(folder, out)
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
     """An uninterrupted run of one process."""
     found = trained(folder, "alone", 0, "--batch-size", "4")
-    assert len(found) == 7 and found[6, "loss"] < found[1, "loss"]
+    assert len(found) == 13 and found[6, "loss"] < found[1, "loss"]
     return found
 
 
@@ -121,9 +124,9 @@ def test_ctrl_c_saves_under_torchrun_and_one_process_goes_on(folder):
     said, _ = process.communicate(timeout=90)
     step = int(re.search(r"Interrupted at step (\d+), saved. Go on: pi-attention train --out \S+ --resume", said)[1])
     assert last_checkpoint(folder / "stopped").name == f"checkpoint-{step}" and not (folder / "stopped/model").exists()
-    assert max(number for number, _ in losses(folder, "stopped")) == step
+    assert max(number for number, _ in figures(folder, "stopped")) == step
     process = launched(folder, "stopped", 0, "--resume")
-    while max(number for number, _ in losses(folder, "stopped")) < step + 2:
+    while max(number for number, _ in figures(folder, "stopped")) < step + 2:
         assert process.poll() is None, process.stdout.read()[-3000:]
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
@@ -37,14 +39,28 @@ def schedule_from(optimizer: AdamW, settings: OptimizerSettings, step: int) -> L
 
 
 def clip_gradients(parameters: Iterable[Tensor], most: float) -> Tensor:
-    """Scale all gradients so that their norm over all ranks is at most `most`; the norm before, a scalar."""
+    """Scale all gradients so that their norm over all ranks is at most `most`; the norm before, a scalar.
+
+    Whatever meshes the gradients lie on, the ranks exchange one number.
+    """
     parameters = list(parameters)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(isinstance(grad, DTensor) for grad in grads):
         return nn.utils.clip_grad_norm_(parameters, most)
-    # on different meshes, whose norms do not go into one tensor
-    norms = [torch.linalg.vector_norm(grad) for grad in grads]
-    norm = torch.stack([x.full_tensor() if isinstance(x, DTensor) else x for x in norms]).norm()
+    of_share: dict[float, list[Tensor]] = {}
     for grad in grads:
-        grad.mul_((most / (norm + 1e-6)).clamp(max=1.0))
+        of_share.setdefault(_share(grad), []).append(grad.to_local() if isinstance(grad, DTensor) else grad)
+    squares = torch.stack([share * nn.utils.get_total_norm(part) ** 2 for share, part in of_share.items()]).sum()
+    dist.all_reduce(squares)
+    norm = squares.sqrt()
+    torch._foreach_mul_([grad for part in of_share.values() for grad in part], (most / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def _share(grad: Tensor) -> float:
+    """The part of a gradient's square that each rank counts, so that all ranks together count it once."""
+    pieces = 1
+    if isinstance(grad, DTensor):
+        sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
+        pieces = prod(size for placement, size in sizes if not placement.is_replicate())
+    return pieces / dist.get_world_size()
