@@ -173,8 +173,8 @@ def _under_autocast(query: Any) -> bool:
 
 
 def _as_autocast_would(query: Tensor, key: Tensor, value: Tensor, pattern: PiPattern, options: dict[str, Any]) -> Any:
-    cast = [_as_autocast(x, query) for x in (query, key, value)]
     attend: Any = pi_attention  # no overload takes a return_aux that is not known
+    cast = as_autocast(query, key, value)
     with torch.autocast(query.device.type, enabled=False):
         return attend(*cast, pattern, **options)
 
