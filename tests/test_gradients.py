@@ -86,8 +86,11 @@ def test_a_gate_without_skips_has_a_zero_gradient(impl):
     if impl == "triton":
         need_triton()
     query, gate = (torch.randn(1, 2, 16, *dim, device=DEVICE, requires_grad=True) for dim in ([4], []))
-    pi_attention(query, query, query, PiPattern(8, 8, 0), gate=gate, impl=impl).sum().backward()
+    out = pi_attention(query, query, query, PiPattern(8, 8, 0), gate=gate, impl=impl)
+    out.sum().backward()
     assert torch.equal(gate.grad, torch.zeros_like(gate))
+    if impl == "triton":
+        assert out.grad_fn.name() == "FusedBackward"  # what the kernels wrote: another operation would read all of it
 
 
 @pytest.mark.parametrize("pattern", [PiPattern(2, 2, 2), PiPattern(2, 3, 2, sinks=1, phase=1)], ids=str)

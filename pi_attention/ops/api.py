@@ -20,7 +20,7 @@ from pi_attention.ops.checks import (
 from pi_attention.ops.dense import covers_everything, dense_attention
 from pi_attention.ops.fused.attention import fused_attention, why_not_auto, why_not_triton
 from pi_attention.ops.fused.fallback import note_failure
-from pi_attention.ops.fusion import gate_values
+from pi_attention.ops.fusion import beside_gate, gate_values
 from pi_attention.ops.transforms import transforming
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segment_starts
@@ -151,19 +151,13 @@ def pi_attention(
 
     plain = sink_logit is None and softcap is None  # what scaled_dot_product_attention computes
     if impl == "auto" and plain and not return_aux and not transforming() and covers_everything(pattern, key.shape[2]):
-        return _beside_gate(dense_attention(query, key, value, pattern, starts, scale), gate)
+        return beside_gate(dense_attention(query, key, value, pattern, starts, scale), gate)
     attend = _implementation(impl, query)
     of_scores: Any = {"scale": scale, "sink_logit": sink_logit, "softcap": softcap}
     out, lse_local, lse_skip = attend(query, key, value, pattern, gate=gate, fusion=fusion, starts=starts, **of_scores)
-    out = _beside_gate(out, gate) if pattern.skips == 0 else out
     if not return_aux:
         return out
     return out, PiAux(lse_local, lse_skip, gate_values(lse_local, lse_skip, gate, fusion))
-
-
-def _beside_gate(out: Tensor, gate: Tensor | None) -> Tensor:
-    """The output; a gate that fuses nothing gets a zero gradient, by an empty sum, and not none at all."""
-    return out if gate is None or not gate.requires_grad else out + gate[..., :0].sum().to(out.dtype)
 
 
 def _under_autocast(query: Any) -> bool:

@@ -31,6 +31,13 @@ def gate_values(lse_local: Tensor, lse_skip: Tensor, gate: Tensor | None, fusion
     return torch.where(no_skip, 1.0, torch.sigmoid(logit))
 
 
+def beside_gate(out: Tensor, gate: Tensor | None) -> Tensor:
+    """The output; a gate that fuses nothing gets a zero gradient, by an empty sum, and not none at all."""
+    if gate is None or not gate.requires_grad or not torch.is_grad_enabled():
+        return out
+    return out + gate[..., :0].sum().to(out.dtype)
+
+
 def fuse(local: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
     """g·ℓ + (1 − g)·s for outputs [B, H, T, D] and weights g [B, H, T], in the dtype of the outputs."""
     return torch.lerp(skip, local, weight[..., None].to(local.dtype))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pi_attention.ops.blocked.functional import differentiable_band
 from pi_attention.ops.blocked.operator import band as registered_band
-from pi_attention.ops.fusion import fuse_bands, without_sink
+from pi_attention.ops.fusion import beside_gate, fuse_bands, without_sink
 from pi_attention.ops.sinks import join_sinks
 from pi_attention.ops.transforms import transforming
 from pi_attention.pattern import PiPattern
@@ -33,7 +33,7 @@ def blocked_attention(
         local, lse_local = join_sinks(local, lse_local, query, key, value, starts, pattern, scale, softcap)
     if pattern.skips == 0:
         local = without_sink(local, lse_local, sink_logit)
-        return local.to(query.dtype), lse_local, torch.full_like(lse_local, -torch.inf)
+        return beside_gate(local.to(query.dtype), gate), lse_local, torch.full_like(lse_local, -torch.inf)
     skip, lse_skip = band(query, key, value, starts, pattern.to_ints(), True, scale, softcap)
     out = fuse_bands(local, skip, lse_local, lse_skip, gate, fusion, sink_logit)
     return out.to(query.dtype), lse_local, lse_skip

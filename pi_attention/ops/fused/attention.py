@@ -101,16 +101,17 @@ def fused_attention(
     if is_decoding(query, key, value, gate, pattern, sink_logit):
         attend = run_decoding if is_plain(query, key, value) else decode
         return attend(query, key, value, gate, starts, code, mass, scale, sink_logit, softcap)
+    beside = None
     if pattern.skips == 0:
-        gate, mass = None, False
+        beside, gate, mass = gate, None, False
     if torch.compiler.is_compiling():  # Dynamo traces no autograd function to which one tensor is given twice
         key = key.view_as(key) if key is query else key
         value = value.view_as(value) if value is query or value is key else value
     differentiable = torch.is_grad_enabled()
     attend = Fused.apply if differentiable else run_fused if is_plain(query, key, value) else fused
     more: tuple[Any, ...] = () if sink_logit is None and softcap is None else (sink_logit, softcap)
-    if differentiable and replaceable:
-        more = sink_logit, softcap, True
+    if differentiable and (replaceable or beside is not None):
+        more = sink_logit, softcap, replaceable, beside
     out, lse, _, lse_skip = attend(query, key, value, gate, starts, code, mass, scale, *more)
     return out, lse, torch.full_like(lse, -torch.inf) if pattern.skips == 0 else lse_skip
 

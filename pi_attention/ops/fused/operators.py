@@ -177,7 +177,10 @@ def is_plain(*tensors: Tensor) -> bool:
 
 
 class Fused(torch.autograd.Function):
-    """`fused` with its gradients; traced through by torch.compile, which leaves the operators opaque."""
+    """`fused` with its gradients; traced through by torch.compile, which leaves the operators opaque.
+
+    `beside` are gate logits that fuse nothing: they get a gradient of zeros.
+    """
 
     @staticmethod
     def forward(
@@ -193,10 +196,11 @@ class Fused(torch.autograd.Function):
         sink_logit: Tensor | None = None,
         softcap: float | None = None,
         replaceable: bool = False,
+        beside: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         call = run_fused if is_plain(query, key, value) else fused
         outputs = call(query, key, value, gate, starts, pattern, mass, scale, sink_logit, softcap)
-        ctx.save_for_backward(query, key, value, gate, starts, *outputs, sink_logit)
+        ctx.save_for_backward(query, key, value, gate, starts, *outputs, sink_logit, beside)
         ctx.rest = (pattern, mass, scale, softcap)
         ctx.replaceable = replaceable
         ctx.mark_non_differentiable(outputs[2])
@@ -208,7 +212,7 @@ class Fused(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Any, grad_skip_lse: Tensor | None
     ) -> tuple[Any, ...]:
-        *saved, sink_logit = ctx.saved_tensors
+        *saved, sink_logit, beside = ctx.saved_tensors
         query, gate = saved[0], saved[3]
         *rest, softcap = ctx.rest
         if grad_out is None:
@@ -221,7 +225,9 @@ class Fused(torch.autograd.Function):
         arguments = grad_out, grad_lse, grad_skip_lse, *saved, *rest, sink_logit, softcap
         *grads, grad_gate, grad_sink = differentiate(*arguments)
         grad_gate = None if gate is None else grad_gate
-        return *grads, grad_gate, None, None, None, None, None if sink_logit is None else grad_sink, None, None
+        grad_sink = None if sink_logit is None else grad_sink
+        nothing = None if beside is None else torch.zeros_like(beside)
+        return *grads, grad_gate, None, None, None, None, grad_sink, None, None, nothing
 
 
 class FusedBackward(torch.autograd.Function):
