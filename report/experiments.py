@@ -10,7 +10,7 @@ from experiments.experiment import Result
 from experiments.pretrained import ALIKE
 from experiments.registry import EXPERIMENTS
 from experiments.rows import load
-from report import language_models, law, slices
+from report import language_models, law, serving, slices
 from report.cells import Column, compared, mean_of, measured_cells, shown
 from report.keys import planned
 from report.markdown import NOTHING, table
@@ -120,12 +120,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "image_text": lambda: compared("image_text", {"R@1 / 5 / 10 to text; to image": _ways}),
     "series": lambda: compared("series"),
     "cost": cost,
-    "serving_cost": lambda: compared(
-        "serving_cost",
-        {
-            "first token, s": mean_of("first token s", 3),
-            "cache, MiB": lambda results: f"{results[0]['cache bytes'] / 2**20:,.1f}",
-        },
-        digits=4,
-    ),
+    "serving_cost": serving.serving_cost,
 }

@@ -74,18 +74,22 @@ def picture(found: list[Point]) -> Figure:
 
     A hollow point stands where dense attention was behind the window.
     """
-    figure, (left, right) = figure_of(8, 3.6, ncols=2)
     trained = Counter(point.tokens for point in found)
     common = max(trained, key=lambda tokens: trained[tokens])
     longer = {(point.context, point.keys) for point in found if point.tokens != common}
     by_keys = [point for point in found if point.tokens == common]
     by_tokens = [point for point in found if (point.context, point.keys) in longer]
+    panels = 2 if by_tokens else 1
+    figure, drawn = figure_of(4 * panels, 3.6, ncols=panels, squeeze=False)
+    left, *right = drawn[0]
     _draw(left, by_keys, lambda point: point.context / point.keys, lambda point: f"{point.context:,} tokens")
-    _draw(
-        right, by_tokens, lambda point: point.tokens / 1e6, lambda point: f"{point.context:,} tokens, {point.keys} keys"
-    )
     left.set(xscale="log", xlabel="context ÷ keys", ylabel="perplexity below a window's (%)")
-    right.set(xscale="log", xlabel="tokens of training (M)")
+    for axes in right:
+        _draw(axes, by_tokens, lambda p: p.tokens / 1e6, lambda p: f"{p.context:,} tokens, {p.keys} keys")
+        axes.set(xscale="log", xlabel="tokens of training (M)")
+    for axes in drawn[0]:
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_minor_formatter("{x:,.0f}")
     return figure
 
 

@@ -1,11 +1,14 @@
-"""Tables of continuous batching and of the server."""
+"""Tables of continuous batching, of the server, and of what forms of the pattern cost to serve."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from report.markdown import Measured, per_file, read, table, version
+from experiments.registry import EXPERIMENTS
+from experiments.rows import Row
+from report.cells import measured_cells
+from report.markdown import NOTHING, Measured, per_file, read, table, version
 
 
 def serving() -> str:
@@ -71,3 +74,34 @@ def _throughput(result: Measured) -> str:
 def throughput() -> str:
     """A converted model and its dense original under the same continuous batching."""
     return per_file("throughput-*", _throughput)
+
+
+def serving_cost() -> str:
+    """What a form costs to serve, by length of the prompt."""
+    found: dict[str, dict[int, Row]] = {}
+    for cell, rows in measured_cells(EXPERIMENTS["serving_cost"]):
+        found.setdefault(cell["variant"], {})[cell["context"]] = rows[0]
+    if not found:
+        return NOTHING
+    row = next(iter(found["dense"].values()))
+    lengths, settings = sorted(found["dense"]), row["settings"]
+
+    def told(name: str, scale: float, digits: int, of_length: dict[int, Row]) -> list[str]:
+        return [f"{scale * of_length[n]['result'][name]:,.{digits}f}" for n in lengths]
+
+    lines = [
+        [
+            variant,
+            *told("first token s", 1, 2, of_length),
+            *told("decoded token s", 1e3, 1, of_length),
+            *told("cache bytes", 2**-20, 0, of_length),
+        ]
+        for variant, of_length in found.items()
+    ]
+    heads = [f"{what} at {n:,}" for what in ("first token, s,", "a token, ms,", "cache, MiB,") for n in lengths]
+    said = (
+        f"{row['device']}, torch {row['torch']}, {row['date']}; {row['result']['parameters'] / 1e6:.0f} M parameters, "
+        f"{settings['layers']} layers, bf16, {settings['keys']} keys a query; prompts in chunks of "
+        f"{settings['chunk']:,} tokens."
+    )
+    return said + "\n\n" + table(["variant", *heads], lines)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from statistics import fmean
 
+from experiments.forms import BASELINE
 from experiments.rows import Row
-from experiments.variants import BASELINE, COORDINATED_HEADS
 from report.cells import shown
 from report.gains import rows_of
 from report.keys import PLANNED
@@ -13,6 +13,11 @@ from report.markdown import read, table
 
 CURRICULA = {8192: [1024, 2048, 4096], 32768: [1024, 2048, 4096, 8192, 16384]}
 """Contexts in which passkeys were asked for, and the shorter ones that training began with."""
+
+
+LANGUAGE = {2048: "forms", 8192: "law"}
+"""Experiments with language models of 80 keys, by context."""
+FORM = "coordinated 4"
 
 
 def _against(rows: list[Row], others: list[Row]) -> str:
@@ -33,16 +38,17 @@ def summary() -> str:
     rows = []
     for length in sorted({length for length, _ in steps}):
         times = [f"{steps[length, variant] / steps[length, 'pi']:.2f}×" for variant in ("dense", "ring-local")]
-        quality = ["not measured", "not measured"]
-        if length == 2048:
-            found = rows_of("language_modelling_long", {"corpus": "linux"})
-            quality = [_against(found[COORDINATED_HEADS], found[other]) for other in ("dense", BASELINE)]
-        elif length in CURRICULA:
+        quality: list[list[str]] = [[], []]
+        if length in LANGUAGE:
+            found = rows_of(LANGUAGE[length], {"context": length, "keys": 80, "heads": 4, "steps": 4000})
+            for said, other in zip(quality, ("dense", BASELINE), strict=True):
+                said.append(_against(found[FORM], found[other]))
+        if length in CURRICULA:
             found = rows_of("recall", {"context": length, "shorter first": CURRICULA[length]})
             ours = _found(found[PLANNED])
-            quality = [f"passkeys found: {ours}, {word} {_found(found[other])}"
-                       for word, other in (("dense", "dense"), ("window", BASELINE))]  # fmt: skip
-        rows.append([f"{length:,}", *times, *quality])
+            for said, (word, other) in zip(quality, (("dense", "dense"), ("window", BASELINE)), strict=True):
+                said.append(f"passkeys found: {ours}, {word} {_found(found[other])}")
+        rows.append([f"{length:,}", *times, *("; ".join(said) or "not measured" for said in quality)])
     times = ["time of dense ÷ ours", "of a window ÷ ours"]
     head = ["tokens", *times, "quality beside dense", "beside a window of as many keys"]
     return table(head, rows)
