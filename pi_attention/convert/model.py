@@ -74,9 +74,10 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         So a text of any length can be streamed through it, in calls of any number of tokens.
         """
         cache = super().new_cache()
-        frequencies = layer_frequencies(self.model, len(cache.layers))
-        if self._context is not None and frequencies is not None:
-            cache.keep_sinks_near(self._context, frequencies)
+        if self._context is not None and any(pattern.sinks for pattern in self._patterns):
+            frequencies = layer_frequencies(self.model, len(cache.layers))
+            if frequencies is not None:
+                cache.keep_sinks_near(self._context, frequencies)
         return cache
 
     @property
@@ -117,7 +118,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but keep the frequencies of rotary embeddings in fp32."""
-        rotary = rotary_modules(self)
+        rotary = list(rotary_modules(self))
         before = [dict(module.named_buffers(recurse=False)) for module in rotary]
         super()._apply(fn, recurse)
         for module, buffers in zip(rotary, before, strict=True):

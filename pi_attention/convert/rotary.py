@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,13 @@ from transformers import PreTrainedModel
 from pi_attention.models.rotary import MOVING
 
 
-def rotary_modules(model: nn.Module) -> list[nn.Module]:
-    """The rotary embeddings in a model of transformers, whose classes are named alike."""
-    return [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+def rotary_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The rotary embeddings in a model of transformers, whose classes are named alike: outer ones first."""
+    level, seen = [model], {model}
+    while level:
+        yield from (module for module in level if type(module).__name__.endswith("RotaryEmbedding"))
+        level = list(dict.fromkeys(child for module in level for child in module.children() if child not in seen))
+        seen.update(level)
 
 
 def layer_frequencies(model: PreTrainedModel, layers: int) -> list[Tensor | None] | None:
