@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ def need(path: Path, how: str) -> Path:
 
 
 def prepared(data: Path, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays from `data/prepared/name.npz`, made first if they are not there."""
+    """Arrays from `data/prepared/name.npz`, made first if they are not there; several processes may ask at once."""
     path = data / "prepared" / f"{name}.npz"
     if not path.exists():
         path.parent.mkdir(exist_ok=True, parents=True)
-        part = path.with_suffix(".part.npz")
+        part = path.with_suffix(f".{os.getpid()}.npz")
         np.savez(part, **make())
         part.replace(path)
     with np.load(path) as arrays:
