@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from report.markdown import NOTHING, RESULTS, Measured, per_file, read, table, version
 
@@ -48,18 +48,27 @@ def streaming() -> str:
 
 
 def _speed(result: Measured) -> str:
-    by_context: dict[int, list[dict[str, Any]]] = {}
-    for row in result["speed"]:
-        by_context.setdefault(row["context"], []).append(row)
+    dense = {row["context"]: row for row in result["speed"] if row["variant"] == "dense"}
     rows = []
-    for context, (dense, ours) in by_context.items():
-        cells = [f"{context:,}"]
-        for kind in ("prefill tokens/s", "decode tokens/s"):
-            cells += [f"{dense[kind]:,.0f}", f"{ours[kind]:,.0f}", f"{ours[kind] / dense[kind]:.2f}×"]
+    for row in result["speed"]:
+        cells, beside = [f"{row['context']:,}", row["variant"]], dense[row["context"]]
+        for name, told in TIMES.items():
+            known = name in row and name in beside
+            cells += [told(row[name]), f"{row[name] / beside[name]:.2f}×"] if known else ["–", "–"]
         rows.append(cells)
     said = f"{result['model']}; {result['device']}, batch 1, bf16, {version(result)}"
-    head = ["context", "prefill, dense", "converted", "", "decode, dense", "converted", ""]
-    return said + "; tokens a second.\n\n" + table(head, rows)
+    head = ["context", "model"]
+    for title in ("prefill, ms", "decoding, tokens/s", "static, first two tokens, s", "static, tokens/s"):
+        head += [title, "time of dense's"]
+    return said + ".\n\n" + table(head, rows)
+
+
+TIMES: dict[str, Callable[[float], str]] = {
+    "prefill s": lambda seconds: f"{1e3 * seconds:,.0f}",
+    "decode s": lambda seconds: f"{1 / seconds:,.0f}",
+    "static, first two tokens s": lambda seconds: f"{seconds:.1f}",
+    "static, decode s": lambda seconds: f"{1 / seconds:,.0f}",
+}
 
 
 def speed() -> str:
