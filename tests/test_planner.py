@@ -141,7 +141,7 @@ def test_command_prints_a_plan_that_loads_as_a_config(monkeypatch, capsys, tmp_p
     assert made.model.pattern() == PiPattern.from_dict(found["pattern"])
     assert (made.model.window, made.model.layers, made.model.heads, made.data.context) == (config.window, 6, 4, 4096)
     code, printed = run(monkeypatch, capsys, *sizes, "--budget", "64")
-    assert code == 0 and "of 6 layers" in printed.out
+    assert code == 0 and "of 6 layers" in printed.out and "--coordinated" in printed.out
     arguments = re.search(r"PiConfig\((window=.*, period=.*, skips=.*, sinks=0, phase=0)\)", printed.out)
     assert arguments and eval(f"PiConfig({arguments[1]})").pattern.reach
     code, printed = run(monkeypatch, capsys, "--layers", "0")
@@ -179,7 +179,7 @@ def test_command_prints_a_coordinated_plan(monkeypatch, capsys, tmp_path):
     assert found["hops"] == receptive_field([pattern] * 8, 2048).layers_to_cover() == 8
     assert load_yaml(Train, out).model.pattern() == pattern
     code, printed = run(monkeypatch, capsys, *sizes, "--budget", "80", "--least-window", "40", "--layers", "2")
-    assert code == 0 and "200 in one layer" in printed.out
+    assert code == 0 and "200 in one layer" in printed.out and "gate=False" in printed.out
     assert "PiConfig(window=40, period=4, skips=40, sinks=0, phase=[0, 1, 2, 3])" in printed.out
     assert "more than 2 layers" in printed.out
     code, printed = run(monkeypatch, capsys, *sizes, "--hops", "2")

@@ -28,6 +28,12 @@ from pi_attention.planner import longest_stretch, plan
 from pi_attention.receptive_field import receptive_field
 from pi_attention.training.config import ModelSettings
 
+MADE_FOR = {
+    False: "This finds a key anywhere in the context. Language models did better with --coordinated (docs/results.md).",
+    True: "Language models did as well with gate=False, which is one softmax over both bands (docs/results.md).",
+}
+"""What was measured of plans, by whether their heads are coordinated."""
+
 
 @dataclass
 class Plan:
@@ -87,6 +93,7 @@ class Plan:
         console.print(table)
         arguments = ", ".join(f"{name}={value}" for name, value in words.items())
         console.print(f"PiConfig({arguments})", highlight=False, soft_wrap=True)
+        console.print(MADE_FOR[self.coordinated], highlight=False, soft_wrap=True)
         if self.out is not None:
             console.print(
                 f"written: {self.out}, for a model of {self.layers} layers and {self.heads * self.head_dim:,} features "
