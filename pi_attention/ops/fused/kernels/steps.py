@@ -128,10 +128,11 @@ def in_one_segment(Starts, query0, query1, key0, key1, sinks, SINKS: tl.constexp
 
     Then the tags of a tile need not be compared. A segment is one run, so its ends tell.
     """
-    start = tl.load(Starts + query0)
-    alike = (key0 <= key1) & (start >= 0) & (tl.load(Starts + query1) == start)
-    alike = alike & (tl.load(Starts + key0, mask=alike, other=-1) == start)
-    alike = alike & (tl.load(Starts + key1, mask=alike, other=-1) == start)
+    some = key0 <= key1
+    start = tl.load(Starts + query0)  # no load waits for another: a short tile would take as long as they do
+    alike = some & (start >= 0) & (tl.load(Starts + query1) == start)
+    alike = alike & (tl.load(Starts + key0, mask=some, other=-1) == start)
+    alike = alike & (tl.load(Starts + key1, mask=some, other=-1) == start)
     if SINKS:
         alike = alike & (key0 - start >= sinks)
     return alike
