@@ -54,7 +54,7 @@ def weights(run_folder: Path) -> dict[str, torch.Tensor]:
 def finished(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     result = run("train", "--data", corpus, "--out", str(out), "--steps", "12", *TINY)
-    return out, result.stdout
+    return out, result.stdout + result.stderr
 
 
 def test_a_run_folder_holds_everything(finished):
@@ -70,6 +70,10 @@ def test_a_run_folder_holds_everything(finished):
     assert len(steps) == len(set(steps)) and "loss" in metrics[-1]  # a line a step, the last step's loss in it
     assert {"grad_norm", "learning_rate", "epoch"} <= metrics[0].keys()
     assert "tokens/s" in printed and "s left" in printed
+    parameters = sum(weight.numel() for weight in weights(out).values())
+    assert f"{parameters:,} parameters" in printed  # as a number of millions this model had none
+    assert "maximum length" not in printed  # the sample stays within a short context
+    assert len((out / "sample.txt").read_text()) <= 128
     assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
 
 
@@ -272,6 +276,7 @@ def test_settings_from_a_file_and_flags(tmp_path, corpus):
         (["--config", "x.yaml"], "command"),
         (["eval", "nothing-here"], "no model"),
         (["inspect", "--period", "3", "4"], "2 entries"),
+        (["plan", "--context", "64", "--head-dim", "7", "--out", "p.yaml"], "head_dim=7 must be even"),
         (["inspect", "--phase", "128"], "phase=128 must be smaller than the period of its head, 128"),
     ],
 )

@@ -79,6 +79,11 @@ class Plan:
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}.")
         if self.out is not None:
             need_new_file("out", self.out)
+            if self.head_dim % 2:
+                raise ValueError(
+                    f"head_dim={self.head_dim} must be even in the settings of a training run, whose rotary embeddings "
+                    "turn pairs: change it, or leave out --out."
+                )
         found = self.found()
         figures = self.figures(found)
         words = {name: value for name, value in figures["pattern"].items() if hasattr(ModelSettings, name)}

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from pi_attention import plots
 from pi_attention.data.packing import PackedBlocks
+from pi_attention.data.tokenizers import beginning
 from pi_attention.files import write_text
 from pi_attention.models import PiForCausalLM
 from pi_attention.nn import record_aux
@@ -19,6 +21,14 @@ from pi_attention.training.metrics import read_metrics
 
 SUMMARY = "summary.json"
 """The last thing that a run writes."""
+
+
+def _sample(model: PiForCausalLM, tokenizer: Any, block: Tensor, seed: int) -> str:
+    """The beginning of a block [context] and how the model goes on, within the context that it was trained for."""
+    context = len(block)
+    prompt = tokenizer.decode(block[: min(64, -(-context // 2))], skip_special_tokens=True).rstrip("\ufffd") or "\n"
+    read = len(beginning(tokenizer)) + len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    return generate_text(model, tokenizer, prompt, max_new_tokens=max(1, min(400, context - read)), seed=seed).text
 
 
 @torch.no_grad()
@@ -42,9 +52,7 @@ def write_report(
     gates = [calls[0].gate[0].float().cpu() for calls in aux.values()]
     plots.save(plots.gate_picture(gates), out / "gate.png")
 
-    prompt = tokenizer.decode(block["input_ids"][:64], skip_special_tokens=True)
-    sample = generate_text(model, tokenizer, prompt, max_new_tokens=400, seed=config.run.seed)
-    write_text(out / "sample.txt", sample.text)
+    write_text(out / "sample.txt", _sample(model, tokenizer, block["input_ids"], config.run.seed))
     last = {key: value for line in metrics for key, value in line.items() if key in ("loss", "eval_loss", "step")}
     write_text(out / SUMMARY, json.dumps(last, indent=2))
     console.print(f"validation loss {last.get('eval_loss', float('nan')):.3f} nats a token; the run is in {out}/")

@@ -76,8 +76,8 @@ def train(asked: TrainConfig, console: Console) -> bool:
         if parallel.is_first:
             claim_folder(config, tokenizer, checkpoint if asked.run.checkpoint is not None else None)
         console.print(
-            f"{parameters / 1e6:.1f} M parameters, {len(training.tokens):,} training and {len(validation.tokens):,} "
-            f"validation tokens, context {config.data.context}"
+            f"{parameters:,} parameters, {len(training.tokens):,} training and {len(validation.tokens):,} validation "
+            f"tokens, context {config.data.context}"
         )
         step = Run(config, parallel, training, validation, console).go(checkpoint)
         if step < config.optimizer.steps:
