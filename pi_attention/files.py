@@ -33,6 +33,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """The name under which to write a file that appears as `path` when complete; its folder is made.
 
     A process that is killed leaves the earlier file, or none, and perhaps a hidden one that the next write replaces.
+
+    Raises:
+        OSError: the disk is full, or refuses the file; `filename` names it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{path.name}")  # keeps the ending, which names a picture's format
@@ -41,6 +44,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         sync(partial)
         partial.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # so is a full disk told of
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)

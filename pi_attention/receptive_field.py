@@ -53,6 +53,8 @@ class _Sequence:
     def along(self, bits: int, band: Band) -> int:
         """The positions at the signed lags of a band before those in the set, by doubling."""
         assert band.last is not None
+        if not len(band):  # its first lag may be far beyond the sequence
+            return 0
         steps, found, at, size = band.last - band.first, 0, 0, 1
         # once moved by the first lag, every further one is positive, and what leaves is gone
         seen = self.moved(bits, band.first * band.stride + band.phase)

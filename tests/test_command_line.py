@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -380,3 +381,24 @@ def test_a_plan_says_what_it_wrote_and_counts_in_units_that_suit(tmp_path, monke
 def test_the_help_of_the_command_names_its_version(monkeypatch):
     code, out, _ = called(["--help"], monkeypatch)
     assert code == 0 and "pi-attention --version" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "out='p.yaml' cannot be used, no space left"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full (I/O error"),
+    ],
+)
+def test_a_full_disk_names_the_remedy(error, words, monkeypatch, capsys, tmp_path):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(sys, "argv", ["pi-attention", "plan", "--context", "64", "--out", "p.yaml"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = " ".join(capsys.readouterr().err.split())
+    assert stopped.value.code == 2 and words in printed and "free room on the disk, then do it again" in printed
+    assert not list(tmp_path.iterdir())

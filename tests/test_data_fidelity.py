@@ -208,6 +208,14 @@ def test_what_would_be_dropped_or_misread_is_named(tmp_path):
         load_documents(str(tmp_path / "twice.parquet"))
 
 
+def test_a_folder_without_text_says_what_it_holds(tmp_path):
+    with pytest.raises(ValueError, match="holds no text: give a file or folder with some"):
+        load_documents(str(tmp_path))
+    (tmp_path / "c.md").write_text("three")
+    with pytest.raises(ValueError, match=r"holds no \.txt file, but 1 other entries, such as 'c\.md': name a file"):
+        load_documents(str(tmp_path))
+
+
 def test_a_folder_says_what_it_leaves_out(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "B.TXT").write_text("two")

@@ -316,6 +316,13 @@ def test_a_million_tokens_and_48_layers_take_less_than_a_few_seconds():
     assert field.covered() == 1 << 20
 
 
+def test_skips_beyond_the_sequence_take_no_memory():
+    pattern = PiPattern(2**40, 128, 16)  # 2**40 bits are 128 GiB
+    assert joint_coverage(pattern, 64).stretch == 64
+    assert keys_read(pattern, 64, heads=2) == 128
+    assert receptive_field([pattern], 64).covered() == 64
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="patterns is empty"):
         receptive_field([], 10)

@@ -198,6 +198,22 @@ def test_a_checkpoint_is_whole_or_absent(monkeypatch, corpus, tmp_path):
     assert not (out / checkpoints.PARTIAL).exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")
+def test_a_checkpoint_without_room_is_told_and_the_run_goes_on_later(finished, corpus, tmp_path):
+    """Files of more than 64 KiB fail as on a full disk."""
+    out = tmp_path / "run"
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)); "
+    code += "from pi_attention.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "train", "--data", corpus, "--out", str(out), "--steps", "12", *TINY]
+    told = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert told.returncode == 2 and "Traceback" not in told.stderr
+    assert f"out={str(out)!r}: the checkpoint of step 4 cannot be written" in told.stderr
+    assert "free room, then go on with --resume" in told.stderr
+    assert not (out / ".partial").exists()
+    run("train", "--out", str(out), "--resume")
+    assert all(torch.equal(weights(finished[0])[name], value) for name, value in weights(out).items())
+
+
 def _console():
     from rich.console import Console
 

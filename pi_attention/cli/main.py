@@ -32,6 +32,7 @@ from pi_attention.cli.terminal import (
     TRACEBACK,
     close_quietly,
     in_words,
+    is_full_disk,
     make_console,
     prepare_streams,
     print_line,
@@ -150,6 +151,7 @@ def main() -> None:
         if os.environ.get(TRACEBACK):
             raise
         wrong = isinstance(error, ValueError | TypeError | OSError | NotImplementedError | MemoryError)
+        wrong = wrong or is_full_disk(error)
         where = "" if wrong else f" ({type(error).__name__}; with {TRACEBACK}=1 it says where)"
         print_line("error", in_words(error) + where)
         raise SystemExit(WRONG if wrong else UNEXPECTED) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import sys
 import warnings
@@ -13,6 +14,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
+
+from pi_attention.paths import REMEDIES
 
 TRACEBACK = "PI_ATTENTION_TRACEBACK"
 """Environment variable that shows where an error came from."""
@@ -53,11 +56,20 @@ def print_line(kind: str, message: object, style: str = "bold red") -> None:
     make_console(stderr=True).print(line, soft_wrap=True)
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Whether the disk had no room, as libraries tell with errors of their own kinds."""
+    return "No space left on device" in str(error)
+
+
 def in_words(error: BaseException) -> str:
     """An error of the system, of a library or of our own, as a sentence."""
     if isinstance(error, OSError) and error.strerror is not None:
         names = [repr(name) for name in (error.filename, error.filename2) if name is not None]
-        return f"{' and '.join(names)}: {error.strerror}." if names else f"{error.strerror}."
+        remedy = f": {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
+        where = f"{' and '.join(names)}: " if names else ""
+        return f"{where}{error.strerror}{remedy}."
+    if is_full_disk(error) and not isinstance(error, OSError):
+        return f"the disk is full ({error}): {REMEDIES[errno.ENOSPC]}."
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return f"the memory does not suffice ({type(error).__name__}): take a smaller model, context or batch."
     return str(error) or type(error).__name__

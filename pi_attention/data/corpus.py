@@ -47,7 +47,7 @@ def load_documents(data: str, *, split: str = "train", text_field: str = "text")
         found = from_hub(data, split, text_field)
     documents = [document for document in found if document]
     if not documents:
-        raise ValueError(f"data={data!r} holds no text.")
+        raise ValueError(f"data={data!r} holds no text: give a file or folder with some.")
     if len(documents) < len(found):
         warnings.warn(
             f"data={data!r}: {len(found) - len(documents):,} of {len(found):,} documents are empty, and left out.",
@@ -76,7 +76,12 @@ def _folder(path: Path) -> list[str]:
         raise refused("data", path, error) from error
     texts = [entry for entry in entries if entry.suffix.lower() == ".txt"]
     others = [entry.name for entry in entries if entry not in texts]
-    if texts and others:
+    if others and not texts:
+        raise ValueError(
+            f"data={str(path)!r} holds no .txt file, but {len(others):,} other entries, such as {others[0]!r}: name a "
+            "file instead, or give each text a name that ends in .txt."
+        )
+    if others:
         warnings.warn(
             f"data={str(path)!r}: {len(others):,} entries that are no .txt file are left out, such as {others[0]!r}.",
             stacklevel=3,

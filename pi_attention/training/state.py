@@ -96,12 +96,19 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], di
 
 
 def save(run: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int) -> None:
-    """Write a checkpoint, by all ranks where there are many; it has its name only when it is complete."""
+    """Write a checkpoint, by all ranks where there are many; it has its name only when it is complete.
+
+    Raises:
+        OSError: its tensors cannot be written, as on a full disk. Earlier checkpoints stay.
+    """
     staging = run / PARTIAL
     if _rank() == 0:
         shutil.rmtree(staging, ignore_errors=True)
     _barrier()
-    _write(_tensors(model, optimizer)[2], staging, no_dist=not dist.is_initialized())
+    try:
+        _write(_tensors(model, optimizer)[2], staging, no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # of a rank, told to all
+        raise _unwritten(run, step, error) from error
     noted = contents(staging, f"__{_rank()}_*")  # the files of this rank
     if dist.is_initialized():
         parts: list[Contents] = [{} for _ in range(dist.get_world_size())]
@@ -114,6 +121,23 @@ def save(run: Path, step: int, model: nn.Module, optimizer: Optimizer, keep: int
         seal(staging, noted | contents(staging, ".metadata") | contents(staging, CONFIG))
         publish_checkpoint(staging, run, step, keep)
     _barrier()
+
+
+def _reason(error: CheckpointException) -> str:
+    """What the first rank that failed says, in one line."""
+    cause = next(cause for cause, _ in error.failures.values())
+    return " ".join(str(cause).split())
+
+
+def _unwritten(run: Path, step: int, error: CheckpointException) -> OSError:
+    """In words, once what was written of the checkpoint is gone, which takes the room of the next."""
+    free = shutil.disk_usage(run).free
+    if _rank() == 0:
+        shutil.rmtree(run / PARTIAL, ignore_errors=True)
+    return OSError(
+        f"out={str(run)!r}: the checkpoint of step {step} cannot be written, with {free:,} bytes free on its disk "
+        f"({_reason(error)}): free room, then go on with --resume."
+    )
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> int:
@@ -132,8 +156,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> int:
             _barrier()
         _read(state, folder)
     except (CheckpointException, pickle.UnpicklingError) as error:
-        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        reason = " ".join(str(causes[0]).split())
+        reason = _reason(error) if isinstance(error, CheckpointException) else " ".join(str(error).split())
         raise ValueError(f"{checkpoint.name} of out={str(checkpoint.parent)!r} cannot be loaded: {reason}") from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     if folder != checkpoint:
