@@ -444,6 +444,23 @@ def llama(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--period", "8", "9", "10"], "period has 3 entries but there are 4 query heads"),
+        (["--context", "1024"], r"the held-out part of data='.*text\.txt', 10 % held out: the text has \d+ tokens"),
+        (["--no-gate", "--part", "gates", "--finetune-steps", "1"], 'part="gates", but gate=False leaves none'),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_refused_before_weights_are_read(options, words, llama, tmp_path):
+    from pi_attention.cli.main import parse
+
+    (tmp_path / "llama" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=words):
+        parse([*llama, "--model", str(tmp_path / "llama"), *options]).execute(Console(quiet=True))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
     ("kind", "words"),
     [
         ("file", "holds no config.json: give the hub name"),

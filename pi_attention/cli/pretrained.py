@@ -14,8 +14,12 @@ def _refusal(model: str, what: str, error: Exception) -> ValueError:
     return ValueError(f"model={shown(model)} {what}: {words}")
 
 
-def need_decoder(model: str) -> None:
-    """Raise ValueError for a local path that holds no pretrained model of another kind than ours."""
+def need_decoder(model: str) -> Any:
+    """The configuration of a pretrained model's text.
+
+    Raises:
+        ValueError: a local path holds no pretrained model of another kind than ours.
+    """
     from transformers import AutoConfig
 
     status = status_of("model", Path(model)) if len(model) <= 96 or "/" in model else None  # else no name on the hub
@@ -27,13 +31,15 @@ def need_decoder(model: str) -> None:
             f"save_pretrained wrote.{hint}"
         )
     try:
-        kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # transformers and the hub client raise many kinds
         raise _refusal(
             model, "cannot be loaded, give the folder or the hub name of a pretrained model", error
         ) from error
+    kind = config.model_type
     if kind in ("pi", "pi_converted"):
         raise ValueError(f"model={shown(model)} is a model of π-Attention already ({kind}): give a pretrained one.")
+    return config.get_text_config()
 
 
 def load_tokenizer_of(model: str) -> Any:
