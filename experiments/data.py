@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def prepared(data: Path, name: str, make: Callable[[], dict[str, np.ndarray]]) -
     path = data / "prepared" / f"{name}.npz"
     if not path.exists():
         path.parent.mkdir(exist_ok=True, parents=True)
-        part = path.with_suffix(f".{os.getpid()}.npz")
+        part = path.with_suffix(f".{uuid4().hex}.npz")
         np.savez(part, **make())
         part.replace(path)
     with np.load(path) as arrays:

@@ -64,7 +64,7 @@ def measure(settings: Settings, data: Path) -> Result:
 
 
 def cells(scale: Scale) -> list[Settings]:
-    """Every hybrid and its kinds of layers with 124 M parameters, by the context."""
+    """Every hybrid and its kinds of layers with 136 M parameters, by the context."""
     if scale == "laptop":
         return []
     sizes = {"hidden": 768, "layers": 12, "heads": 12, "vocabulary": 32768, "keys": 320, "chunk": 4096, "new": 64}

@@ -49,26 +49,28 @@ def streaming() -> str:
 
 def _speed(result: Measured) -> str:
     dense = {row["context"]: row for row in result["speed"] if row["variant"] == "dense"}
+    measured = {name: column for name, column in TIMES.items() if any(name in row for row in result["speed"])}
     rows = []
     for row in result["speed"]:
         cells, beside = [f"{row['context']:,}", row["variant"]], dense[row["context"]]
-        for name, told in TIMES.items():
+        for name, (_, told) in measured.items():
             known = name in row and name in beside
             cells += [told(row[name]), f"{row[name] / beside[name]:.2f}×"] if known else ["–", "–"]
         rows.append(cells)
     said = f"{result['model']}; {result['device']}, batch 1, bf16, {version(result)}"
     head = ["context", "model"]
-    for title in ("prefill, ms", "decoding, tokens/s", "static, first two tokens, s", "static, tokens/s"):
-        head += [title, "time of dense's"]
+    for title, _ in measured.values():
+        head += [title, "time ÷ dense's"]
     return said + ".\n\n" + table(head, rows)
 
 
-TIMES: dict[str, Callable[[float], str]] = {
-    "prefill s": lambda seconds: f"{1e3 * seconds:,.0f}",
-    "decode s": lambda seconds: f"{1 / seconds:,.0f}",
-    "static, first two tokens s": lambda seconds: f"{seconds:.1f}",
-    "static, decode s": lambda seconds: f"{1 / seconds:,.0f}",
+TIMES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "prefill s": ("prefill, ms", lambda seconds: f"{1e3 * seconds:,.0f}"),
+    "decode s": ("a decoded token, ms", lambda seconds: f"{1e3 * seconds:,.1f}"),
+    "static, first two tokens s": ("static cache, first two tokens, s", lambda seconds: f"{seconds:.1f}"),
+    "static, decode s": ("static cache, a token, ms", lambda seconds: f"{1e3 * seconds:,.1f}"),
 }
+"""Columns by the name of the row's figure."""
 
 
 def speed() -> str:

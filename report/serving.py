@@ -76,6 +76,9 @@ def throughput() -> str:
     return per_file("throughput-*", _throughput)
 
 
+CACHES = {"cache bytes after the prompt": "cache, MiB, after the prompt,", "cache bytes": "cache, MiB, while decoding,"}
+
+
 def serving_cost() -> str:
     """What a form costs to serve, by length of the prompt."""
     found: dict[str, dict[int, Row]] = {}
@@ -86,19 +89,18 @@ def serving_cost() -> str:
     row = next(iter(found["dense"].values()))
     lengths, settings = sorted(found["dense"]), row["settings"]
 
-    def told(name: str, scale: float, digits: int, of_length: dict[int, Row]) -> list[str]:
-        return [f"{scale * of_length[n]['result'][name]:,.{digits}f}" for n in lengths]
-
+    longest = lengths[-1]
     lines = [
         [
             variant,
-            *told("first token s", 1, 2, of_length),
-            *told("decoded token s", 1e3, 1, of_length),
-            *told("cache bytes", 2**-20, 0, of_length),
+            *(f"{1e3 * of_length[n]['result']['first token s']:,.0f}" for n in lengths),
+            f"{1e3 * of_length[longest]['result']['decoded token s']:.1f}",
+            *(f"{of_length[longest]['result'][name] / 2**20:,.0f}" for name in CACHES),
         ]
         for variant, of_length in found.items()
     ]
-    heads = [f"{what} at {n:,}" for what in ("first token, s,", "a token, ms,", "cache, MiB,") for n in lengths]
+    heads = [f"first token, ms, at {n:,}" for n in lengths]
+    heads += [f"{what} at {longest:,}" for what in ("a token, ms,", *CACHES.values())]
     said = (
         f"{row['device']}, torch {row['torch']}, {row['date']}; {row['result']['parameters'] / 1e6:.0f} M parameters, "
         f"{settings['layers']} layers, bf16, {settings['keys']} keys a query; prompts in chunks of "

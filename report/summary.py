@@ -9,6 +9,7 @@ from experiments.rows import Row
 from report.cells import shown
 from report.gains import rows_of
 from report.keys import PLANNED
+from report.law import FORM
 from report.markdown import read, table
 
 CURRICULA = {8192: [1024, 2048, 4096], 32768: [1024, 2048, 4096, 8192, 16384]}
@@ -17,7 +18,6 @@ CURRICULA = {8192: [1024, 2048, 4096], 32768: [1024, 2048, 4096, 8192, 16384]}
 
 LANGUAGE = {2048: "forms", 8192: "law"}
 """Experiments with language models of 80 keys, by context."""
-FORM = "coordinated 4"
 
 
 def _against(rows: list[Row], others: list[Row]) -> str:

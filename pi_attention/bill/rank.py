@@ -72,6 +72,7 @@ class Rank:
 
     @property
     def in_layer(self) -> int:
+        """Weights of a layer."""
         return layer_parameters(self.sizes) // self.tp
 
     @property
@@ -86,6 +87,7 @@ class Rank:
 
     @property
     def state(self) -> int:
+        """Bytes of weights and moments."""
         return STATE_BYTES * self.weights // self.shards
 
     @property
@@ -95,6 +97,7 @@ class Rank:
 
     @property
     def hidden(self) -> int:
+        """Hidden states between two layers."""
         return 2 * self.tokens * self.sizes.hidden_size
 
     @property
@@ -104,6 +107,7 @@ class Rank:
 
     @property
     def logits(self) -> int:
+        """Those that exist together."""
         return LOGIT_BYTES * min(self.tokens, self.loss_slice or self.tokens) * self.sizes.vocab_size
 
     @property
@@ -113,6 +117,7 @@ class Rank:
 
     @property
     def key(self) -> int:
+        """The keys of one layer, as many as the values."""
         return 2 * self.tokens * self.sizes.num_key_value_heads * self.sizes.head_dim // self.tp
 
     @property
@@ -155,9 +160,7 @@ class Rank:
         stays = self.state + self.angles + whole
         stays += 4 * self.weights if self.zero == 1 else 0  # sums of the batches before
         ends, next_layer = (0, 0) if whole else (2 * self.in_ends, 2 * self.in_layer)
-        head = (
-            self.in_ends
-        )  # bf16 gradient of the output's embedding, half of the ends; summed with the input's at last
+        head = self.in_ends  # bf16 gradient of the output's embedding, summed with the input's at last
         summed = (2 + 4) * self.in_layer  # a layer's bf16 gradients and their fp32 copy, which ranks sum
         loss = stays + (layers + 2) * self.hidden + self.logits  # two: before and after the last norm
         if self.loss_slice:  # then the head is called within the model, whose ends FSDP keeps gathered

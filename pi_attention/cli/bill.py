@@ -97,7 +97,7 @@ class Bill:
         )
         ranks = self.dp * self.gpus * self.tp
         table = Table(
-            title=f"What one of {ranks} GPUs holds in a training step of {self.context:,} tokens: {shape}",
+            title=f"What one of {ranks} GPUs holds in a training step, {self.context:,} tokens a sequence: {shape}",
             caption="halo: a GPU receives the keys that its pattern sees; all-gather: all keys; dense ring: all keys "
             "in turn, for dense attention. The parts are not all there at once, so the peak is less than their sum. "
             "Layers are recomputed (`train --gradient-checkpointing`), and the allocator takes more than tensors do.",
@@ -107,7 +107,8 @@ class Bill:
         for name in next(iter(bills.values())):
             values = [found[name] for found in bills.values()]
             if name.startswith("fewest"):
-                cells = ["more than 4,096, or than tokens" if value is None else f"{value:,}" for value in values]
+                none = f"none up to {min(4096, self.context) * self.dp * self.tp:,}"
+                cells = [none if value is None else f"{value:,}" for value in values]
             elif name == "flops":
                 cells = [f"{value / 1e12:,.0f} TFLOP" for value in values]
             else:

@@ -28,12 +28,6 @@ from pi_attention.planner import longest_stretch, plan
 from pi_attention.receptive_field import receptive_field
 from pi_attention.training.config import ModelSettings
 
-MADE_FOR = {
-    False: "This finds a key anywhere in the context. Language models did better with --coordinated (docs/results.md).",
-    True: "Language models did as well with gate=False, which is one softmax over both bands (docs/results.md).",
-}
-"""What was measured of plans, by whether their heads are coordinated."""
-
 
 @dataclass
 class Plan:
@@ -98,7 +92,7 @@ class Plan:
         console.print(table)
         arguments = ", ".join(f"{name}={value}" for name, value in words.items())
         console.print(f"PiConfig({arguments})", highlight=False, soft_wrap=True)
-        console.print(MADE_FOR[self.coordinated], highlight=False, soft_wrap=True)
+        console.print(self._measured(), highlight=False, soft_wrap=True)
         if self.out is not None:
             console.print(
                 f"written: {self.out}, for a model of {self.layers} layers and {self.heads * self.head_dim:,} features "
@@ -106,6 +100,17 @@ class Plan:
                 soft_wrap=True,
             )
         return 0
+
+    def _measured(self) -> str:
+        """What plans of this kind were measured to be good for."""
+        if self.coordinated:
+            said = "Language models did as well with gate=False, which is one softmax over both bands"
+        elif self.head_schedule:
+            said = "Such plans find a key anywhere in the context. In language models a window was better"
+        else:
+            said = "One period finds far keys less often than --head-schedule, and helps language models less than "
+            said += "--coordinated"
+        return f"{said} (docs/results.md)."
 
     def _write(self, path: Path, pattern: dict[str, Any]) -> None:
         """The settings of a training run."""

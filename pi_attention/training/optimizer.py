@@ -41,7 +41,8 @@ def schedule_from(optimizer: AdamW, settings: OptimizerSettings, step: int) -> L
 def clip_gradients(parameters: Iterable[Tensor], most: float) -> Tensor:
     """Scale all gradients so that their norm over all ranks is at most `most`; the norm before, a scalar.
 
-    Whatever meshes the gradients lie on, the ranks exchange one number.
+    Whatever meshes the gradients lie on, the ranks exchange one number: all of the default group call, and no gradient
+    is a partial sum.
     """
     parameters = list(parameters)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -200,7 +200,8 @@ class Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         call = run_fused if is_plain(query, key, value) else fused
         outputs = call(query, key, value, gate, starts, pattern, mass, scale, sink_logit, softcap)
-        ctx.save_for_backward(query, key, value, gate, starts, *outputs, sink_logit, beside)
+        ctx.save_for_backward(query, key, value, gate, starts, *outputs, sink_logit)
+        ctx.beside = None if beside is None else (beside.shape, beside.dtype)
         ctx.rest = (pattern, mass, scale, softcap)
         ctx.replaceable = replaceable
         ctx.mark_non_differentiable(outputs[2])
@@ -212,7 +213,7 @@ class Fused(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Any, grad_skip_lse: Tensor | None
     ) -> tuple[Any, ...]:
-        *saved, sink_logit, beside = ctx.saved_tensors
+        *saved, sink_logit = ctx.saved_tensors
         query, gate = saved[0], saved[3]
         *rest, softcap = ctx.rest
         if grad_out is None:
@@ -226,7 +227,10 @@ class Fused(torch.autograd.Function):
         *grads, grad_gate, grad_sink = differentiate(*arguments)
         grad_gate = None if gate is None else grad_gate
         grad_sink = None if sink_logit is None else grad_sink
-        nothing = None if beside is None else torch.zeros_like(beside)
+        nothing = None
+        if ctx.beside is not None and ctx.needs_input_grad[11]:
+            shape, dtype = ctx.beside
+            nothing = query.new_zeros(shape, dtype=dtype)
         return *grads, grad_gate, None, None, None, None, grad_sink, None, None, nothing
 
 
