@@ -126,6 +126,20 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
+def test_a_run_that_goes_on_refuses_another_text(finished, corpus, tmp_path):
+    out, text = tmp_path / "changed", tmp_path / "text.txt"
+    shutil.copytree(finished[0], out)
+    (out / "summary.json").unlink()
+    settings = yaml.safe_load((out / "train.yaml").read_text())
+    settings["data"]["data"] = str(text)
+    (out / "train.yaml").write_text(yaml.safe_dump(settings))
+    text.write_text(Path(corpus).read_text().replace("7 times", "8 times"))
+    failed = run("train", "--out", str(out), "--resume", check=False)
+    assert failed.returncode == 2 and "has another training text than the run" in " ".join(failed.stderr.split())
+    text.write_text(Path(corpus).read_text())
+    assert "validation loss" in run("train", "--out", str(out), "--resume").stdout
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
 def test_a_stopped_run_resumes_to_the_same_weights(stop, finished, corpus, tmp_path):
     out = tmp_path / "stopped"

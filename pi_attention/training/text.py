@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from pi_attention.data.corpus import load_documents
 from pi_attention.data.packing import PackedBlocks, hold_out
 from pi_attention.data.tokenizers import byte_pair_tokenizer, load_tokenizer
+from pi_attention.files import write_text
 from pi_attention.training.checkpoints import publish
 from pi_attention.training.config import TrainConfig, pairs_of
 from pi_attention.training.resume import SETTINGS
 
 TOKENIZER = "tokenizer"
 PARTIAL_TOKENIZER = ".partial-tokenizer"
+TEXT = "text.json"
+"""Of a run's folder: which tokens it was trained and validated on."""
 
 
 def load_parts(config: TrainConfig) -> tuple[list[str], list[str]]:
@@ -50,3 +55,36 @@ def blocks_of(config: TrainConfig, part: str, documents: list[str], tokenizer: A
     except ValueError as error:
         of = f"the {part} part of data={config.data.data!r}, validation_fraction={config.data.validation_fraction}"
         raise ValueError(f"{of}: {error}") from error
+
+
+def seal_of(training: PackedBlocks, validation: PackedBlocks) -> dict[str, dict[str, int | str]]:
+    """How many tokens both parts have, and a hash of them."""
+    parts = {"training": training.tokens, "validation": validation.tokens}
+    return {
+        part: {"tokens": len(tokens), "blake2b": hashlib.blake2b(tokens.data, digest_size=16).hexdigest()}
+        for part, tokens in parts.items()
+    }
+
+
+def keep_seal(config: TrainConfig, training: PackedBlocks, validation: PackedBlocks) -> None:
+    """Write the seal of a run that begins into its folder."""
+    write_text(config.run.out / TEXT, json.dumps(seal_of(training, validation), indent=1))
+
+
+def need_same_text(config: TrainConfig, training: PackedBlocks, validation: PackedBlocks) -> None:
+    """Raise ValueError where a run that goes on would see another text; a run of an earlier version has no seal."""
+    path, out = config.run.out / TEXT, str(config.run.out)
+    if not path.exists():
+        return
+    now = seal_of(training, validation)
+    try:
+        then = json.loads(path.read_text())
+        changed = next((part for part in now if then[part] != now[part]), None)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{TEXT} in out={out!r} is damaged: delete it, if the text is still the same.") from error
+    if changed is not None:
+        raise ValueError(
+            f"data={config.data.data!r} has another {changed} text than the run in out={out!r} began with: "
+            f"{now[changed]['tokens']:,} tokens, then {then[changed]['tokens']:,}. Give it the old text, or train anew "
+            "in another folder."
+        )

@@ -31,7 +31,7 @@ from pi_attention.training.report import SUMMARY, write_report
 from pi_attention.training.resume import SETTINGS, need_same_model, refuse_to_overwrite, settings_to_resume
 from pi_attention.training.run import Run
 from pi_attention.training.step import Parallel
-from pi_attention.training.text import blocks_of, keep_tokenizer, load_parts, run_tokenizer
+from pi_attention.training.text import blocks_of, keep_seal, keep_tokenizer, load_parts, need_same_text, run_tokenizer
 from pi_attention.training.trackers import check_trackers
 
 MODEL = "model"
@@ -65,6 +65,8 @@ def train(asked: TrainConfig, console: Console) -> bool:
             need_same_model(model_config(config, tokenizer), checkpoint, out / SETTINGS)
         training = blocks_of(config, "training", documents, tokenizer)
         validation = blocks_of(config, "validation", held_out, tokenizer)
+        if checkpoint is not None:
+            need_same_text(config, training, validation)
         model = PiForCausalLM(model_config(config, tokenizer)).to(device).train()
         if config.optimizer.gradient_checkpointing:
             enable_checkpointing(model)
@@ -74,6 +76,8 @@ def train(asked: TrainConfig, console: Console) -> bool:
         if mesh is not None:
             dist.barrier()  # every rank has seen that the folder holds no run, or which checkpoints
         if parallel.is_first:
+            if checkpoint is None:
+                keep_seal(config, training, validation)
             claim_folder(config, tokenizer, checkpoint if asked.run.checkpoint is not None else None)
         console.print(
             f"{parameters:,} parameters, {len(training.tokens):,} training and {len(validation.tokens):,} validation "
