@@ -135,7 +135,13 @@ def test_a_run_that_goes_on_refuses_another_text(finished, corpus, tmp_path):
     (out / "train.yaml").write_text(yaml.safe_dump(settings))
     text.write_text(Path(corpus).read_text().replace("7 times", "8 times"))
     failed = run("train", "--out", str(out), "--resume", check=False)
-    assert failed.returncode == 2 and "has another training text than the run" in " ".join(failed.stderr.split())
+    assert failed.returncode == 2 and "gives other training tokens than the run" in " ".join(failed.stderr.split())
+    text.write_text(Path(corpus).read_text().replace("times", "by"))
+    failed = run("eval", str(out), check=False)
+    assert failed.returncode == 2 and "other validation tokens" in " ".join(failed.stderr.split())
+    text.write_text("short")
+    failed = run("eval", str(out), "--data", str(text), check=False)
+    assert failed.returncode == 2 and f"data='{text}': the text has" in " ".join(failed.stderr.split())
     text.write_text(Path(corpus).read_text())
     assert "validation loss" in run("train", "--out", str(out), "--resume").stdout
 
@@ -170,6 +176,9 @@ def test_byte_pairs_are_trained_once_and_kept_with_the_run(corpus, tmp_path):
     kept = json.loads(tokens)
     kept["model"]["merges"].pop()  # a resumed run trains none anew: it would show
     (out / "tokenizer" / "tokenizer.json").write_text(json.dumps(kept))
+    failed = run("train", "--out", str(out), "--resume", check=False)
+    assert failed.returncode == 2 and "other training tokens" in " ".join(failed.stderr.split())
+    (out / "text.json").unlink()  # as earlier versions left a run
     run("train", "--out", str(out), "--resume")
     assert json.loads((out / "model" / "tokenizer.json").read_bytes())["model"]["merges"] == kept["model"]["merges"]
     (out / "tokenizer" / "tokenizer.json").write_bytes(tokens)

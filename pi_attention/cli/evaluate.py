@@ -82,15 +82,20 @@ class Eval:
         from pi_attention.data.packing import PackedBlocks
         from pi_attention.training.config import TrainConfig, load_yaml
         from pi_attention.training.resume import SETTINGS, need_whole_settings
-        from pi_attention.training.text import blocks_of, load_parts
+        from pi_attention.training.text import blocks_of, load_parts, need_same_text
 
         context = self.context or model.config.max_position_embeddings
         if self.data is not None:
             documents = load_documents(self.data, split=self.split, text_field=self.text_field)
-            return PackedBlocks(documents, tokenizer, context)
+            try:
+                return PackedBlocks(documents, tokenizer, context)
+            except ValueError as error:
+                raise ValueError(f"data={self.data!r}: {error}") from error
         if not (self.run / SETTINGS).exists():
             raise ValueError("data is needed: a saved model, unlike a run, has no validation text of its own.")
         need_whole_settings(self.run / SETTINGS)
         config = load_yaml(TrainConfig, self.run / SETTINGS)
         config.data.context = context
-        return blocks_of(config, "validation", load_parts(config)[1], tokenizer)
+        blocks = blocks_of(config, "validation", load_parts(config)[1], tokenizer)
+        need_same_text(self.run, config.data.data, validation=blocks)
+        return blocks

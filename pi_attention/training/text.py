@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from pi_attention.data.corpus import load_documents
@@ -57,34 +58,35 @@ def blocks_of(config: TrainConfig, part: str, documents: list[str], tokenizer: A
         raise ValueError(f"{of}: {error}") from error
 
 
-def seal_of(training: PackedBlocks, validation: PackedBlocks) -> dict[str, dict[str, int | str]]:
-    """How many tokens both parts have, and a hash of them."""
-    parts = {"training": training.tokens, "validation": validation.tokens}
+def seal_of(**parts: PackedBlocks) -> dict[str, dict[str, int | str]]:
+    """How many tokens each part of a text has, and a hash of them."""
     return {
-        part: {"tokens": len(tokens), "blake2b": hashlib.blake2b(tokens.data, digest_size=16).hexdigest()}
-        for part, tokens in parts.items()
+        part: {
+            "tokens": len(blocks.tokens),
+            "blake2b": hashlib.blake2b(blocks.tokens.data, digest_size=16).hexdigest(),
+        }
+        for part, blocks in parts.items()
     }
 
 
-def keep_seal(config: TrainConfig, training: PackedBlocks, validation: PackedBlocks) -> None:
+def keep_seal(config: TrainConfig, **parts: PackedBlocks) -> None:
     """Write the seal of a run that begins into its folder."""
-    write_text(config.run.out / TEXT, json.dumps(seal_of(training, validation), indent=1))
+    write_text(config.run.out / TEXT, json.dumps(seal_of(**parts), indent=1))
 
 
-def need_same_text(config: TrainConfig, training: PackedBlocks, validation: PackedBlocks) -> None:
-    """Raise ValueError where a run that goes on would see another text; a run of an earlier version has no seal."""
-    path, out = config.run.out / TEXT, str(config.run.out)
-    if not path.exists():
+def need_same_text(run: Path, data: str, **parts: PackedBlocks) -> None:
+    """Raise ValueError where the parts are of another text than a run began with; an earlier version kept no seal."""
+    if not (run / TEXT).exists():
         return
-    now = seal_of(training, validation)
+    now = seal_of(**parts)
     try:
-        then = json.loads(path.read_text())
+        then = json.loads((run / TEXT).read_text())
         changed = next((part for part in now if then[part] != now[part]), None)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{TEXT} in out={out!r} is damaged: delete it, if the text is still the same.") from error
+        raise ValueError(f"{TEXT} in {str(run)!r} is damaged: delete it, if the text is still the same.") from error
     if changed is not None:
         raise ValueError(
-            f"data={config.data.data!r} has another {changed} text than the run in out={out!r} began with: "
-            f"{now[changed]['tokens']:,} tokens, then {then[changed]['tokens']:,}. Give it the old text, or train anew "
-            "in another folder."
+            f"data={data!r} gives other {changed} tokens than the run in {str(run)!r} began with: "
+            f"{now[changed]['tokens']:,}, then {then[changed]['tokens']:,}. Put the old text and tokenizer back, or "
+            "name another folder or text."
         )

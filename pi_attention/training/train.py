@@ -66,7 +66,7 @@ def train(asked: TrainConfig, console: Console) -> bool:
         training = blocks_of(config, "training", documents, tokenizer)
         validation = blocks_of(config, "validation", held_out, tokenizer)
         if checkpoint is not None:
-            need_same_text(config, training, validation)
+            need_same_text(out, config.data.data, training=training, validation=validation)
         model = PiForCausalLM(model_config(config, tokenizer)).to(device).train()
         if config.optimizer.gradient_checkpointing:
             enable_checkpointing(model)
@@ -77,7 +77,7 @@ def train(asked: TrainConfig, console: Console) -> bool:
             dist.barrier()  # every rank has seen that the folder holds no run, or which checkpoints
         if parallel.is_first:
             if checkpoint is None:
-                keep_seal(config, training, validation)
+                keep_seal(config, training=training, validation=validation)
             claim_folder(config, tokenizer, checkpoint if asked.run.checkpoint is not None else None)
         console.print(
             f"{parameters:,} parameters, {len(training.tokens):,} training and {len(validation.tokens):,} validation "
