@@ -83,16 +83,8 @@ class PiConvertedConfig(PretrainedConfig):
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
             kinds = ["sliding_attention"] * config.num_hidden_layers  # as in Mistral
-        chosen = (getattr(config, SETTINGS, None) or {}).get("layers")
-        found: dict[tuple[str, bool], PiPattern] = {}  # of few kinds: every new cache asks
-        patterns = []
-        for layer, kind in enumerate(kinds):
-            of_kind = kind, chosen is None or layer in chosen
-            if of_kind not in found:
-                window = config.sliding_window if kind == "sliding_attention" else None
-                found[of_kind] = layer_pattern(config, layer, window)
-            patterns.append(found[of_kind])
-        return patterns
+        windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        return [layer_pattern(config, layer, window) for layer, window in enumerate(windows)]
 
 
 def need_layers(layers: Any, count: int) -> list[int]:

@@ -73,7 +73,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
 
         So a text of any length can be streamed through it, in calls of any number of tokens.
         """
-        cache = super().new_cache()
+        cache = PiCache(self._patterns)
         if self._context is not None and any(pattern.sinks for pattern in self._patterns):
             frequencies = layer_frequencies(self.model, len(cache.layers))
             if frequencies is not None:
