@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
@@ -60,23 +59,28 @@ class Convert:
         from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
         from pi_attention.data.corpus import load_documents
-        from pi_attention.data.packing import hold_out
+        from pi_attention.data.packing import blocks_named, hold_out
         from pi_attention.models.card import write_card
         from pi_attention.pattern import PiPattern
         from pi_attention.tasks.language_modelling import evaluate
         from pi_attention.training.card import save_picture
         from pi_attention.training.config import pattern_of
-        from pi_attention.training.finetune import LEARNING_RATES, finetune
+        from pi_attention.training.finetune import LEARNING_RATES, finetune, need_peft
 
         pattern = pattern_of(self)
-        if self.finetune_steps:
-            self._need_part()
+        if self.finetune_steps and self.part == "gates" and not self.gate:
+            raise ValueError('part="gates", but gate=False leaves none: train part="lora" or "all".')
+        if self.finetune_steps and self.part == "lora":
+            need_peft()
         config = need_decoder(self.model)
         if hasattr(config, "num_attention_heads"):
             pattern.check_heads(config.num_attention_heads)
         tokenizer = load_tokenizer_of(self.model)
         parts = zip(("training", "held-out"), hold_out(load_documents(self.data), 0.1, self.seed), strict=True)
-        training, validation = (self._blocks(name, part, tokenizer) for name, part in parts)
+        training, validation = (
+            blocks_named(f"the {name} part of data={self.data!r}, 10 % held out", part, tokenizer, self.context)
+            for name, part in parts
+        )
         model = load_decoder(self.model).to(best_device())
 
         facts = {"data": f"{self.data}, 10% held out", "context": f"{self.context:,} tokens"}
@@ -112,19 +116,3 @@ class Convert:
             write_card(partial, converted.config, facts, base_model=base_model, picture=picture)
         console.print(f"Saved in {self.out}. Next: pi-attention generate {self.out}", soft_wrap=True)
         return 0
-
-    def _need_part(self) -> None:
-        """Raise ValueError where the part to fine-tune is not there, or not installed."""
-        if self.part == "gates" and not self.gate:
-            raise ValueError('part="gates", but gate=False leaves none: train part="lora" or "all".')
-        if self.part == "lora" and find_spec("peft") is None:
-            raise ValueError('part="lora" needs PEFT: pip install peft, or train part="gates" or "all".')
-
-    def _blocks(self, part: str, documents: list[str], tokenizer: Any) -> Any:
-        """The blocks of the "training" or "held-out" part of the text."""
-        from pi_attention.data.packing import PackedBlocks
-
-        try:
-            return PackedBlocks(documents, tokenizer, self.context)
-        except ValueError as error:
-            raise ValueError(f"the {part} part of data={self.data!r}, 10 % held out: {error}") from error

@@ -79,7 +79,7 @@ class Eval:
 
     def _blocks(self, model: Any, tokenizer: Any) -> PackedBlocks:
         from pi_attention.data.corpus import load_documents
-        from pi_attention.data.packing import PackedBlocks
+        from pi_attention.data.packing import blocks_named
         from pi_attention.training.config import TrainConfig, load_yaml
         from pi_attention.training.resume import SETTINGS, need_whole_settings
         from pi_attention.training.text import blocks_of, load_parts, need_same_text
@@ -87,10 +87,7 @@ class Eval:
         context = self.context or model.config.max_position_embeddings
         if self.data is not None:
             documents = load_documents(self.data, split=self.split, text_field=self.text_field)
-            try:
-                return PackedBlocks(documents, tokenizer, context)
-            except ValueError as error:
-                raise ValueError(f"data={self.data!r}: {error}") from error
+            return blocks_named(f"data={self.data!r}", documents, tokenizer, context)
         if not (self.run / SETTINGS).exists():
             raise ValueError("data is needed: a saved model, unlike a run, has no validation text of its own.")
         need_whole_settings(self.run / SETTINGS)

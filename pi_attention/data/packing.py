@@ -96,3 +96,11 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         labels = input_ids.clone()
         labels[1:][segment_ids[1:] != segment_ids[:-1]] = IGNORE
         return {"input_ids": input_ids, "segment_ids": segment_ids, "labels": labels}
+
+
+def blocks_named(what: str, documents: list[str], tokenizer: Any, context: int) -> PackedBlocks:
+    """`PackedBlocks`, whose errors begin with what the text is, such as "data='book.txt'"."""
+    try:
+        return PackedBlocks(documents, tokenizer, context)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error

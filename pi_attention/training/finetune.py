@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,12 +29,17 @@ class _Lines(TrainerCallback):
             self.tell(f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}")
 
 
+def need_peft() -> None:
+    """Raise ValueError where PEFT, which makes the adapters of part="lora", is not installed."""
+    if find_spec("peft") is None:
+        raise ValueError('part="lora" needs PEFT: pip install peft, or train part="gates" or "all".')
+
+
 def _adapted(model: Any) -> Any:
     """The model with adapters of rank 16 on the attention projections (arXiv 2106.09685), and its gates trainable."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError('part="lora" needs PEFT: pip install peft, or train part="gates" or "all".') from error
+    need_peft()
+    from peft import LoraConfig, get_peft_model
+
     gates = any("pi_gate" in name for name, _ in model.named_parameters())
     settings = LoraConfig(
         r=16,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_attention.data.corpus import load_documents
-from pi_attention.data.packing import PackedBlocks, hold_out
+from pi_attention.data.packing import PackedBlocks, blocks_named, hold_out
 from pi_attention.data.tokenizers import byte_pair_tokenizer, load_tokenizer
 from pi_attention.files import write_text
 from pi_attention.training.checkpoints import publish
@@ -51,11 +51,8 @@ def blocks_of(config: TrainConfig, part: str, documents: list[str], tokenizer: A
     Raises:
         ValueError: the part is too short for one block.
     """
-    try:
-        return PackedBlocks(documents, tokenizer, config.data.context)
-    except ValueError as error:
-        of = f"the {part} part of data={config.data.data!r}, validation_fraction={config.data.validation_fraction}"
-        raise ValueError(f"{of}: {error}") from error
+    what = f"the {part} part of data={config.data.data!r}, validation_fraction={config.data.validation_fraction}"
+    return blocks_named(what, documents, tokenizer, config.data.context)
 
 
 def seal_of(**parts: PackedBlocks) -> dict[str, dict[str, int | str]]:
