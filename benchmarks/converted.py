@@ -1,6 +1,6 @@
 """A converted model and its dense original, one sequence: prefill, decoding, and a static cache that is compiled.
 
-    python -m benchmarks.converted [--shape smollm2-135m] [--contexts 512 2048 8192 32768] [--new 64]
+    python -m benchmarks.converted [--shape smollm2-135m] [--contexts 512 2048 8192 32768] [--static 2048]
 
 Weights are random, of a real shape, in bf16. Writes results/speed-<shape>-<device>.json, a row as soon as it is there.
 The rows of one context are measured in turn in one process.
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768])
     parser.add_argument("--new", type=int, default=64, help="tokens that are decoded with a static cache")
-    parser.add_argument("--no-static", action="store_true", help="leave the static cache out")
+    parser.add_argument("--static", type=int, nargs="*", help="contexts with a static cache, too; all by default")
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     name = f"speed-{options.shape}-{device.replace(' ', '-').lower()}"
@@ -111,7 +111,7 @@ def main() -> None:
             torch._dynamo.reset()
             model = model_of(options.shape, variant, context + options.new + 64)
             row = {"context": context, "variant": variant, **eager(model, ids)}
-            if not options.no_static:
+            if options.static is None or context in options.static:
                 row |= static(model, ids, options.new)
             rows.append(row)
             print(row, flush=True)

@@ -75,18 +75,23 @@ def law(scale: Scale) -> list[Settings]:
     return [cell for number, cell in enumerate(cells) if cell not in cells[:number]]
 
 
-SIZED: tuple[Settings, ...] = (
-    {"steps": 5500},  # 180 M tokens for 9 M parameters
-    {"hidden": 512, "layers": 8, "heads": 8, "tokens": 65536, "steps": 10400},  # 682 M for 34 M
-)
+SMALLEST: Settings = {"steps": 5500}  # 180 M tokens for 9 M parameters
+MIDDLE: Settings = {"hidden": 512, "layers": 8, "heads": 8, "tokens": 65536}  # 34 M parameters
 LARGE: Settings = {"hidden": 768, "layers": 16, "heads": 12, "tokens": 65536, "steps": 3600}  # 236 M for 126 M
 BY_SIZE = (*MAIN, "coordinated 4 + dense, 1 in 4", f"{BASELINE} + dense, 1 in 4", f"{BASELINE} + coordinated 4, 1 in 4")
 
 
-def of_size(scale: Scale, sizes: tuple[Settings, ...]) -> list[Settings]:
+def of_size(scale: Scale, size: Settings) -> list[Settings]:
     """The main forms and hybrids on the largest corpus."""
     corpus = "shakespeare" if scale == "smoke" else "kernel+packages+drivers"
-    return [cell(scale, variant, **size) | {"corpus": corpus} for size in sizes for variant in BY_SIZE]
+    return [cell(scale, variant, **size) | {"corpus": corpus} for variant in BY_SIZE]
+
+
+def middle(scale: Scale) -> list[Settings]:
+    """First the main forms on the corpus of the other experiments, with 197 M tokens, then 682 M of the largest."""
+    main = ("coordinated 4", BASELINE, "dense")
+    few = [cell(scale, variant, **MIDDLE | {"steps": 3000}) for variant in main] if scale == "small" else []
+    return few + of_size(scale, MIDDLE | {"steps": 10400})
 
 
 def equal_time(scale: Scale) -> list[Settings]:
@@ -112,6 +117,7 @@ EXPERIMENTS = (
     _experiment("hybrids", "Hybrids: one layer in n sees everything", hybrids),
     _experiment("law", "Gain by context, keys and tokens of training", law),
     _experiment("equal_time", "Equal time of training", equal_time),
-    _experiment("sizes", "9 M and 34 M parameters", lambda scale: of_size(scale, SIZED)),
-    _experiment("sizes_large", "126 M parameters", lambda scale: of_size(scale, (LARGE,)), 1e-3),
+    _experiment("sizes_9m", "9 M parameters, three corpora", lambda scale: of_size(scale, SMALLEST)),
+    _experiment("sizes_34m", "34 M parameters", middle, 2e-3),
+    _experiment("sizes_126m", "126 M parameters", lambda scale: of_size(scale, LARGE), 1e-3),
 )

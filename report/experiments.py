@@ -87,7 +87,7 @@ def cost() -> str:
     return f"torch {row['torch']}.\n\n" + table(head, lines)
 
 
-OF_FORMS = ("forms", "hybrids", "equal_time", "sizes", "sizes_large")
+OF_FORMS = ("forms", "hybrids", "equal_time", "sizes_9m", "sizes_34m", "sizes_126m")
 """Experiments with language models by form, beside the law."""
 TABLES: dict[str, Callable[[], str]] = {
     "language_modelling": lambda: language_models.perplexities("language_modelling"),
