@@ -208,7 +208,7 @@ def plan_tiles(kernel: str, problem: Problem, skip: bool, **flags: bool) -> Tile
         {"num_warps": tiles.warps, "num_stages": tiles.stages},
         **sizes,
         RING=pattern.ring,
-        SEGMENTS=problem.segments,
+        SEGMENTS=problem.segments * (2 if pattern.causal and not of_key else 1),
         SINKS=skip and problem.sinks > 0,
         PER_HEAD=skip and heads_differ(pattern),
         MIRROR=skip and not pattern.causal,

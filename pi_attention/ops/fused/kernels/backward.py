@@ -12,8 +12,10 @@ import triton.language as tl
 
 from pi_attention.ops.fused.kernels.steps import (
     ABSENT,
+    BY_START,
     LOG2E,
     RUN_TIME,
+    after_starts,
     band_of_head,
     band_weights,
     first_row,
@@ -180,8 +182,10 @@ def _side_of_query(
         last_key = tl.minimum(last_key, last_row(offset, period, S))
         if SINKS and not SEGMENTS:
             begin = tl.maximum(begin, first_row(offset - sinks, period))
-    alike = not SEGMENTS
-    if SEGMENTS and not RING:
+    alike = SEGMENTS != 1
+    if SEGMENTS == BY_START:
+        begin, last = after_starts(query_tag, row, begin, offset, period, first, last, sinks, SINKS)
+    elif SEGMENTS and not RING:
         alike = in_one_segment(
             Starts, origin + row0 * period, origin + row_end * period,
             offset + begin * period, offset + last_key * period, sinks, SINKS,

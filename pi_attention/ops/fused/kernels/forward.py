@@ -5,7 +5,9 @@ import triton.language as tl
 
 from pi_attention.ops.fused.kernels.steps import (
     ABSENT,
+    BY_START,
     RUN_TIME,
+    after_starts,
     band_of_head,
     band_weights,
     end_of_softmax,
@@ -78,8 +80,10 @@ def _side(
         last_key = tl.minimum(last_key, last_row(offset, period, S))
         if SINKS and not SEGMENTS:
             begin = tl.maximum(begin, first_row(offset - sinks, period))
-    alike = not SEGMENTS
-    if SEGMENTS and not RING:
+    alike = SEGMENTS != 1
+    if SEGMENTS == BY_START:
+        begin, last = after_starts(query_tag, row, begin, offset, period, first, last, sinks, SINKS)
+    elif SEGMENTS and not RING:
         alike = in_one_segment(
             Starts, origin + row0 * period, origin + row_end * period,
             offset + begin * period, offset + last_key * period, sinks, SINKS,

@@ -17,6 +17,9 @@ RUN_TIME += ["classes", "chunks", "groups", "window", "splits", "rows", "sg_b", 
 ABSENT = tl.constexpr(1 << 30)
 """Key row of an absent key: no lag from it is in a band."""
 
+BY_START = tl.constexpr(2)
+"""SEGMENTS of a causal band: the keys of a query's segment are those from its start on."""
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -136,6 +139,21 @@ def in_one_segment(Starts, query0, query1, key0, key1, sinks, SINKS: tl.constexp
     if SINKS:
         alike = alike & (key0 - start >= sinks)
     return alike
+
+
+@triton.jit
+def after_starts(query_tag, row, begin, offset, period, first, last, sinks, SINKS: tl.constexpr):
+    """For BY_START: where a tile's keys begin, and the end of the lags of each query, [BM, 1].
+
+    A segment is one run, so no key's tag is needed: a query sees its band from the start of its segment on, with SINKS
+    from the end of the segment's sinks on.
+    """
+    start = query_tag
+    if SINKS:
+        start += sinks
+    first_key = first_row(offset - tl.where(query_tag < 0, ABSENT, start), period)
+    last = tl.maximum(tl.minimum(last, row - first_key + 1), first)
+    return tl.maximum(begin, tl.min(first_key)), last[:, None]
 
 
 @triton.jit
