@@ -6,7 +6,13 @@ A segment is a contiguous run of equal ids; a query sees keys of its own segment
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+MADE = "_pi_segment_starts"
+"""Attribute of what `segment_starts` returned: the version of the tensor, which changes when somebody writes to it."""
+RUN, LONG = 256, 8192
+"""A row of more than LONG tokens is scanned by runs of RUN."""
 
 
 def have_values(x: Tensor) -> bool:
@@ -68,13 +74,41 @@ def segment_starts(segment_ids: Tensor) -> Tensor:
     """For each token the position where its segment starts, −1 for padding: [B, S] int32, row by row in memory.
 
     Two tokens are in one segment exactly when their starts are equal and not negative; so this is the form that the
-    implementations work on. The ids may have any strides, which kernels do not ask for.
+    implementations work on. The ids may have any strides, which kernels do not ask for. What this function returned
+    comes back as it is, so that the layers of a model share it.
     """
+    if not torch.compiler.is_compiling() and getattr(segment_ids, MADE, -1) == _version(segment_ids):
+        return segment_ids
     position = torch.arange(segment_ids.shape[1], dtype=torch.int32, device=segment_ids.device)
     changed = torch.ones_like(segment_ids, dtype=torch.bool)
     changed[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = torch.where(changed, position, 0).cummax(dim=1).values
-    return torch.where(segment_ids >= 0, starts, -1).to(torch.int32).contiguous()
+    starts = _running_maximum(torch.where(changed, position, 0))
+    starts = torch.where(segment_ids >= 0, starts, -1).to(torch.int32).contiguous()
+    if not torch.compiler.is_compiling():
+        setattr(starts, MADE, _version(starts))
+    return starts
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _running_maximum(x: Tensor) -> Tensor:
+    """cummax of [B, S] with values from 0 upwards."""
+    return x.cummax(dim=1).values if torch.compiler.is_compiling() or x.device.type == "cpu" else in_runs(x)
+
+
+def in_runs(x: Tensor) -> Tensor:
+    """cummax of [B, S] with values from 0 upwards, a long row in runs: a GPU takes a row step by step.
+
+    On an H200, PyTorch's cummax of one row of 32,768 takes 80 µs.
+    """
+    rows, length = x.shape
+    if length <= LONG:
+        return x.cummax(dim=1).values
+    runs = F.pad(x, (0, -length % RUN)).view(rows, -1, RUN).cummax(dim=2).values
+    before = in_runs(F.pad(runs[:, :-1, -1], (1, 0)))
+    return torch.maximum(runs, before[:, :, None]).flatten(1)[:, :length]
 
 
 def segments_of_batch(

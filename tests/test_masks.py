@@ -1,7 +1,9 @@
+import pytest
 import torch
 from hypothesis import given
 from problems import cases
 
+from pi_attention import segments
 from pi_attention.masks import dense_mask, dense_masks, flex_mask_mod
 from pi_attention.segments import segment_starts, segments_from_cu_seqlens, segments_from_mask
 
@@ -44,3 +46,22 @@ def test_segments_from_cumulative_lengths():
 def test_starts_tell_runs_apart_even_when_an_id_returns():
     ids = torch.tensor([[0, 0, 1, 0, -1, 0]], dtype=torch.int32)
     assert segment_starts(ids).tolist() == [[0, 0, 2, 3, -1, 5]]
+
+
+def test_segment_starts_come_back_as_they_are_until_somebody_writes_to_them():
+    ids = torch.tensor([[4, 4, 4, 7, 7, -1]], dtype=torch.int32)
+    starts = segment_starts(ids)
+    assert segment_starts(starts) is starts
+    with torch.inference_mode():
+        assert segment_starts(segment_starts(ids)).tolist() == starts.tolist()
+    starts[0, 1:] = 9
+    assert segment_starts(starts).tolist() == [[0, 1, 1, 1, 1, 1]]
+    assert segment_starts(starts.clone()[:, 2:]).tolist() == [[0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 64, 65, 100, 511, 512, 513])
+def test_a_running_maximum_in_runs_is_that_of_the_row(length, monkeypatch):
+    monkeypatch.setattr(segments, "RUN", 4)
+    monkeypatch.setattr(segments, "LONG", 8)
+    x = torch.randint(1000, (3, length), dtype=torch.int32)
+    assert torch.equal(segments.in_runs(x), x.cummax(dim=1).values)
