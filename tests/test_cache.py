@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -334,3 +336,23 @@ def test_compiled_decoding_stops_compiling(padded):
             for found, wanted in zip(extend(caches[0], *new), LayerCache.extend(caches[1], *new), strict=True):
                 assert wanted is found is None or torch.equal(found, wanted)
     assert 0 < counter.frame_count <= 8
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_a_static_cache_after_one_of_its_pattern_is_like_one_of_its_own(sinks):
+    pattern, tokens = PiPattern(3, 4, 2, sinks=sinks), [9, 1, 1, 4, 1, 1, 1]
+    alone, first = StaticLayerCache(pattern, 40), StaticLayerCache(pattern, 40)
+    second = StaticLayerCache(pattern, 40, after=first)
+    ids = torch.tensor([[0] * 5 + [5] * 13, [0] * 18])
+    for end, count in zip(itertools.accumulate(tokens), tokens, strict=True):
+        new = torch.randn(2, 2, 1, count, 4)
+        first.extend(*torch.randn(2, 2, 1, count, 4), ids[:, end - count : end])
+        for got, want in zip(second.extend(*new), alone.extend(*new, ids[:, end - count : end]), strict=True):
+            assert torch.equal(got, want)
+    index = torch.tensor([1, 1])
+    for cache in (first, second, alone):
+        cache.reorder(index)
+    assert torch.equal(second.keys, alone.keys) and torch.equal(second.ids, alone.ids)
+    assert second.nbytes < first.nbytes == alone.nbytes
+    with pytest.raises(ValueError, match="give layers alike"):
+        StaticLayerCache(pattern, 41, after=first)

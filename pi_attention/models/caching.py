@@ -126,8 +126,8 @@ class PiStaticLayer(StorageLayer):
 
     is_compileable = True
 
-    def __init__(self, pattern: PiPattern, max_cache_len: int) -> None:
-        super().__init__(StaticLayerCache(pattern, max_cache_len))
+    def __init__(self, pattern: PiPattern, max_cache_len: int, after: StaticLayerCache | None = None) -> None:
+        super().__init__(StaticLayerCache(pattern, max_cache_len, after))
         self.max_cache_len = max_cache_len
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -243,7 +243,12 @@ class PiStaticCache(BoundedCache, StaticCache):
     moves_sinks = False
 
     def __init__(self, patterns: list[PiPattern], max_cache_len: int) -> None:
-        Cache.__init__(self, layers=[PiStaticLayer(pattern, max_cache_len) for pattern in patterns])
+        layers: list[PiStaticLayer] = []
+        first: dict[PiPattern, StaticLayerCache] = {}  # of each pattern
+        for pattern in patterns:
+            layers.append(PiStaticLayer(pattern, max_cache_len, first.get(pattern)))
+            first.setdefault(pattern, layers[-1].storage)
+        Cache.__init__(self, layers=layers)
 
     @property
     def is_empty(self) -> bool:
