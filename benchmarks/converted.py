@@ -24,9 +24,9 @@ from pi_attention import PiPattern
 from pi_attention.convert import convert
 
 PATTERNS: dict[str, dict[str, Any]] = {
-    "converted": {"pattern": PiPattern(256, 256, 16)},
-    "converted, 4 sinks": {"pattern": PiPattern(256, 256, 16, sinks=4)},
-    "converted, 4 sinks, no gate": {"pattern": PiPattern(256, 256, 16, sinks=4), "gate": False},
+    "skips, gate": {"pattern": PiPattern(256, 256, 16), "gate": True},
+    "skips, 4 sinks, gate": {"pattern": PiPattern(256, 256, 16, sinks=4), "gate": True},
+    "skips, 4 sinks": {"pattern": PiPattern(256, 256, 16, sinks=4)},
 }
 VARIANTS = ("dense", *PATTERNS)
 SMALL: dict[str, dict[str, Any]] = {
@@ -99,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768])
+    parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=VARIANTS)
     parser.add_argument("--new", type=int, default=64, help="tokens that are decoded with a static cache")
     parser.add_argument("--static", type=int, nargs="*", help="contexts with a static cache, too; all by default")
     options = parser.parse_args()
@@ -107,7 +108,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for context in options.contexts:
         ids = torch.randint(3, SHAPES[options.shape]["vocab_size"], (1, context), device=DEVICE)
-        for variant in VARIANTS:
+        for variant in options.variants:
             torch._dynamo.reset()
             model = model_of(options.shape, variant, context + options.new + 64)
             row = {"context": context, "variant": variant, **eager(model, ids)}
