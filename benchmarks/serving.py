@@ -47,9 +47,9 @@ def random_model(kind: str) -> Any:
     torch.manual_seed(0)
     heads = {"window": 8, "period": [1, 5, 16, 7], "phase": [0, 2, 3, 1], "skips": 4, "sinks": 3}
     if kind == "pi":
-        model: Any = PiForCausalLM(PiConfig(**SIZES, **heads))
+        model: Any = PiForCausalLM(PiConfig(**SIZES, **heads, gate=True))
     else:
-        model = convert(LlamaForCausalLM(LlamaConfig(**SIZES)), PiPattern(**heads))
+        model = convert(LlamaForCausalLM(LlamaConfig(**SIZES)), PiPattern(**heads), gate=True)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "gate" in name and "gate_proj" not in name:

@@ -19,7 +19,7 @@ from pi_attention.models import PiConfig, PiForCausalLM
 
 TOKENS = 131072
 VARIANTS: dict[str, dict[str, Any]] = {
-    "pi": {},
+    "pi": {"gate": True},
     "ring-local": {"skips": 0, "gate": False},
     "dense": {"layer_patterns": ["dense"]},
 }

@@ -87,7 +87,7 @@ def original(shape: str, longest: int, dtype: torch.dtype, device: str) -> Any:
 
 def converted(shape: str, longest: int, dtype: torch.dtype, device: str) -> Any:
     """The same with π-Attention, and gates that weigh each token in their own way."""
-    model = convert(original(shape, longest, dtype, device), pattern_of(shape)).to(device)
+    model = convert(original(shape, longest, dtype, device), pattern_of(shape), gate=True).to(device)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "gate" in name and "gate_proj" not in name:

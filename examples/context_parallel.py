@@ -43,7 +43,7 @@ def train(kind: str, cp: int, context: int, steps: int) -> None:
 
     torch.manual_seed(0)
     model = PiForCausalLM(PiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
-                                   window=32, period=32, skips=8)).to(kind)  # fmt: skip
+                                   window=32, period=32, skips=8, gate=True)).to(kind)  # fmt: skip
     lengths = [context // cp] * cp
     attach(model, mesh["cp"], lengths)
     everyone = mesh["dp", "cp"]._flatten("dp_cp")  # every rank has other tokens, so parameters are sharded over all

@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     dense, tokenizer = pretrained(options.model)
-    model = convert(dense, PiPattern(window=128, period=128, skips=8, sinks=4)).to(best_device())
+    model = convert(dense, PiPattern(window=128, period=128, skips=8, sinks=4), gate=True).to(best_device())
 
     adapters = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], modules_to_save=["pi_gate"])
     tuned = get_peft_model(model, adapters)

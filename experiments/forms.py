@@ -14,8 +14,8 @@ from pi_attention.pattern import PiPattern, coordinated_heads, dilated_heads
 BASELINE = "ring-local, same keys"
 FUSIONS: dict[str, dict[str, Any]] = {
     "": {"gate": False},
-    ", mass gate": {"fusion": "mass"},
-    ", gate": {"fusion": "gate"},
+    ", mass gate": {"gate": True, "fusion": "mass"},
+    ", gate": {"gate": True, "fusion": "gate"},
 }
 """One softmax over both bands; a gate that starts from it; the paper's gate."""
 WHOLE = {"dense": None, "coordinated 4": 4, "coordinated 8": 8}

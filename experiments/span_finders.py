@@ -86,5 +86,5 @@ def from_pretrained(settings: Settings, data: Path) -> tuple[CausalSpanFinder, T
     hidden = model.config.hidden_size
     pattern = pattern_of(settings, model.config.num_attention_heads)
     if pattern is not None:
-        model = convert(model, pattern)
+        model = convert(model, pattern, gate=True)
     return CausalSpanFinder(model, hidden).to(DEVICE), tokenizer.backend_tokenizer

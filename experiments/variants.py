@@ -132,7 +132,7 @@ def attention(settings: Settings) -> dict[str, Any]:
     if variant not in chosen:
         raise ValueError(f"variant={variant!r} is unknown: use one of {list(chosen)}.")
     pattern, more = chosen[variant]
-    return pattern.to_dict() | more
+    return pattern.to_dict() | {"gate": True} | more
 
 
 def config(settings: Settings, **more: Any) -> PiConfig:

@@ -423,6 +423,28 @@ def coordinated_heads(
     return PiPattern(window, scales[0] if len(scales) == 1 else tuple(periods), skips, sinks=sinks, phase=tuple(phases))
 
 
+def pattern_for(heads: int, settings: Mapping[str, Any]) -> PiPattern:
+    """The pattern of a model from fields as `to_dict` has them; without a period, that of coordinated heads.
+
+    Args:
+        heads: query heads of the model.
+        settings: fields of `PiPattern`, of which `period` and `phase` may be None.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong kind or contradicts another.
+
+    >>> pattern_for(4, {"window": 16, "skips": 64, "period": None, "phase": None})
+    PiPattern(window=16, period=4, skips=64, causal=True, ring=False, sinks=0, phase=(0, 1, 2, 3))
+    """
+    given = {name: x for name, x in settings.items() if x is not None or name not in ("period", "phase")}
+    if "period" in given:
+        return PiPattern.from_dict(given)
+    if "phase" in given:
+        raise ValueError(f"phase={given['phase']!r} needs a period: give one, or neither for coordinated heads.")
+    heads_of = coordinated_heads(1, 1, heads)
+    return PiPattern.from_dict(given | {"period": heads_of.period, "phase": heads_of.phase})
+
+
 def dilated_heads(window: int, skips: int, heads: int, context: int, *, sinks: int = 0) -> PiPattern:
     """Heads whose stride grows from 1 geometrically, so that the last one sees about the whole context.
 

@@ -72,7 +72,7 @@ def draw() -> None:
     shown = coordinated_heads(window=6, skips=6, heads=4, sinks=2)  # small enough to count its tiles
     plots.save(plots.pattern_picture(shown, 38), FIGURES / "pattern.svg")
     plots.save(plots.density_picture(ONE_LAYER, 2048), FIGURES / "density.svg")
-    sizes = PiConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, vocab_size=50257).sizes()
+    sizes = PiConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, vocab_size=50257, gate=True).sizes()
     patterns = {"π": PiPattern(256, 256, 16), "ring-local": PiPattern(272, 1, 0)}
     lengths = [2**power for power in range(9, 18)]
     plots.save(plots.flops_picture(patterns, sizes, lengths), FIGURES / "flops.svg")

@@ -120,7 +120,7 @@ def check_two_parts(group, seed):
 def check_model(group, lengths, options, *, marked=False):
     """Loss and gradients of a sharded model, summed over the ranks, are those of one process."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "gate": True}
     model = PiForCausalLM(PiConfig(**sizes | {"window": 6, "period": 5, "skips": 3} | options)).double()
     total, documents = sum(lengths), [0, 17, 40]
     ids = torch.randint(50, (2, total))
@@ -218,7 +218,7 @@ def check_half_used(group):
 def check_prefill_leaves_the_shards(group):
     """A prompt read while training goes on sharded afterwards; positions are those of the whole by themselves."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "gate": True}
     model = PiForCausalLM(PiConfig(**sizes, window=6, period=5, skips=3)).double().train()
     ids = torch.randint(50, (1, 40))
     want = model(ids, use_cache=False).logits
@@ -256,7 +256,7 @@ def check_documents_compile_once(group):
     """Other documents change segment ids alone: nothing is compiled anew."""
     total = 32 * dist.get_world_size(group)
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "gate": True}
     model, alone = (PiForCausalLM(PiConfig(**sizes, window=6, period=5, skips=3)).double() for _ in range(2))
     alone.load_state_dict(model.state_dict())
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -274,7 +274,7 @@ def check_documents_compile_once(group):
 def check_prefill(group, options):
     """A prompt prefilled by all ranks goes on as one that a single process reads."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "gate": True}
     model = PiForCausalLM(PiConfig(**sizes | {"window": 6, "period": 5, "skips": 3} | options)).double().eval()
     ids = torch.randint(50, (2, 61))
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -291,8 +291,9 @@ def check_prefill(group, options):
 def check_layout(layout, options, zero=3):
     """The loss curves of a layout and of one process are those of a loop written by hand."""
     steps, blocks, tokens = 3, 4 * layout.dp, 48
-    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "qk_norm": True}
-    config = PiConfig(**sizes | {"window": 6, "period": 5, "skips": 3, "intermediate_size": 64} | options)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "qk_norm": True, "gate": True}
+    config = PiConfig(**sizes | {"window": 6, "period": 5, "skips": 3} | options)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(50, (blocks, tokens), generator=generator)
     starts = torch.randint(2, tokens, (blocks, 1), generator=generator)

@@ -23,7 +23,7 @@ HEADS = {"window": 6, "period": [1, 5, 16, 7], "phase": [0, 2, 3, 1], "skips": 4
 
 
 def own(**settings):
-    return lambda: PiForCausalLM(PiConfig(**SIZES | settings))
+    return lambda: PiForCausalLM(PiConfig(**SIZES | {"gate": True} | settings))
 
 
 def converted(kind, config, pattern, gate=True, **more):

@@ -116,7 +116,7 @@ def counted(run):
 @pytest.mark.parametrize("more", [{}, {"gate": False, "num_key_value_heads": 1}, {"gate_features": 8, "skips": 0}])
 def test_flops_of_a_model_are_those_that_pytorch_counts(more):
     config = PiConfig(**{"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                         "window": 8, "period": 8, "skips": 3} | more)  # fmt: skip
+                         "gate": True, "window": 8, "period": 8, "skips": 3} | more)  # fmt: skip
     model, ids = PiForCausalLM(config), torch.randint(0, 64, (1, 40))
     parts = model_flops(config.patterns(), 40, config.sizes())
     got = counted(lambda: model(ids, use_cache=False))

@@ -29,7 +29,7 @@ def streaming(pattern, context, family="llama", **more):
     sizes = SIZES | of_family | {"max_position_embeddings": context, "num_hidden_layers": 2} | more
     if family == "gemma3":
         sizes["layer_types"] = ["full_attention", "sliding_attention"]
-    converted = convert(model(config(**sizes)).double().eval(), pattern)
+    converted = convert(model(config(**sizes)).double().eval(), pattern, gate=True)
     for name, parameter in converted.named_parameters():
         if "pi_gate" in name:
             torch.nn.init.normal_(parameter)
@@ -165,11 +165,13 @@ def test_speculation_is_greedy_beyond_the_context(sinks, mode):
         max_position_embeddings=40,
         eos_token_id=None,
     )
-    model = convert(LlamaForCausalLM(config), PiPattern(4, 4, 2, sinks=sinks)).eval()
+    model = convert(LlamaForCausalLM(config), PiPattern(4, 4, 2, sinks=sinks), gate=True).eval()
     ids = torch.randint(2, 100, (1, 30), generator=torch.Generator().manual_seed(0))
     options = dict(mode)
     if options.pop("assistant", False):
-        options["assistant_model"] = convert(LlamaForCausalLM(config), PiPattern(4, 4, 2, sinks=sinks)).eval()
+        options["assistant_model"] = convert(
+            LlamaForCausalLM(config), PiPattern(4, 4, 2, sinks=sinks), gate=True
+        ).eval()
     greedy = model.generate(ids, max_new_tokens=60, do_sample=False, pad_token_id=0)
     assert torch.equal(greedy, model.generate(ids, max_new_tokens=60, do_sample=False, pad_token_id=0, **options))
 

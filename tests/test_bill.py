@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 def test_parameters_are_those_of_a_model():
     with torch.device("meta"):
         config = PiConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16,
-                          vocab_size=32000, tie_word_embeddings=False)  # fmt: skip
+                          vocab_size=32000, tie_word_embeddings=False, gate=True)  # fmt: skip
         model = PiForCausalLM(config)
     assert parameters(MODELS["1b"]) == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-3)
 
@@ -67,7 +67,7 @@ def test_memory_is_what_was_tracked_on_the_cpu_whose_norm_keeps_copies_in_fp32(k
 def test_a_layer_keeps_what_the_bill_counts():
     sizes, tokens = Sizes(128, 384, 1, 8, 4, 16, 64, 128, 32), 128
     config = PiConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=1, num_attention_heads=8,
-                      num_key_value_heads=4, window=16, period=16, skips=4)  # fmt: skip
+                      num_key_value_heads=4, window=16, period=16, skips=4, gate=True)  # fmt: skip
     layer = PiDecoderLayer(config, config.patterns()[0], 0).half()
     layer.self_attn.impl = "triton"
     x = torch.randn(1, tokens, 128, dtype=torch.half, requires_grad=True)

@@ -33,7 +33,11 @@ def fields(text):
 @pytest.mark.parametrize("kind", ["made", "converted"])
 def test_a_saved_model_has_a_card_with_its_pattern(tmp_path, kind):
     pattern = PiPattern(8, 7, 3, sinks=2)
-    model = PiForCausalLM(PiConfig(**SIZES, **pattern.to_dict())) if kind == "made" else convert(llama(), pattern)
+    model = (
+        PiForCausalLM(PiConfig(**SIZES, **pattern.to_dict()))
+        if kind == "made"
+        else convert(llama(), pattern, gate=True)
+    )
     model.save_pretrained(tmp_path / "m")
     text = (tmp_path / "m" / CARD).read_text()
     assert "| 0, 1 | 8 | 7 | 0 | 3 | 2 | 13 | 28 tokens |" in text

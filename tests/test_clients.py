@@ -138,7 +138,7 @@ arguments = TrainingArguments(
 )
 torch.manual_seed(0)
 sizes = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-config = PiConfig(**sizes, window=8, period=8, skips=4)
+config = PiConfig(**sizes, window=8, period=8, skips=4, gate=True)
 tokens = torch.randint(100, (12, 40))
 rows = [{"input_ids": row, "labels": row} for row in tokens]
 trainer = Trainer(PiForCausalLM(config), arguments, train_dataset=rows)

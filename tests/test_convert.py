@@ -79,7 +79,7 @@ def prompt(batch=2, length=40):
 @pytest.fixture(params=[*(family for family in FAMILIES if family != "gpt_oss"), "llama, phases"])
 def converted(request):
     family, _, phases = request.param.partition(", ")
-    model = convert(pretrained(family), PHASES if phases else PATTERN)
+    model = convert(pretrained(family), PHASES if phases else PATTERN, gate=True)
     for name, parameter in model.named_parameters():
         if "pi_gate" in name:
             torch.nn.init.normal_(parameter)
@@ -94,7 +94,7 @@ def test_the_first_forward_is_masked_softmax_with_the_same_weights(family, patte
     model, ids = pretrained(family), prompt()
     mask = torch.where(dense_mask(pattern, 40, 40), 0.0, -torch.inf).double()
     want = model(ids, attention_mask=mask.expand(2, -1, 40, 40)).logits
-    torch.testing.assert_close(convert(model, pattern)(ids).logits, want)
+    torch.testing.assert_close(convert(model, pattern, gate=True)(ids).logits, want)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
@@ -103,7 +103,7 @@ def test_soft_caps_and_sink_logits_are_those_of_eager_attention(family):
     model.set_attn_implementation("eager")
     want = model(ids).logits
     for dense in (PiPattern(64, 7, 4), PiPattern(3, 1, 64)):
-        torch.testing.assert_close(convert(deepcopy(model), dense)(ids).logits, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(convert(deepcopy(model), dense, gate=True)(ids).logits, want, rtol=1e-4, atol=1e-4)
 
     model = pretrained(family, layer_types=["full_attention"] * 3)
     model.set_attn_implementation("eager")
@@ -120,7 +120,7 @@ def test_soft_caps_and_sink_logits_are_those_of_eager_attention(family):
 
 def test_gpt_oss_decodes_saves_and_loads(tmp_path):
     """In fp32, in which its experts compute: with the bounded cache as without, and from the folder as before."""
-    model, ids = convert(pretrained("gpt_oss").float(), PATTERN), prompt()
+    model, ids = convert(pretrained("gpt_oss").float(), PATTERN, gate=True), prompt()
     want = model(ids, use_cache=False).logits
     cache, logits = None, []
     for part in ids.split([13, 1, 20, 6], dim=1):
@@ -137,8 +137,8 @@ def test_gpt_oss_decodes_saves_and_loads(tmp_path):
 def test_layers_with_a_window_of_their_own_keep_it():
     model, ids = pretrained("gemma3"), prompt(length=8)  # no layer sees beyond the pattern's window and sinks yet
     want = model(ids).logits
-    torch.testing.assert_close(convert(model, PiPattern(8, 5, 3))(ids).logits, want)
-    assert [p.window for p in convert(pretrained("gemma3"), PATTERN).config.patterns()] == [6, 4, 6]
+    torch.testing.assert_close(convert(model, PiPattern(8, 5, 3), gate=True)(ids).logits, want)
+    assert [p.window for p in convert(pretrained("gemma3"), PATTERN, gate=True).config.patterns()] == [6, 4, 6]
 
 
 @pytest.mark.parametrize("split", [(40,), (1,) * 40, (13, 1, 20, 6)], ids=["whole", "tokens", "chunks"])
@@ -190,7 +190,7 @@ def test_packed_documents_do_not_leak(converted):
 
 
 def test_gates_learn_and_gradient_checkpointing_agrees():
-    model = convert(pretrained(), PATTERN).train()
+    model = convert(pretrained(), PATTERN, gate=True).train()
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -204,7 +204,7 @@ def test_gates_learn_and_gradient_checkpointing_agrees():
 
 def test_lora_on_projections_with_the_gate_trained(tmp_path):
     peft = pytest.importorskip("peft")
-    model = convert(pretrained(), PATTERN)
+    model = convert(pretrained(), PATTERN, gate=True)
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["pi_gate"])
     )
@@ -237,21 +237,21 @@ def test_a_name_in_transformers_without_gate_or_bounded_cache(tmp_path):
 
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="layers"):
-        convert(pretrained(), PATTERN, layers=[7])
+        convert(pretrained(), PATTERN, layers=[7], gate=True)
     with pytest.raises(ValueError, match="causal"):
-        convert(pretrained(), PiPattern(4, 5, 3, causal=False))
+        convert(pretrained(), PiPattern(4, 5, 3, causal=False), gate=True)
     with pytest.raises(ValueError, match="earlier conversion"):
-        convert(convert(pretrained(), PATTERN).model, PATTERN)
+        convert(convert(pretrained(), PATTERN, gate=True).model, PATTERN, gate=True)
     with pytest.raises(ValueError, match="earlier conversion"):
-        convert(convert(pretrained(), PATTERN, gate=False), PATTERN)
+        convert(convert(pretrained(), PATTERN, gate=False), PATTERN, gate=True)
     with pytest.raises(TypeError, match="PreTrainedModel"):
-        convert("llama", PATTERN)
+        convert("llama", PATTERN, gate=True)
     with pytest.raises(TypeError, match="PiPattern"):
-        convert(pretrained(), None)
+        convert(pretrained(), None, gate=True)
     with pytest.raises(ValueError, match="no causal language model"):
-        convert(pretrained().model, PATTERN)
+        convert(pretrained().model, PATTERN, gate=True)
     with pytest.raises(ValueError, match="new_cache"):
-        model = convert(pretrained(), PATTERN)
+        model = convert(pretrained(), PATTERN, gate=True)
         from transformers import DynamicCache
 
         model(prompt(), past_key_values=DynamicCache())
@@ -262,7 +262,7 @@ def test_a_model_that_takes_no_gate_is_left_as_it_was():
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, bos_token_id=1, eos_token_id=1))
     with pytest.raises(NotImplementedError, match="gate=False"):
-        convert(model, PATTERN)
+        convert(model, PATTERN, gate=True)
     assert model.config._attn_implementation == "sdpa" and not hasattr(model.config, "pi_attention")
 
 
@@ -316,7 +316,7 @@ def test_a_fine_tune_that_is_interrupted_freezes_nothing(part, tmp_path, monkeyp
     if part == "lora":
         pytest.importorskip("peft")
     tokenizer = load_tokenizer("bytes")
-    model = convert(pretrained(vocab_size=len(tokenizer)), PATTERN)
+    model = convert(pretrained(vocab_size=len(tokenizer)), PATTERN, gate=True)
     names = [name for name, _ in model.named_parameters()]
     blocks = PackedBlocks(["To be, or not to be. " * 30], tokenizer, 32)
 
@@ -365,7 +365,7 @@ def test_beyond_the_pretrained_context_the_sinks_move_along(family, padding):
 @pytest.mark.parametrize("cast", [lambda model: model.to(torch.bfloat16), lambda model: model.half().float()])
 def test_rotary_frequencies_of_a_converted_model_stay_exact(cast):
     """Rounded to 16 bits they turn position 8,000 by another radian."""
-    model = convert(pretrained().float(), PiPattern(4, 5, 3))
+    model = convert(pretrained().float(), PiPattern(4, 5, 3), gate=True)
     rotary = next(module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding"))
     x, positions = torch.zeros(1, 1, 64), torch.tensor([[8000]])
     want = rotary(x, positions)
@@ -392,7 +392,7 @@ def test_a_replaced_projection_gets_its_gate(replacement):
     for layer in model.model.layers:
         layer.self_attn.q_proj = replacement(layer.self_attn.q_proj)
     ids, want = prompt(), convert(deepcopy(model), PATTERN, gate=False)(prompt()).logits
-    converted = convert(model, PATTERN)
+    converted = convert(model, PATTERN, gate=True)
     assert {gate.dtype for name, gate in converted.named_parameters() if "pi_gate" in name} == {torch.float64}
     torch.testing.assert_close(converted(ids).logits, want)
 
@@ -401,8 +401,8 @@ def test_a_replaced_projection_gets_its_gate(replacement):
 def test_a_dynamically_quantised_model_is_converted():
     model, ids = pretrained().float(), prompt()
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    converted = convert(quantised, PATTERN)
-    want = convert(pretrained().float(), PATTERN)(ids).logits
+    converted = convert(quantised, PATTERN, gate=True)
+    want = convert(pretrained().float(), PATTERN, gate=True)(ids).logits
     assert (converted(ids).logits - want).abs().mean() < 0.2 * want.abs().mean()
     assert converted.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 43)
 
@@ -420,13 +420,13 @@ def test_a_dynamically_quantised_model_is_converted():
 )
 def test_layers_that_are_none_are_refused(layers, error, words):
     with pytest.raises(error, match=words):
-        convert(pretrained(), PATTERN, layers=layers)
+        convert(pretrained(), PATTERN, layers=layers, gate=True)
     with pytest.raises(TypeError, match="gate must be True or False, got 'no'"):
         convert(pretrained(), PATTERN, gate="no")
 
 
 def test_layers_in_any_form_are_saved(tmp_path):
-    convert(pretrained(), PATTERN, layers=torch.tensor([2, 0, 2])).save_pretrained(tmp_path)
+    convert(pretrained(), PATTERN, layers=torch.tensor([2, 0, 2]), gate=True).save_pretrained(tmp_path)
     assert PiConvertedForCausalLM.from_pretrained(tmp_path).config.text_config.pi_attention["layers"] == [0, 2]
 
 
@@ -522,7 +522,7 @@ def test_an_interrupted_conversion_leaves_nothing(other_files, llama, tmp_path, 
 @pytest.mark.parametrize("cache", [None, PiCache, PiStaticCache])
 def test_a_padded_batch_passes_from_one_device_of_a_model_to_the_next(cache, context):
     """As with device_map="auto" on two GPUs: accelerate moves tensors among a layer's arguments, and no others."""
-    model = convert(pretrained(max_position_embeddings=context), PiPattern(4, 3, 2, sinks=2))
+    model = convert(pretrained(max_position_embeddings=context), PiPattern(4, 3, 2, sinks=2), gate=True)
     ids, mask = prompt(length=13), torch.ones(2, 13, dtype=torch.long)
     mask[0, :3] = 0
     decoder = model.model.model

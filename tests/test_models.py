@@ -19,6 +19,7 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "gate": True,
 }
 CONFIGS = {
     "pi": {"window": 4, "period": 5, "skips": 3},
@@ -254,6 +255,8 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="entries"):
         PiConfig(**SIZES, period=[3, 4])
     with pytest.raises(ValueError, match="phase has 2 entries but there are 4 query heads"):
+        PiConfig(**SIZES, period=2, phase=[0, 1])
+    with pytest.raises(ValueError, match=r"phase=\[0, 1\] needs a period"):
         PiConfig(**SIZES, phase=[0, 1])
     with pytest.raises(ValueError, match="phase=4 must be smaller than the period of its head, 4"):
         PiConfig(**SIZES, period=4, phase=4)
@@ -275,6 +278,17 @@ def test_config_survives_json(name):
         assert config.pattern == PiPattern(4, (3, 5, 7, 9), 2, sinks=2)
 
 
+def test_heads_are_coordinated_where_no_period_is_given():
+    for heads, phase in ((4, (0, 1, 2, 3)), (8, (0, 1, 2, 3) * 2), (3, (0, 1, 2)), (1, (0,))):
+        config = PiConfig(hidden_size=48, num_attention_heads=heads, window=8, skips=5, sinks=1)
+        assert config.pattern == coordinated_heads(8, 5, heads, sinks=1) and config.pattern.phase == phase
+        assert not config.gate and PiConfig.from_dict(config.to_dict()).patterns() == config.patterns()
+    assert PiConfig(**SIZES, period=128).pattern == PiPattern(32, 128, 112)
+    assert PiConfig(**SIZES, causal=False).pattern.phase == (0, 1, 2, 3)
+    with pytest.raises(ValueError, match="phase=1 needs a period"):
+        PiConfig(**SIZES, phase=1)
+
+
 def test_a_pattern_gives_a_config_its_fields():
     patterns = coordinated_heads(4, 3, heads=4, sinks=2), PiPattern(4, (5, 10, 5, 10), 2, causal=False, ring=True)
     for pattern in patterns:
@@ -291,7 +305,7 @@ def test_a_pattern_gives_a_config_its_fields():
 def test_heads_that_differ_have_no_tensor_parallel_plan_of_transformers():
     for differ, same in (
         ({"period": [4, 5, 6, 7]}, {"period": 4}),
-        ({"period": 4, "phase": [0, 1, 2, 3]}, {"phase": 3}),
+        ({"period": 4, "phase": [0, 1, 2, 3]}, {"period": 4, "phase": 3}),
     ):
         assert PiConfig(**SIZES, **differ).base_model_tp_plan is None
         assert PiConfig(**SIZES, layer_patterns=["pi", differ]).base_model_tp_plan is None

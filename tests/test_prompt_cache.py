@@ -31,12 +31,12 @@ GREEDY = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True
 
 
 def own(**settings):
-    return lambda: PiForCausalLM(PiConfig(**SIZES | PLAIN | settings))
+    return lambda: PiForCausalLM(PiConfig(**SIZES | PLAIN | {"gate": True} | settings))
 
 
 def llama(context, **pattern):
     config = LlamaConfig(**SIZES, max_position_embeddings=context)
-    return lambda: convert(LlamaForCausalLM(config), PiPattern(**PLAIN | pattern))
+    return lambda: convert(LlamaForCausalLM(config), PiPattern(**PLAIN | pattern), gate=True)
 
 
 MODELS = {
@@ -236,7 +236,7 @@ def test_damaged_and_foreign_files_are_refused(saved):
 
 
 def test_an_edit_of_any_column_makes_another_model(tmp_path):
-    model = PiForCausalLM(PiConfig(**SIZES | PLAIN | {"vocab_size": 500})).eval()
+    model = PiForCausalLM(PiConfig(**SIZES | PLAIN | {"vocab_size": 500, "gate": True})).eval()
     ids, path = batch_of(9)[0], tmp_path / "file"
     save_prompt_cache(read(model, ids), path, model, ids)
     weight = model.model.embed_tokens.weight

@@ -23,7 +23,7 @@ from pi_attention.models import (
 from pi_attention.pattern import MOST_TOKENS
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
-BASE = SIZES | {"window": 3, "period": 4, "skips": 2}
+BASE = SIZES | {"window": 3, "period": 4, "skips": 2, "gate": True}
 
 
 def rows(kind, count=8):
@@ -227,7 +227,7 @@ def quantised(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_gate_of_a_quantised_model_takes_its_compute_dtype(dtype):
     model, ids = quantised(dtype), prompt()
-    converted = convert(model, PATTERN)
+    converted = convert(model, PATTERN, gate=True)
     gates = [parameter for name, parameter in converted.named_parameters() if "pi_gate" in name]
     assert gates and {gate.dtype for gate in gates} == {dtype}
     assert converted(ids).logits.isfinite().all()
@@ -241,12 +241,12 @@ def test_a_conversion_that_fails_changes_nothing(where, monkeypatch):
     modules = [name for name, _ in model.named_modules()]
     monkeypatch.setattr(f"pi_attention.convert.{where}", fail_later(where))
     with pytest.raises(TypeError, match="later"):
-        convert(model, PATTERN)
+        convert(model, PATTERN, gate=True)
     monkeypatch.undo()
     assert dict(vars(model.config)) == before
     assert [name for name, _ in model.named_modules()] == modules
     torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=0)
-    assert convert(model, PATTERN)(ids).logits.isfinite().all()
+    assert convert(model, PATTERN, gate=True)(ids).logits.isfinite().all()
 
 
 def fail_later(where):
@@ -285,7 +285,7 @@ def test_a_changed_scaling_keeps_the_base_and_two_bases_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: PiForCausalLM(PiConfig(**BASE)), lambda: convert(pretrained().float(), PATTERN)]
+    "make", [lambda: PiForCausalLM(PiConfig(**BASE)), lambda: convert(pretrained().float(), PATTERN, gate=True)]
 )
 def test_inputs_of_a_model_are_dense_tensors_of_the_usual_kinds(make):
     model, ids = make(), torch.ones(1, 3, dtype=torch.long)
@@ -313,7 +313,7 @@ def test_inputs_of_a_model_are_dense_tensors_of_the_usual_kinds(make):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: PiForCausalLM(PiConfig(**BASE)), lambda: convert(pretrained().float(), PATTERN)]
+    "make", [lambda: PiForCausalLM(PiConfig(**BASE)), lambda: convert(pretrained().float(), PATTERN, gate=True)]
 )
 def test_padding_counts_beside_segment_ids(make):
     model, ids = make().eval(), torch.randint(3, 50, (2, 12))
@@ -364,7 +364,7 @@ def test_settings_that_do_nothing_are_told(recwarn):
 
 @pytest.mark.parametrize("kind", [PiCache, lambda patterns: PiStaticCache(patterns, 40)], ids=["dynamic", "static"])
 @pytest.mark.parametrize(
-    "make", [lambda: PiForCausalLM(PiConfig(**BASE)), lambda: convert(pretrained().float(), PATTERN)]
+    "make", [lambda: PiForCausalLM(PiConfig(**BASE)), lambda: convert(pretrained().float(), PATTERN, gate=True)]
 )
 def test_a_cache_of_another_pattern_is_refused(make, kind):
     model, ids = make().eval(), torch.randint(3, 50, (1, 20))

@@ -79,7 +79,7 @@ def test_memory_is_bounded_and_addresses_stay():
 def test_what_a_static_cache_cannot_do_is_refused():
     with pytest.raises(NotImplementedError, match="keep it on the device"):
         make("pi").generate(prompt(1, 9), cache_implementation="offloaded_static", max_new_tokens=3)
-    converted_model = convert(pretrained(), PiPattern(4, 5, 3))
+    converted_model = convert(pretrained(), PiPattern(4, 5, 3), gate=True)
     from transformers import StaticCache
 
     with pytest.raises(ValueError, match="StaticCache"):
@@ -122,6 +122,6 @@ def test_given_segments_are_used_and_later_ones_refused():
 def test_a_converted_model_with_sinks_refuses_a_static_cache_beyond_its_context():
     dense = pretrained()
     dense.config.max_position_embeddings = 30
-    streaming = convert(dense, PiPattern(4, 5, 3, sinks=2))
+    streaming = convert(dense, PiPattern(4, 5, 3, sinks=2), gate=True)
     with pytest.raises(NotImplementedError, match="pretrained context of 30 tokens"):
         streaming.generate(prompt(1, 9) + 1, cache_implementation="static", max_new_tokens=50)

@@ -68,7 +68,7 @@ def test_a_tracker_is_told_settings_and_figures(tmp_path, stand_in, name):
     told = {what: (args, kwargs) for what, args, kwargs in noted()}
     assert told["init"][1]["project"] == trackers.PROJECT
     assert "book" in (told["init"][1].get("name"), told.get("run", ((), {}))[1].get("run_name"))
-    assert told["settings"][0][0]["model.window"] == 64
+    assert told["settings"][0][0]["model.window"] == 16
     assert told["log"] == ([{"train/loss": 2.5, "eval/loss": 2.75}], {"step": 10}) and "finish" in told
 
 

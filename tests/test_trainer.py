@@ -17,7 +17,14 @@ def blocks():
 def trainer(blocks, folder, **settings):
     torch.manual_seed(0)
     config = PiConfig(
-        vocab_size=260, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, window=4, period=4, skips=2
+        vocab_size=260,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        window=4,
+        period=4,
+        skips=2,
+        gate=True,
     )
     arguments = TrainingArguments(
         output_dir=str(folder),

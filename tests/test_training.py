@@ -295,7 +295,7 @@ def test_settings_from_a_file_and_flags(tmp_path, corpus):
     file.write_text(yaml.safe_dump({"model": {"window": 32, "period": 16}, "run": {"out": "somewhere"}}))
     command = parse(["train", "--config", str(file), "--window", "48"])
     assert (command.model.window, command.model.period, command.run.out) == (48, (16,), Path("somewhere"))
-    assert command.model.skips == 16
+    assert command.model.skips == 64 and command.model.pattern().phase == 0
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_settings_from_a_file_and_flags(tmp_path, corpus):
     [
         (["train", "--window", "0"], "window must be at least 1"),
         (["train", "--period", "3", "4", "5"], "3 entries"),
-        (["train", "--phase", "0", "1"], "phase has 2 entries but there are 4 query heads"),
+        (["train", "--period", "2", "--phase", "0", "1"], "phase has 2 entries but there are 4 query heads"),
         (["train", "--period", "2", "--phase", "0", "1", "2", "3"], "phase[2]=2 must be smaller than the period"),
         (["train", "--heads", "3"], "must divide"),
         (["train", "--heads", "4", "--hidden-size", "36"], "must be even"),

@@ -32,7 +32,7 @@ class Convert:
     """First tokens that stay visible; pretrained models need some."""
     phase: tuple[int, ...] = (0,)
     """Tokens by which skips stand off multiples of the period: one for all heads, or one per head."""
-    gate: bool = True
+    gate: bool = False
     """Add a learned fusion gate to each converted layer."""
     finetune_steps: int = 0
     """Steps of fine-tuning; 0 saves the pretrained weights as they are."""
@@ -69,7 +69,7 @@ class Convert:
 
         pattern = pattern_of(self)
         if self.finetune_steps and self.part == "gates" and not self.gate:
-            raise ValueError('part="gates", but gate=False leaves none: train part="lora" or "all".')
+            raise ValueError('part="gates", but gate=False leaves none: set gate=True, or train part="lora" or "all".')
         if self.finetune_steps and self.part == "lora":
             need_peft()
         config = need_decoder(self.model)

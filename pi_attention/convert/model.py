@@ -195,18 +195,19 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
 
 
 def convert(
-    model: PreTrainedModel, pattern: PiPattern, *, gate: bool = True, layers: list[int] | None = None
+    model: PreTrainedModel, pattern: PiPattern, *, gate: bool = False, layers: list[int] | None = None
 ) -> PiConvertedForCausalLM:
     """Give a pretrained causal language model π-Attention; its weights are shared, not copied.
 
-    With the same weights the first forward is sparse softmax attention over the pattern: fusion="mass", whose learned
+    With the same weights the first forward is sparse softmax attention over the pattern: fusion="mass", where a learned
     gate starts at a = 0. Layers that have a sliding window of their own keep it. Model and config are changed in
     place, unless an error is raised: use what is returned.
 
     Args:
         model: a decoder of transformers that uses its attention interface (Llama, Qwen, Mistral, Gemma, gpt-oss …).
         pattern: causal; of the converted layers.
-        gate: add a learned fusion gate to each converted layer, saved with the model.
+        gate: add a learned fusion gate to each converted layer, saved with the model. It costs time, and training it
+            alone gained nothing that we could measure.
         layers: indices of the layers to convert; None converts all that attend to everything.
 
     Returns:

@@ -13,7 +13,7 @@ from pi_attention.models.settings import check_settings, warn_of_unknown
 from pi_attention.nn.gate import GATE_WIDTH
 from pi_attention.ops.api import Fusion
 from pi_attention.ops.checks import FUSIONS, check_softcap
-from pi_attention.pattern import PiPattern
+from pi_attention.pattern import PiPattern, pattern_for
 
 DENSE = PiPattern(window=2**40, period=1, skips=0)
 """A window over any context: dense causal attention."""
@@ -28,12 +28,13 @@ class PiConfig(PretrainedConfig):
         num_key_value_heads: grouped-query attention; num_attention_heads when None.
         head_dim: hidden_size / num_attention_heads when None.
         window, period, skips, sinks, phase: the pattern of the layers (see `PiPattern`); period and phase may be lists,
-            one int per head. `PiConfig(**pattern.to_dict())` takes them from a pattern.
+            one int per head. `PiConfig(**pattern.to_dict())` takes them from a pattern. Without a period, heads are
+            coordinated (see `coordinated_heads`): period 4, phases 0 1 2 3. With one, the phase is 0 unless given.
         layer_patterns: what each layer attends to, repeated over the layers: "pi" (the pattern above), "local" (its
             window alone), "dense", or a dict of pattern fields to change, e.g. {"period": 64} or {"phase": [0, 2]}.
         causal: False sees both sides, for masked language modelling and encoders; there is no cache then.
         ring: positions wrap (see `PiPattern`; causal=False only).
-        gate: learn a fusion gate; False is one softmax over both bands.
+        gate: learn a fusion gate, as in the paper; False is one softmax over both bands, which was as good.
         fusion: "gate" or "mass" (see `pi_attention`).
         gate_features: the gate sees only so many features of the hidden state; None sees all.
         qk_norm: RMSNorm over each head's query and key.
@@ -60,15 +61,15 @@ class PiConfig(PretrainedConfig):
         num_attention_heads: int = 8,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
-        window: int = 128,
-        period: int | list[int] | tuple[int, ...] = 128,
-        skips: int | None = 16,
+        window: int = 32,
+        period: int | list[int] | tuple[int, ...] | None = None,
+        skips: int | None = 112,
         sinks: int = 0,
-        phase: int | list[int] | tuple[int, ...] = 0,
+        phase: int | list[int] | tuple[int, ...] | None = None,
         layer_patterns: list[str | dict[str, Any]] | None = None,
         causal: bool = True,
         ring: bool = False,
-        gate: bool = True,
+        gate: bool = False,
         fusion: Fusion = "gate",
         gate_features: int | None = None,
         qk_norm: bool = False,
@@ -96,7 +97,7 @@ class PiConfig(PretrainedConfig):
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         given = {"window": window, "period": period, "skips": skips, "sinks": sinks, "phase": phase}
-        pattern = PiPattern.from_dict(given | {"causal": causal, "ring": ring})
+        pattern = pattern_for(num_attention_heads, given | {"causal": causal, "ring": ring})
         for name, setting in pattern.to_dict().items():  # checked, and as JSON has it
             setattr(self, name, setting)
         self.layer_patterns = layer_patterns

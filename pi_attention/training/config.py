@@ -11,7 +11,7 @@ import yaml
 
 from pi_attention.files import write_text
 from pi_attention.paths import need_file
-from pi_attention.pattern import PiPattern
+from pi_attention.pattern import PiPattern, pattern_for
 from pi_attention.training.values import as_kind
 
 
@@ -43,20 +43,20 @@ class ModelSettings:
     """Query heads."""
     kv_heads: int | None = None
     """Key/value heads for grouped-query attention; as many as heads by default."""
-    window: int = 64
+    window: int = 16
     """Keys of the ring-local band, the token itself counted."""
-    period: tuple[int, ...] = (64,)
-    """Distance between skip keys: one for all heads, or one per head."""
-    skips: int | None = 16
+    period: tuple[int, ...] | None = None
+    """Distance between skip keys: one for all heads, or one per head. None: coordinated heads, period 4, all phases."""
+    skips: int | None = 64
     """Skip keys of a query. 0 leaves the window alone; None takes every multiple back to the start."""
     sinks: int = 0
     """First tokens of a document that every query sees."""
-    phase: tuple[int, ...] = (0,)
-    """Tokens that skips stand off multiples of the period, one for all heads or one per head: 0 1 2 3 of period 4."""
+    phase: tuple[int, ...] | None = None
+    """Tokens that skips stand off multiples of the period, one for all heads or one per head. With a period, 0."""
     layer_patterns: tuple[Literal["pi", "local", "dense"], ...] = ("pi",)
     """What each layer attends to, repeated over the layers."""
-    gate: bool = True
-    """Learn a fusion gate per token and head. Without it, one softmax covers both bands."""
+    gate: bool = False
+    """Learn a fusion gate per token and head, as in the paper. Without it, one softmax covers both bands."""
     fusion: Literal["gate", "mass"] = "gate"
     """How the gate fuses the bands: the paper's sigmoid, or one that starts from a joint softmax."""
     gate_features: int | None = None
@@ -68,7 +68,7 @@ class ModelSettings:
 
     def pattern(self) -> PiPattern:
         """The pattern of the "pi" layers."""
-        return pattern_of(self)
+        return pattern_for(self.heads, fields_of_pattern(self))
 
 
 @dataclass
@@ -188,16 +188,21 @@ def pairs_of(name: str) -> int | None:
     return int(size)
 
 
+def fields_of_pattern(settings: object) -> dict[str, Any]:
+    """The fields of a pattern that a settings object has; a period or phase of one entry is that of all heads."""
+    names = [field.name for field in dataclasses.fields(PiPattern) if hasattr(settings, field.name)]
+    values = {name: getattr(settings, name) for name in names}
+    alone = {name: x[0] for name, x in values.items() if isinstance(x, tuple) and len(x) == 1}
+    return values | alone
+
+
 def pattern_of(settings: object) -> PiPattern:
-    """The pattern that the fields of a settings object spell; a period or phase of one entry is that of all heads.
+    """The pattern that the fields of a settings object spell.
 
     Raises:
         TypeError, ValueError: a field is of the wrong kind or contradicts another.
     """
-    names = [field.name for field in dataclasses.fields(PiPattern) if hasattr(settings, field.name)]
-    values = {name: getattr(settings, name) for name in names}
-    alone = {name: x[0] for name, x in values.items() if isinstance(x, tuple) and len(x) == 1}
-    return PiPattern.from_dict(values | alone)
+    return PiPattern.from_dict(fields_of_pattern(settings))
 
 
 Settings = TypeVar("Settings")

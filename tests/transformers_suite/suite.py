@@ -49,7 +49,7 @@ class CausalModels:
     )
     batch_size, seq_length, is_training = 5, 31, True
     hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 4
-    pattern: ClassVar = {"window": 4, "period": 5, "skips": 3}
+    pattern: ClassVar = {"window": 4, "period": 5, "skips": 3, "gate": True}
 
     def __init__(self, parent):
         self.parent = parent
