@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pi_attention import PiPattern, pi_attention
 from pi_attention.cache import LayerCache, StaticLayerCache
+from pi_attention.cache.fixed import FollowingLayerCache
 from pi_attention.segments import segment_starts
 
 PATTERNS = [
@@ -339,10 +340,10 @@ def test_compiled_decoding_stops_compiling(padded):
 
 
 @pytest.mark.parametrize("sinks", [0, 3])
-def test_a_static_cache_after_one_of_its_pattern_is_like_one_of_its_own(sinks):
+def test_a_static_cache_that_follows_one_of_its_pattern_is_like_one_of_its_own(sinks):
     pattern, tokens = PiPattern(3, 4, 2, sinks=sinks), [9, 1, 1, 4, 1, 1, 1]
     alone, first = StaticLayerCache(pattern, 40), StaticLayerCache(pattern, 40)
-    second = StaticLayerCache(pattern, 40, after=first)
+    second = FollowingLayerCache(first)
     ids = torch.tensor([[0] * 5 + [5] * 13, [0] * 18])
     for end, count in zip(itertools.accumulate(tokens), tokens, strict=True):
         new = torch.randn(2, 2, 1, count, 4)
@@ -354,5 +355,3 @@ def test_a_static_cache_after_one_of_its_pattern_is_like_one_of_its_own(sinks):
         cache.reorder(index)
     assert torch.equal(second.keys, alone.keys) and torch.equal(second.ids, alone.ids)
     assert second.nbytes < first.nbytes == alone.nbytes
-    with pytest.raises(ValueError, match="give layers alike"):
-        StaticLayerCache(pattern, 41, after=first)

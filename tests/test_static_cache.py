@@ -95,6 +95,19 @@ def packed(split):
     return ids, positions, list(zip(ids.split(split, dim=1), positions.split(split, dim=1), strict=True))
 
 
+@pytest.mark.parametrize("split", [(40,), (7, 8, 25), (10, 30), (9, 2, 29), (1,) * 40], ids=str)
+def test_padding_inside_a_row_ends_a_segment_in_any_split(split):
+    small, ids, mask = make("mixed"), prompt(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, 9:11] = mask[1, 20:23] = 0
+    cache, logits, end = PiStaticCache(small.config.patterns(), 40), [], 0
+    for part in ids.split(split, dim=1):
+        end += part.shape[1]
+        logits.append(small(part, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True).logits)
+    want = small(ids, attention_mask=mask, use_cache=False).logits
+    seen = mask.bool()
+    torch.testing.assert_close(torch.cat(logits, dim=1)[seen], want[seen], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("split", [(40,), (10, 30), (17, 23), (1,) * 40], ids=str)
 @pytest.mark.parametrize("again", [False, True], ids=["fresh", "reset"])
 def test_packed_documents_stay_apart_in_any_split(split, again):

@@ -32,6 +32,11 @@ class Slots:
         self._places: Tensor | None = None  # [B, count] of the slots and new tokens that fill the slots, with sinks
         self._seen: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return nbytes_of(self.ids) + nbytes_of(self._places)
+
     def allocate(self, batch: int, device: torch.device) -> None:
         """Empty slots for so many rows, unless these are there."""
         if self.ids is not None and self.ids.shape[0] == batch and self.ids.device == device:
@@ -111,6 +116,11 @@ class Slots:
         return torch.where(last < 0, self.length.to(last.dtype), last).expand(-1, tokens)
 
 
+def nbytes_of(tensor: Tensor | None) -> int:
+    """Bytes of its storage."""
+    return 0 if tensor is None else tensor.untyped_storage().nbytes()
+
+
 def fix_addresses(*tensors: Tensor | None) -> None:
     """Tell the compiler that these keep their addresses."""
     for tensor in tensors:
@@ -139,24 +149,21 @@ class StaticLayerCache:
     Args:
         pattern: of the layer; it decides what is kept.
         max_length: tokens that will come at most; beyond them the oldest are forgotten, seen or not.
-        after: the cache of an earlier layer with the same pattern and length, which sees the same tokens first; what
-            does not depend on keys is computed there.
 
     Raises:
-        TypeError, ValueError: no pattern, a bidirectional one, no positive length, or another one than `after` has.
+        TypeError, ValueError: no pattern, a bidirectional one, or no positive length.
     """
 
-    def __init__(self, pattern: PiPattern, max_length: int, after: StaticLayerCache | None = None) -> None:
+    _leads = True
+    """Whether the slots are this layer's own."""
+
+    def __init__(self, pattern: PiPattern, max_length: int) -> None:
         need_pattern(pattern)
         if not pattern.causal:
             raise ValueError("a decoding cache needs a causal pattern: with causal=False every token sees later ones.")
         need_int("max_length", max_length, 1, "tokens that will come at most")
-        if after is not None and (after.pattern, after.max_length) != (pattern, max_length):
-            raise ValueError(f"after has {after.pattern} for {after.max_length} tokens: give layers alike, or None.")
-        self.pattern: PiPattern = pattern
-        self.max_length: int = max_length
-        self._leads = after is None
-        self._slots: Slots = Slots(pattern, max_length) if after is None else after._slots
+        self.pattern, self.max_length = pattern, max_length
+        self._slots = Slots(pattern, max_length)
         self._states: Tensor | None = None  # [2, B, G, slots, D]: keys, values
         self.is_empty = True
 
@@ -188,8 +195,7 @@ class StaticLayerCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        held = (self._states, self.ids if self._leads else None)
-        return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+        return (self._slots.nbytes if self._leads else 0) + nbytes_of(self._states)
 
     def extend(self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Append, as `KeyValueCache.extend` says; the segment ids returned are −1 for empty slots."""
@@ -253,7 +259,8 @@ class StaticLayerCache:
         """Forget everything, and keep the tensors."""
         self._leave_inference_mode()
         self.is_empty = True
-        self._slots.empty()
+        if self._leads:
+            self._slots.empty()
 
     def reorder(self, index: Tensor) -> None:
         """Take the rows of the batch by `index` [B], as beam search chooses them."""
@@ -276,3 +283,20 @@ class StaticLayerCache:
             self._slots.leave_inference_mode()
         if writable(self, "_states"):
             fix_addresses(self._states)
+
+
+class FollowingLayerCache(StaticLayerCache):
+    """The cache of a later layer of a model, with the slots of an earlier one of its pattern.
+
+    Both see the same tokens, the earlier layer first. So `length` is that of the earlier layer, which counts the new
+    tokens already; and the earlier layer alone resets and reorders what both share.
+
+    Args:
+        leader: the cache of the earlier layer.
+    """
+
+    _leads = False
+
+    def __init__(self, leader: StaticLayerCache) -> None:
+        super().__init__(leader.pattern, leader.max_length)
+        self._slots = leader._slots

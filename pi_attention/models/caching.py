@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from pi_attention.cache import KeyValueCache, LayerCache, StaticLayerCache
+from pi_attention.cache.fixed import FollowingLayerCache
 from pi_attention.cache.near import NearSinks
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segment_starts, segments_of_batch
@@ -126,9 +127,9 @@ class PiStaticLayer(StorageLayer):
 
     is_compileable = True
 
-    def __init__(self, pattern: PiPattern, max_cache_len: int, after: StaticLayerCache | None = None) -> None:
-        super().__init__(StaticLayerCache(pattern, max_cache_len, after))
-        self.max_cache_len = max_cache_len
+    def __init__(self, storage: StaticLayerCache) -> None:
+        super().__init__(storage)
+        self.max_cache_len = storage.max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0  # the pattern makes the mask
@@ -243,12 +244,13 @@ class PiStaticCache(BoundedCache, StaticCache):
     moves_sinks = False
 
     def __init__(self, patterns: list[PiPattern], max_cache_len: int) -> None:
-        layers: list[PiStaticLayer] = []
-        first: dict[PiPattern, StaticLayerCache] = {}  # of each pattern
+        first: dict[PiPattern, StaticLayerCache] = {}
+        storages: list[StaticLayerCache] = []
         for pattern in patterns:
-            layers.append(PiStaticLayer(pattern, max_cache_len, first.get(pattern)))
-            first.setdefault(pattern, layers[-1].storage)
-        Cache.__init__(self, layers=layers)
+            known = first.get(pattern)
+            storages.append(StaticLayerCache(pattern, max_cache_len) if known is None else FollowingLayerCache(known))
+            first.setdefault(pattern, storages[-1])
+        Cache.__init__(self, layers=[PiStaticLayer(storage) for storage in storages])
 
     @property
     def is_empty(self) -> bool:
@@ -282,9 +284,13 @@ class PiStaticCache(BoundedCache, StaticCache):
         storage = self.layers[0].storage
         last, length = storage.ids[:, -1:], storage.length.to(torch.int32)
         new = torch.where(last < 0, length, last).expand(-1, tokens)
+        starts_here = torch.zeros_like(new, dtype=torch.bool)
         if position_ids is not None:
-            starts_here = torch.cat([position_ids[:, :1] == 0, position_ids[:, 1:] != position_ids[:, :-1] + 1], dim=1)
-            position = length + torch.arange(tokens, device=last.device, dtype=torch.int32)
-            start = torch.where(starts_here, position, -1).cummax(dim=1).values
-            new = torch.where(start < 0, new, start)
-        return new if attention_mask is None else torch.where(attention_mask[:, -tokens:] != 0, new, -1)
+            starts_here |= torch.cat([position_ids[:, :1] == 0, position_ids[:, 1:] != position_ids[:, :-1] + 1], dim=1)
+        present = None if attention_mask is None else attention_mask[:, -tokens:] != 0
+        if present is not None and tokens > 1:  # a segment ends where padding begins
+            starts_here[:, 1:] |= present[:, 1:] & ~present[:, :-1]
+        position = length + torch.arange(tokens, device=last.device, dtype=torch.int32)
+        start = torch.where(starts_here, position, -1).cummax(dim=1).values
+        new = torch.where(start < 0, new, start)
+        return new if present is None else torch.where(present, new, -1)
