@@ -426,6 +426,8 @@ def coordinated_heads(
 def pattern_for(heads: int, settings: Mapping[str, Any]) -> PiPattern:
     """The pattern of a model from fields as `to_dict` has them; without a period, that of coordinated heads.
 
+    Without skips it is a window, which has no phases.
+
     Args:
         heads: query heads of the model.
         settings: fields of `PiPattern`, of which `period` and `phase` may be None.
@@ -441,8 +443,10 @@ def pattern_for(heads: int, settings: Mapping[str, Any]) -> PiPattern:
         return PiPattern.from_dict(given)
     if "phase" in given:
         raise ValueError(f"phase={given['phase']!r} needs a period: give one, or neither for coordinated heads.")
-    heads_of = coordinated_heads(1, 1, heads)
-    return PiPattern.from_dict(given | {"period": heads_of.period, "phase": heads_of.phase})
+    if given["skips"] == 0:
+        return PiPattern.from_dict(given | {"period": 1})
+    alike = coordinated_heads(1, 1, heads)
+    return PiPattern.from_dict(given | {"period": alike.period, "phase": alike.phase})
 
 
 def dilated_heads(window: int, skips: int, heads: int, context: int, *, sinks: int = 0) -> PiPattern:

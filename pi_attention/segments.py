@@ -74,23 +74,23 @@ def segment_starts(segment_ids: Tensor) -> Tensor:
     """For each token the position where its segment starts, −1 for padding: [B, S] int32, row by row in memory.
 
     Two tokens are in one segment exactly when their starts are equal and not negative; so this is the form that the
-    implementations work on. The ids may have any strides, which kernels do not ask for. What this function returned
-    comes back as it is, so that the layers of a model share it.
+    implementations work on. The ids may have any strides, which kernels do not ask for. Outside of compiled code and
+    inference mode, what this function returned comes back as it is, so that the layers of a model share it.
     """
-    if not torch.compiler.is_compiling() and getattr(segment_ids, MADE, -1) == _version(segment_ids):
+    if not torch.compiler.is_compiling() and hasattr(segment_ids, MADE) and _is_unchanged(segment_ids):
         return segment_ids
     position = torch.arange(segment_ids.shape[1], dtype=torch.int32, device=segment_ids.device)
     changed = torch.ones_like(segment_ids, dtype=torch.bool)
     changed[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = _running_maximum(torch.where(changed, position, 0))
     starts = torch.where(segment_ids >= 0, starts, -1).to(torch.int32).contiguous()
-    if not torch.compiler.is_compiling():
-        setattr(starts, MADE, _version(starts))
+    if not torch.compiler.is_compiling() and not starts.is_inference():  # which does not count what is written to it
+        setattr(starts, MADE, starts._version)
     return starts
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _is_unchanged(starts: Tensor) -> bool:
+    return getattr(starts, MADE) == starts._version
 
 
 def _running_maximum(x: Tensor) -> Tensor:

@@ -284,6 +284,9 @@ def test_heads_are_coordinated_where_no_period_is_given():
         assert config.pattern == coordinated_heads(8, 5, heads, sinks=1) and config.pattern.phase == phase
         assert not config.gate and PiConfig.from_dict(config.to_dict()).patterns() == config.patterns()
     assert PiConfig(**SIZES, period=128).pattern == PiPattern(32, 128, 112)
+    assert PiConfig(**SIZES, skips=0).base_model_tp_plan and PiConfig(**SIZES, skips=0).pattern == PiPattern(32, 1, 0)
+    layers = PiConfig(**SIZES, layer_patterns=["pi", {"period": 2}, {"window": 5}])
+    assert [p.phase for p in PiConfig.from_dict(layers.to_dict()).patterns()] == [(0, 1, 2, 3), 0, (0, 1, 2, 3)]
     assert PiConfig(**SIZES, causal=False).pattern.phase == (0, 1, 2, 3)
     with pytest.raises(ValueError, match="phase=1 needs a period"):
         PiConfig(**SIZES, phase=1)

@@ -24,8 +24,8 @@ from pi_attention.training.run import blocks_of_step
 from pi_attention.training.train import train
 
 SETTINGS = """
---context 128 --hidden-size 32 --layers 2 --heads 4 --window 16 --period 16 --skips 4 --steps 6 --eval-every 6
---save-every 2 --log-every 1 --eval-blocks 2 --warmup-steps 1 --learning-rate 0.003
+--context 128 --hidden-size 32 --layers 2 --heads 4 --window 16 --period 16 --skips 4 --gate --steps 6
+--eval-every 6 --save-every 2 --log-every 1 --eval-blocks 2 --warmup-steps 1 --learning-rate 0.003
 """.split()  # noqa: SIM905
 
 

@@ -48,6 +48,8 @@ def test_a_saved_run_resumes_with_its_settings(tmp_path):
     assert config.model.pattern() == RUN and config.model.phase is None  # of all heads: 0
     model, tokenizer = load_run(tmp_path)
     assert model_config(config, tokenizer).patterns() == model.config.patterns()
+    asked.model.phase = (0,)  # the same in other words
+    assert settings_to_resume(asked).model == config.model
     asked.model.phase = (0, 3)
     with pytest.raises(ValueError, match=r"phase=\[0, 3\] differs from None"):
         settings_to_resume(asked)

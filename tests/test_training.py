@@ -24,7 +24,7 @@ from pi_attention.training.checkpoints import last_checkpoint
 from pi_attention.training.progress import ProgressBar
 
 TINY = [
-    "--hidden-size", "32", "--layers", "2", "--heads", "2", "--window", "8", "--period", "8", "--skips", "3",
+    "--hidden-size", "32", "--layers", "2", "--heads", "2", "--window", "8", "--period", "8", "--skips", "3", "--gate",
     "--context", "128", "--eval-every", "5", "--eval-blocks", "2", "--save-every", "4", "--log-every", "2",
     "--warmup-steps", "2",
 ]  # fmt: skip

@@ -104,7 +104,7 @@ class Plan:
     def _measured(self) -> str:
         """What plans of this kind were measured to be good for."""
         if self.coordinated:
-            said = "Language models did as well with gate=False, which is one softmax over both bands"
+            said = "Language models did as well without a gate, by one softmax over both bands"
         elif self.head_schedule:
             said = "Such plans find a key anywhere in the context. In language models a window was better"
         else:

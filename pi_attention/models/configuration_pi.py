@@ -29,7 +29,8 @@ class PiConfig(PretrainedConfig):
         head_dim: hidden_size / num_attention_heads when None.
         window, period, skips, sinks, phase: the pattern of the layers (see `PiPattern`); period and phase may be lists,
             one int per head. `PiConfig(**pattern.to_dict())` takes them from a pattern. Without a period, heads are
-            coordinated (see `coordinated_heads`): period 4, phases 0 1 2 3. With one, the phase is 0 unless given.
+            coordinated (see `coordinated_heads`): of period 4 where it divides the heads, with the phases 0 1 2 3. With
+            one, the phase is 0 unless given; so it is in an entry of layer_patterns.
         layer_patterns: what each layer attends to, repeated over the layers: "pi" (the pattern above), "local" (its
             window alone), "dense", or a dict of pattern fields to change, e.g. {"period": 64} or {"phase": [0, 2]}.
         causal: False sees both sides, for masked language modelling and encoders; there is no cache then.
@@ -98,6 +99,8 @@ class PiConfig(PretrainedConfig):
         self.head_dim = head_dim or hidden_size // num_attention_heads
         given = {"window": window, "period": period, "skips": skips, "sinks": sinks, "phase": phase}
         pattern = pattern_for(num_attention_heads, given | {"causal": causal, "ring": ring})
+        if period is None and layer_patterns is not None:  # the phases are those of the period that was not given
+            layer_patterns = [{"phase": 0} | x if isinstance(x, dict) and "period" in x else x for x in layer_patterns]
         for name, setting in pattern.to_dict().items():  # checked, and as JSON has it
             setattr(self, name, setting)
         self.layer_patterns = layer_patterns

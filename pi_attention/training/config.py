@@ -46,7 +46,7 @@ class ModelSettings:
     window: int = 16
     """Keys of the ring-local band, the token itself counted."""
     period: tuple[int, ...] | None = None
-    """Distance between skip keys: one for all heads, or one per head. None: coordinated heads, period 4, all phases."""
+    """Distance between skip keys: one for all heads, or one per head. None: coordinated, 4 if it divides the heads."""
     skips: int | None = 64
     """Skip keys of a query. 0 leaves the window alone; None takes every multiple back to the start."""
     sinks: int = 0

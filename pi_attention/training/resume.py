@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from pi_attention.distributed.layout import Layout
@@ -58,6 +58,11 @@ def settings_to_resume(given: TrainConfig) -> TrainConfig:
     need_whole_settings(out / SETTINGS)
     config = load_yaml(TrainConfig, out / SETTINGS)
     asked, default, kept = (to_plain(settings) for settings in (given, TrainConfig(), config))
+    period, phase = given.model.period, given.model.phase
+    if (period, phase) != (None, None):
+        in_these_words = replace(config.model, period=period or config.model.period, phase=phase)
+        if in_these_words.pattern() == config.model.pattern():
+            asked["model"] |= {name: kept["model"][name] for name in ("period", "phase")}
     for part, settings in kept.items():
         for name, value in settings.items():
             other = asked[part][name]

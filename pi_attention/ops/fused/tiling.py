@@ -11,6 +11,7 @@ from torch import Tensor
 from triton import cdiv
 
 from pi_attention.ops.fused.compiled import Constants
+from pi_attention.ops.fused.kernels.steps import BY_START, BY_TAG
 from pi_attention.ops.fused.tuning import MANY, Tiles, choose_tiles
 from pi_attention.pattern import PiPattern
 
@@ -208,7 +209,7 @@ def plan_tiles(kernel: str, problem: Problem, skip: bool, **flags: bool) -> Tile
         {"num_warps": tiles.warps, "num_stages": tiles.stages},
         **sizes,
         RING=pattern.ring,
-        SEGMENTS=problem.segments * (2 if pattern.causal and not of_key else 1),
+        SEGMENTS=0 if not problem.segments else BY_START.value if pattern.causal and not of_key else BY_TAG.value,
         SINKS=skip and problem.sinks > 0,
         PER_HEAD=skip and heads_differ(pattern),
         MIRROR=skip and not pattern.causal,

@@ -13,6 +13,7 @@ import triton.language as tl
 from pi_attention.ops.fused.kernels.steps import (
     ABSENT,
     BY_START,
+    BY_TAG,
     LOG2E,
     RUN_TIME,
     after_starts,
@@ -182,7 +183,7 @@ def _side_of_query(
         last_key = tl.minimum(last_key, last_row(offset, period, S))
         if SINKS and not SEGMENTS:
             begin = tl.maximum(begin, first_row(offset - sinks, period))
-    alike = SEGMENTS != 1
+    alike = SEGMENTS != BY_TAG
     if SEGMENTS == BY_START:
         begin, last = after_starts(query_tag, row, begin, offset, period, first, last, sinks, SINKS)
     elif SEGMENTS and not RING:

@@ -6,6 +6,7 @@ import triton.language as tl
 from pi_attention.ops.fused.kernels.steps import (
     ABSENT,
     BY_START,
+    BY_TAG,
     RUN_TIME,
     after_starts,
     band_of_head,
@@ -80,7 +81,7 @@ def _side(
         last_key = tl.minimum(last_key, last_row(offset, period, S))
         if SINKS and not SEGMENTS:
             begin = tl.maximum(begin, first_row(offset - sinks, period))
-    alike = SEGMENTS != 1
+    alike = SEGMENTS != BY_TAG
     if SEGMENTS == BY_START:
         begin, last = after_starts(query_tag, row, begin, offset, period, first, last, sinks, SINKS)
     elif SEGMENTS and not RING:

@@ -17,8 +17,8 @@ RUN_TIME += ["classes", "chunks", "groups", "window", "splits", "rows", "sg_b", 
 ABSENT = tl.constexpr(1 << 30)
 """Key row of an absent key: no lag from it is in a band."""
 
-BY_START = tl.constexpr(2)
-"""SEGMENTS of a causal band: the keys of a query's segment are those from its start on."""
+BY_TAG, BY_START = tl.constexpr(1), tl.constexpr(2)
+"""SEGMENTS: tags of queries and keys are compared; of a causal band, a query's keys are those from its start on."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
