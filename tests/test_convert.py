@@ -281,7 +281,7 @@ def test_command_converts_fine_tunes_saves_and_generates(tmp_path, monkeypatch, 
     text.write_text("To be, or not to be, that is the question. " * 60)
     options = ["--window", "8", "--period", "8", "--skips", "4", "--phase", "0", "2", "4", "6"]
     options += ["--context", "64", "--data", str(text)]
-    options += ["--finetune-steps", "3", "--part", "gates", "--eval-blocks", "2"]
+    options += ["--gate", "--finetune-steps", "3", "--part", "gates", "--eval-blocks", "2"]
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["pi-attention", *map(str, arguments)])
