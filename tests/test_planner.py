@@ -179,7 +179,7 @@ def test_command_prints_a_coordinated_plan(monkeypatch, capsys, tmp_path):
     assert found["hops"] == receptive_field([pattern] * 8, 2048).layers_to_cover() == 8
     assert load_yaml(Train, out).model.pattern() == pattern
     code, printed = run(monkeypatch, capsys, *sizes, "--budget", "80", "--least-window", "40", "--layers", "2")
-    assert code == 0 and "200 in one layer" in printed.out and "gate=False" in printed.out
+    assert code == 0 and "200 in one layer" in printed.out and "without a gate" in printed.out
     assert "PiConfig(window=40, period=4, skips=40, sinks=0, phase=[0, 1, 2, 3])" in printed.out
     assert "more than 2 layers" in printed.out
     code, printed = run(monkeypatch, capsys, *sizes, "--hops", "2")
