@@ -89,8 +89,7 @@ def of_size(scale: Scale, size: Settings) -> list[Settings]:
 
 def middle(scale: Scale) -> list[Settings]:
     """First the main forms on the corpus of the other experiments, with as many tokens; then 682 M of the largest."""
-    main = ("coordinated 4", BASELINE, "dense")
-    few = [cell(scale, variant, **MIDDLE | {"steps": 2000}) for variant in main] if scale == "small" else []
+    few = [cell(scale, variant, **MIDDLE | {"steps": 2000}) for variant in MAIN] if scale == "small" else []
     return few + of_size(scale, MIDDLE | {"steps": 10400})
 
 

@@ -77,20 +77,17 @@ def segment_starts(segment_ids: Tensor) -> Tensor:
     implementations work on. The ids may have any strides, which kernels do not ask for. Outside of compiled code and
     inference mode, what this function returned comes back as it is, so that the layers of a model share it.
     """
-    if not torch.compiler.is_compiling() and hasattr(segment_ids, MADE) and _is_unchanged(segment_ids):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and hasattr(segment_ids, MADE) and getattr(segment_ids, MADE) == segment_ids._version:
         return segment_ids
     position = torch.arange(segment_ids.shape[1], dtype=torch.int32, device=segment_ids.device)
     changed = torch.ones_like(segment_ids, dtype=torch.bool)
     changed[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = _running_maximum(torch.where(changed, position, 0))
     starts = torch.where(segment_ids >= 0, starts, -1).to(torch.int32).contiguous()
-    if not torch.compiler.is_compiling() and not starts.is_inference():  # which does not count what is written to it
+    if not compiling and not starts.is_inference():  # which does not count what is written to it
         setattr(starts, MADE, starts._version)
     return starts
-
-
-def _is_unchanged(starts: Tensor) -> bool:
-    return getattr(starts, MADE) == starts._version
 
 
 def _running_maximum(x: Tensor) -> Tensor:

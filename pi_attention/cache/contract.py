@@ -59,6 +59,11 @@ class RaggedKeys:
         raise NotImplementedError
 
 
+def nbytes_of(*tensors: Tensor | None) -> int:
+    """Bytes allocated for tensors, None where there is none."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+
+
 def starts_of_new(segment_ids: Tensor, tokens: int, first: bool) -> Tensor:
     """Where the segments of the last T = `tokens` tokens start, [B, T], of the ids that `extend` takes.
 

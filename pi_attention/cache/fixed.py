@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi_attention.cache.contract import sink_places, starts_of_new, take
+from pi_attention.cache.contract import nbytes_of, sink_places, starts_of_new, take
 from pi_attention.cache.held import Held, held
 from pi_attention.pattern import PiPattern, need_int, need_pattern
 
@@ -35,7 +35,7 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return nbytes_of(self.ids) + nbytes_of(self._places)
+        return nbytes_of(self.ids, self._places)
 
     def allocate(self, batch: int, device: torch.device) -> None:
         """Empty slots for so many rows, unless these are there."""
@@ -114,11 +114,6 @@ class Slots:
             return torch.zeros_like(self.ids[:, :1]).expand(-1, tokens)
         last = self.ids[:, -1:]
         return torch.where(last < 0, self.length.to(last.dtype), last).expand(-1, tokens)
-
-
-def nbytes_of(tensor: Tensor | None) -> int:
-    """Bytes of its storage."""
-    return 0 if tensor is None else tensor.untyped_storage().nbytes()
 
 
 def fix_addresses(*tensors: Tensor | None) -> None:

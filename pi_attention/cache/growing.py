@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pi_attention.cache.contract import sink_places, starts_of_new, take
+from pi_attention.cache.contract import nbytes_of, sink_places, starts_of_new, take
 from pi_attention.cache.held import Held, held
 from pi_attention.pattern import PiPattern, need_pattern
 
@@ -77,8 +77,7 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        held = (self._buffer, self._starts)
-        return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+        return nbytes_of(self._buffer, self._starts)
 
     def record(self) -> None:
         """From now on forget tokens only after a `crop`: for speculative decoding, which takes tokens back."""
