@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MADE = "_pi_segment_starts"
-"""Attribute of what `segment_starts` returned: the version of the tensor, which changes when somebody writes to it."""
+"""Attribute of a tensor of segment starts: its version, which changes when somebody writes to it."""
 RUN, LONG = 256, 8192
 """A row of more than LONG tokens is scanned by runs of RUN."""
 
@@ -74,20 +74,42 @@ def segment_starts(segment_ids: Tensor) -> Tensor:
     """For each token the position where its segment starts, −1 for padding: [B, S] int32, row by row in memory.
 
     Two tokens are in one segment exactly when their starts are equal and not negative; so this is the form that the
-    implementations work on. The ids may have any strides, which kernels do not ask for. Outside of compiled code and
-    inference mode, what this function returned comes back as it is, so that the layers of a model share it.
+    implementations work on. The ids may have any strides, which kernels do not ask for. Outside of inference mode, what
+    this function returned comes back as it is, so that the layers of a model share it.
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling and hasattr(segment_ids, MADE) and getattr(segment_ids, MADE) == segment_ids._version:
+    if _are_starts(segment_ids):
         return segment_ids
     position = torch.arange(segment_ids.shape[1], dtype=torch.int32, device=segment_ids.device)
     changed = torch.ones_like(segment_ids, dtype=torch.bool)
     changed[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = _running_maximum(torch.where(changed, position, 0))
-    starts = torch.where(segment_ids >= 0, starts, -1).to(torch.int32).contiguous()
-    if not compiling and not starts.is_inference():  # which does not count what is written to it
-        setattr(starts, MADE, starts._version)
+    return as_starts(torch.where(segment_ids >= 0, starts, -1).to(torch.int32).contiguous())
+
+
+def starts_of_last(segment_ids: Tensor) -> Tensor:
+    """`segment_starts` for a query that is the last token: [B, S] int32, −1 for what is not of its segment.
+
+    Args:
+        segment_ids: [B, S] int32, another id for each segment of a row, as where its start is its id.
+    """
+    mine = (segment_ids == segment_ids[:, -1:]) & (segment_ids >= 0)
+    first = segment_ids.shape[1] - mine.sum(dim=1, keepdim=True, dtype=torch.int32)
+    return as_starts(torch.where(mine, first, -1))
+
+
+def as_starts(starts: Tensor) -> Tensor:
+    """The same tensor, which `segment_starts` then returns as it is: a row-major int32 one of segment starts."""
+    known = not (torch.compiler.is_compiling() or starts.is_inference())  # what is written to it is counted
+    setattr(starts, MADE, starts._version if known else None)
     return starts
+
+
+def _are_starts(segment_ids: Tensor) -> bool:
+    """Whether `as_starts` was told of a tensor, and nobody wrote to it since; of which a compiler takes no notice."""
+    if not hasattr(segment_ids, MADE):
+        return False
+    version = getattr(segment_ids, MADE)
+    return torch.compiler.is_compiling() or (version is not None and version == segment_ids._version)
 
 
 def _running_maximum(x: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ def test_memory_is_bounded_whatever_the_length(pattern):
     for step in range(2000):
         cache.update(*(torch.randn(1, 1, 1, 4) for _ in range(2)))
         assert cache.nbytes <= 2 * bound * 4 * 4, step
-        assert cache.kept.shape[3] <= pattern.reach + (65 if pattern.sinks else 1)  # sinks move once in 64 steps
+        assert cache.keys.shape[2] <= pattern.reach + (65 if pattern.sinks else 1)  # sinks move once in 64 steps
     assert cache.length == 2000
 
 
@@ -208,6 +208,50 @@ def test_memory_of_a_long_prompt_is_released():
     cache.update(torch.randn(1, 1, 5000, 4), torch.randn(1, 1, 5000, 4))
     cache.update(torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4))
     assert cache.nbytes < 2 * 200 * 4 * 4
+
+
+def test_a_prompt_is_not_copied_until_more_tokens_come():
+    key, value = (torch.randn(1, 2, 5000, 4) for _ in range(2))
+    cache = LayerCache(PiPattern(4, 5, 3, sinks=2))
+    seen = cache.update(key, value)
+    assert seen[0] is key and seen[1] is value and cache.keys is key
+    assert cache.nbytes == key.nbytes + value.nbytes
+    cache.crop(10)
+    assert torch.equal(cache.keys, key[:, :, :4990]) and cache.length == 4990
+
+
+def test_a_prompt_that_lies_in_a_larger_projection_does_not_hold_it():
+    both = torch.randn(1, 5000, 3, 2, 4)  # query, key and value of one product
+    key, value = both[:, :, 1].transpose(1, 2), both[:, :, 2].transpose(1, 2)
+    cache = LayerCache(PiPattern(4, 5, 3))
+    seen, _ = cache.update(key, value)
+    assert seen is key
+    assert cache.nbytes == key.nbytes + value.nbytes
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_recorded_prompt_keeps_what_may_be_taken_back(pattern, packed):
+    query, key, value = tokens(60)
+    ids = segment_starts((torch.arange(60) >= 20).int().repeat(2, 1)) if packed else None
+    whole = pi_attention(query, key, value, pattern, segment_ids=ids, impl="reference")
+    cache = LayerCache(pattern)
+    cached(pattern, query, key, value, [40], ids, cache)
+    cache.record()
+    cached(pattern, query, key, value, [5], ids, cache)
+    cache.crop(25)
+    out = cached(pattern, query, key, value, [1, 7, 32], ids, cache)
+    torch.testing.assert_close(out, whole[:, :, 20:])
+
+
+def test_layers_share_the_starts_of_a_prompt_s_documents():
+    starts = segment_starts(torch.tensor([[0, 0, 1, 1, 1]], dtype=torch.int32))
+    layers = [LayerCache(PiPattern(4, 5, 3, sinks=sinks)) for sinks in (0, 2)]
+    for layer in layers:
+        *_, ids = layer.extend(torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), starts)
+        assert ids is starts and segment_starts(ids) is starts
+        *_, ids = layer.extend(torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4))
+        assert segment_starts(ids) is ids
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -289,7 +333,7 @@ def test_reset_and_bidirectional_patterns():
     cache = LayerCache(PiPattern(4, 5, 3, sinks=2))
     cache.update(torch.randn(1, 1, 9, 4), torch.randn(1, 1, 9, 4))
     cache.reset()
-    assert (cache.length, cache.nbytes, cache.kept) == (0, 0, None)
+    assert (cache.length, cache.nbytes, cache.keys) == (0, 0, None)
     with pytest.raises(ValueError, match="causal"):
         LayerCache(PiPattern(4, 5, 3, causal=False))
     with pytest.raises(TypeError, match="PiPattern"):

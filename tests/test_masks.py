@@ -5,7 +5,7 @@ from problems import cases
 
 from pi_attention import segments
 from pi_attention.masks import dense_mask, dense_masks, flex_mask_mod
-from pi_attention.segments import segment_starts, segments_from_cu_seqlens, segments_from_mask
+from pi_attention.segments import segment_starts, segments_from_cu_seqlens, segments_from_mask, starts_of_last
 
 
 @given(cases())
@@ -46,6 +46,15 @@ def test_segments_from_cumulative_lengths():
 def test_starts_tell_runs_apart_even_when_an_id_returns():
     ids = torch.tensor([[0, 0, 1, 0, -1, 0]], dtype=torch.int32)
     assert segment_starts(ids).tolist() == [[0, 0, 2, 3, -1, 5]]
+
+
+def test_starts_of_the_last_segment():
+    ids = torch.tensor([[0, 0, 2, 3, 3, 3], [-1, -1, 2, 2, 2, 2], [0, 0, 0, -1, -1, -1]], dtype=torch.int32)
+    wanted = [[-1, -1, -1, 3, 3, 3], [-1, -1, 2, 2, 2, 2], [-1] * 6]
+    assert starts_of_last(ids).tolist() == wanted
+    assert starts_of_last(ids + 100 * (ids >= 0)).tolist() == wanted  # any numbers do
+    starts = starts_of_last(ids)
+    assert segment_starts(starts) is starts
 
 
 def test_segment_starts_come_back_as_they_are_until_somebody_writes_to_them():

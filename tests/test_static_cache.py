@@ -63,6 +63,28 @@ def test_a_step_compiles_once_into_one_graph(batch):
     assert torch.equal(compiled, small.generate(compiled[:, :9], max_new_tokens=40, pad_token_id=0))
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("step", [True, False], ids=["step", "documents"])
+def test_compiled_layers_share_the_starts_of_segments(layers, step):
+    torch._dynamo.reset()
+    small = make("pi", num_hidden_layers=layers)
+    scans = []
+
+    def count(graph, inputs):
+        scans.append(sum(node.target in ("cummax", torch.cummax) for node in graph.graph.nodes))
+        return graph
+
+    options = {"segment_ids": (torch.arange(12)[None] > 5).int(), "use_cache": False}
+    if step:
+        cache = PiStaticCache(small.config.patterns(), 100)
+        small(prompt(1, 12), past_key_values=cache)
+        options = {"past_key_values": cache, "position_ids": torch.tensor([[12]])}
+    ids = prompt(1, 1 if step else 12)
+    with torch.no_grad():
+        torch.compile(small, backend=count, fullgraph=True)(ids, **options)
+    assert scans == [1]
+
+
 def test_memory_is_bounded_and_addresses_stay():
     small = make("pi")
     cache = PiStaticCache(small.config.patterns(), 10_000)

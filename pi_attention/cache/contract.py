@@ -73,7 +73,9 @@ def starts_of_new(segment_ids: Tensor, tokens: int, first: bool) -> Tensor:
         first: no token came before them.
     """
     if first or segment_ids.shape[1] > tokens:
-        segment_ids = segment_starts(segment_ids)[:, -tokens:]
+        segment_ids = segment_starts(segment_ids)
+    if segment_ids.shape[1] > tokens:
+        segment_ids = segment_ids[:, -tokens:]
     return segment_ids.to(torch.int32)
 
 

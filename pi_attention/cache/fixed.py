@@ -13,6 +13,7 @@ from torch import Tensor
 from pi_attention.cache.contract import nbytes_of, sink_places, starts_of_new, take
 from pi_attention.cache.held import Held, held
 from pi_attention.pattern import PiPattern, need_int, need_pattern
+from pi_attention.segments import as_starts, starts_of_last
 
 
 class Slots:
@@ -29,19 +30,21 @@ class Slots:
         self.count = self.sinks + min(reach, max_length)
         self.ids: Tensor | None = None  # [B, count] int32
         self.length = torch.tensor(0)
+        self._starts: Tensor | None = None  # [B, count] `starts_of_last` of the ids, after one new token
         self._places: Tensor | None = None  # [B, count] of the slots and new tokens that fill the slots, with sinks
         self._seen: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return nbytes_of(self.ids, self._places)
+        return nbytes_of(self.ids, self._starts, self._places)
 
     def allocate(self, batch: int, device: torch.device) -> None:
         """Empty slots for so many rows, unless these are there."""
         if self.ids is not None and self.ids.shape[0] == batch and self.ids.device == device:
             return
         self.ids = torch.full((batch, self.count), -1, dtype=torch.int32, device=device)
+        self._starts = torch.empty_like(self.ids)
         self._places = torch.zeros(batch, self.count, dtype=torch.int64, device=device) if self.sinks else None
         self.length = self.length.to(device)
         self._fix_addresses()
@@ -60,11 +63,13 @@ class Slots:
             places = torch.cat([sinks, last], dim=1)
             self.ids.copy_(take(ids, places, 1).masked_fill(places < 0, -1))
             self._places.copy_(places)
-        self._seen = self.ids if tokens == 1 else new if first else ids
+        self._seen = self._starts_of_last() if tokens == 1 else new if first else ids
 
     def seen(self, device: torch.device) -> Tensor:
         """Segment ids of the keys that the newest tokens see, [B, S]."""
         assert self._seen is not None
+        if self._seen.device == device:
+            return self._seen  # the same object, which the layers know as starts
         return self._seen.to(device)  # of the layers of one model each may lie on a GPU of its own
 
     def fill(self, states: Tensor, with_new: Tensor) -> None:
@@ -98,11 +103,19 @@ class Slots:
 
     def leave_inference_mode(self) -> None:
         """Copy tensors that inference mode made, where it is left."""
-        if writable(self, "ids", "length", "_places"):
+        if writable(self, "ids", "length", "_starts", "_places"):
             self._fix_addresses()
 
     def _fix_addresses(self) -> None:
-        fix_addresses(self.ids, self.length, self._places)
+        fix_addresses(self.ids, self.length, self._starts, self._places)
+        if self._starts is not None:
+            as_starts(self._starts)  # before a compiler sees it without
+
+    def _starts_of_last(self) -> Tensor:
+        """Segment starts of the keys that one new token sees, for all layers, in a tensor that keeps its address."""
+        assert self.ids is not None and self._starts is not None
+        self._starts.copy_(starts_of_last(self.ids))
+        return as_starts(self._starts)
 
     def _new_ids(self, segment_ids: Tensor | None, tokens: int, first: bool) -> Tensor:
         """Segment ids [B, T] of the new tokens; without any they go on with the last segment."""

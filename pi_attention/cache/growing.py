@@ -3,20 +3,46 @@
 Skips are counted from the query, so over all future queries a pattern sees exactly the last `reach` tokens, and the
 sinks. The last tokens lie in one buffer, which is appended to in place and rebuilt when it is full. The sinks stand
 right before the first kept token, so that all kept keys are one contiguous view; the operator needs nothing but their
-order, because a sink is visible whatever its lag.
+order, because a sink is visible whatever its lag. A prompt stays as it came until more tokens do: then most of it is
+out of reach, and never copied.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pi_attention.cache.contract import nbytes_of, sink_places, starts_of_new, take
-from pi_attention.cache.held import Held, held
+from pi_attention.cache.held import Held, held, last_tokens
 from pi_attention.pattern import PiPattern, need_pattern
+from pi_attention.segments import starts_of_last
 
 LEAST = 64
 """Tokens for which a buffer has room at least; and with sinks, tokens that are forgotten together."""
+
+
+class Prompt(NamedTuple):
+    """The tokens of a first call."""
+
+    key: Tensor
+    value: Tensor
+    starts: Tensor | None
+    """[B, T], where their segments start; None: all are 0."""
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether keys and values hold no memory beside their own, as parts of a larger projection do."""
+        return all(x.untyped_storage().nbytes() <= x.nbytes for x in (self.key, self.value))
+
+    def without_last(self, tokens: int) -> Prompt:
+        """All but the last tokens."""
+        left = self.key.shape[2] - tokens
+        return Prompt(
+            self.key[:, :, :left], self.value[:, :, :left], None if self.starts is None else self.starts[:, :left]
+        )
 
 
 class LayerCache:
@@ -53,31 +79,31 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything."""
         self.length = 0
+        self._prompt: Prompt | None = None  # until the second call; then the buffer
         self._buffer: Tensor | None = None  # [2, B, G, capacity, D]: keys, values
         self._starts: Tensor | None = None  # [B, sinks + kept] of the sink slots and kept tokens; None: all are 0
         self._first = self._end = self.pattern.sinks  # kept tokens in the buffer; the sinks end at _first
         self._may_forget = True
-        self._seen: tuple[int, Tensor | None] = (0, None)  # number and starts of the keys last returned
-
-    @property
-    def kept(self) -> Tensor | None:
-        """Kept keys and values [2, B, G, kept, D], sinks aside; None before the first update."""
-        return None if self._buffer is None else self._buffer[:, :, :, self._first : self._end]
+        self._seen: tuple[int, Tensor | None, int] = (0, None, 0)  # of the keys last returned: number, starts, slots
 
     @property
     def keys(self) -> Tensor | None:
-        """Kept keys [B, G, kept, D], sinks aside."""
-        return None if self.kept is None else self.kept[0]
+        """Kept keys [B, G, kept, D], sinks aside; None before the first update."""
+        if self._prompt is not None:
+            return self._prompt.key
+        return None if self._buffer is None else self._buffer[0, :, :, self._first : self._end]
 
     @property
     def values(self) -> Tensor | None:
         """Kept values, like `keys`."""
-        return None if self.kept is None else self.kept[1]
+        if self._prompt is not None:
+            return self._prompt.value
+        return None if self._buffer is None else self._buffer[1, :, :, self._first : self._end]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return nbytes_of(self._buffer, self._starts)
+        return nbytes_of(self._buffer, self._starts, *(self._prompt or ()))
 
     def record(self) -> None:
         """From now on forget tokens only after a `crop`: for speculative decoding, which takes tokens back."""
@@ -88,16 +114,20 @@ class LayerCache:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Append, as `KeyValueCache.extend` says; some of the sink slots returned may be empty, with the id −1.
 
-        With sinks, up to 64 tokens beyond the reach may be among the kept ones.
+        With sinks, up to 64 tokens beyond the reach may be among the kept ones. The first keys and values come back as
+        they are, and are held until the second call: do not write to them.
 
         Raises:
             ValueError: key and value do not have one shape [B, G, T, D], or another B, G or D than those kept.
         """
+        self._lay_out()
         self._check(key, value)
+        if self._buffer is None:
+            return self._begin(key, value, segment_ids)
         new, slots = torch.stack([key, value]), self.pattern.sinks
-        self._allocate(new)
+        self._let_write()
         forgotten = self._due(key.shape[2])
-        starts = self._starts_with(segment_ids, len(key), key.shape[2])
+        starts = self._starts_with(segment_ids, key)
         sinks, of_sinks = self._sinks_after_forgetting(forgotten, starts, key.shape[2])
         visible = None if starts is None else starts[:, slots + forgotten :]
         if visible is not None and of_sinks is not None:
@@ -114,7 +144,9 @@ class LayerCache:
             seen = torch.cat([sinks, self._buffer[:, :, :, self._first + forgotten : self._end]], dim=3)
         else:
             seen = self._buffer[:, :, :, self._first + forgotten - sinks.shape[3] : self._end]
-        self._seen = seen.shape[3], visible
+        self._seen = seen.shape[3], visible, slots
+        if visible is not None and key.shape[2] == 1:
+            visible = starts_of_last(visible)
         return seen[0], seen[1], visible
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,13 +156,18 @@ class LayerCache:
 
     def is_sink(self) -> Tensor:
         """Which of the first n keys last returned are sinks of their segment, bool [B or 1, n]; later ones are none."""
-        assert self._buffer is not None
-        (keys, starts), sinks = self._seen, self.pattern.sinks
+        (keys, starts, slots), sinks = self._seen, self.pattern.sinks
         if starts is None:  # the first tokens of the only segment come first
-            return torch.ones(1, min(keys, sinks), dtype=torch.bool, device=self._buffer.device)
-        behind = starts[:, sinks:]
+            assert self.keys is not None
+            return torch.ones(1, min(keys, sinks), dtype=torch.bool, device=self.keys.device)
+        behind = starts[:, slots:]
         position = torch.arange(self.length - behind.shape[1], self.length, device=starts.device)
-        return torch.cat([starts[:, :sinks] >= 0, (behind >= 0) & (position - behind < sinks)], dim=1)
+        return torch.cat([starts[:, :slots] >= 0, (behind >= 0) & (position - behind < sinks)], dim=1)
+
+    def start_of_last(self, tokens: int) -> Tensor | int:
+        """Position where the segments of the last tokens start, [B, tokens]; 0 for one segment a row."""
+        starts = self._seen[1]
+        return 0 if starts is None else starts[:, starts.shape[1] - tokens :]
 
     def resume(self, key: Tensor, value: Tensor, length: int) -> None:
         """As if `length` tokens of one segment had been seen, elsewhere.
@@ -142,11 +179,9 @@ class LayerCache:
         """
         reach, sinks = self._reach, self.pattern.sinks
         last = length if reach is None else min(length, reach)
-        slots = min(sinks, length - last)
-        empty = key.new_zeros(2, *key.shape[:2], sinks - slots, key.shape[3])
         self.reset()
-        self._buffer = torch.cat([empty, torch.stack([key, value])], dim=3)
-        self._end, self.length = sinks + last, length
+        self._fill(key, value, min(sinks, length - last))
+        self.length = length
 
     def held(self) -> Held:
         """What later tokens can see, copied.
@@ -154,6 +189,7 @@ class LayerCache:
         Raises:
             ValueError: no token has come.
         """
+        self._lay_out()
         if self._buffer is None:
             raise ValueError("the cache is empty: let it see tokens first.")
         states = self._buffer[:, :, :, self._first - self.pattern.sinks : self._end]
@@ -173,7 +209,7 @@ class LayerCache:
         Raises:
             ValueError: tokens that the pattern sees from there are gone; call `record` before the updates.
         """
-        kept, reach = self._end - self._first, self._reach
+        reach, kept = self._reach, self._end - self._first if self._prompt is None else self.length
         left = self.length - tokens
         needed = left if reach is None else min(left, reach)
         if not 0 <= tokens <= self.length or kept - tokens < needed:
@@ -181,14 +217,18 @@ class LayerCache:
                 f"cannot forget the last {tokens} of {self.length} tokens: {kept} are kept, and {needed} must be left. "
                 "Call record() before the tokens that may be taken back."
             )
-        self._end -= tokens
         self.length = left
+        if self._prompt is not None:
+            self._prompt = self._prompt.without_last(tokens)
+        else:
+            self._end -= tokens
         if self._starts is not None:
             self._starts = self._starts[:, : self._starts.shape[1] - tokens]
         self._may_forget = True
 
     def reorder(self, index: Tensor) -> None:
         """Take the rows of the batch by `index` [new batch], as beam search chooses them."""
+        self._lay_out()
         if self._buffer is not None:
             self._buffer = self._buffer.index_select(1, index.to(self._buffer.device))
         if self._starts is not None:
@@ -196,6 +236,7 @@ class LayerCache:
 
     def to(self, device: torch.device | str) -> None:
         """Move what is held."""
+        self._lay_out()
         self._buffer = None if self._buffer is None else self._buffer.to(device)
         self._starts = None if self._starts is None else self._starts.to(device)
 
@@ -214,33 +255,70 @@ class LayerCache:
                 "before another sequence."
             )
 
-    def _allocate(self, new: Tensor) -> None:
-        """A buffer of empty sink slots, or the one that is there, which can be written to now."""
-        if self._buffer is None:
-            self._buffer = new.new_zeros(*new.shape[:3], self.pattern.sinks, new.shape[4])
-        elif (
-            not torch.compiler.is_compiling() and self._buffer.is_inference() and not torch.is_inference_mode_enabled()
-        ):
-            self._buffer = self._buffer.clone()  # of inference mode, which alone may write to it
+    def _begin(self, key: Tensor, value: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`extend` for the first tokens, which are returned and held as they are."""
+        tokens = key.shape[2]
+        starts = None if segment_ids is None else self._new_starts(segment_ids, key)
+        self._prompt = Prompt(key, value, starts)
+        if torch.compiler.is_compiling() or not self._prompt.is_alone:
+            self._prompt = Prompt(key.clone(), value.clone(), starts)
+        self.length, self._may_forget, self._seen = tokens, False, (tokens, starts, 0)
+        return key, value, starts
 
-    def _starts_with(self, segment_ids: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    def _lay_out(self) -> None:
+        """Copy what later queries can see of a prompt into a buffer."""
+        if self._prompt is None:
+            return
+        (key, value, starts), self._prompt = self._prompt, None
+        tokens, sinks = key.shape[2], self.pattern.sinks
+        last = last_tokens(self.pattern, tokens) if self._may_forget or not self.recording else tokens
+        slots = 0 if starts is not None else min(sinks, tokens - last)
+        if starts is None and last < tokens:
+            parts = [[x[:, :, :slots], x[:, :, tokens - last :]] for x in (key, value)]
+            key, value = (torch.cat(part, dim=2) for part in parts)
+        self._fill(key, value, slots)
+        if starts is not None:
+            self._starts = F.pad(starts, (sinks, 0), value=-1)
+            if last < tokens:
+                assert self._buffer is not None
+                self._buffer, self._starts, _ = held(self._buffer, self._starts, tokens, self.pattern)
+                self._end = self._buffer.shape[3]
+
+    def _fill(self, key: Tensor, value: Tensor, slots: int) -> None:
+        """A buffer of these tokens, of which the first `slots` are sinks."""
+        empty = key.new_zeros(2, *key.shape[:2], self.pattern.sinks - slots, key.shape[3])
+        self._buffer = torch.cat([empty, torch.stack([key, value])], dim=3)
+        self._end = self._buffer.shape[3]
+
+    def _let_write(self) -> None:
+        """Copy a buffer of inference mode, which alone may write to it."""
+        assert self._buffer is not None
+        if not torch.compiler.is_compiling() and self._buffer.is_inference() and not torch.is_inference_mode_enabled():
+            self._buffer = self._buffer.clone()
+
+    def _starts_with(self, segment_ids: Tensor | None, key: Tensor) -> Tensor | None:
         """Where the segments of the sink slots, the kept and the new tokens start, [B, sinks + kept + T]."""
-        known = self._starts
+        known, tokens = self._starts, key.shape[2]
         if segment_ids is None:
             if known is None:
                 return None
             last = known[:, -1:]  # which goes on; after padding a segment starts here
             new = torch.where(last < 0, self.length, last).expand(-1, tokens)
             return torch.cat([known, new], dim=1)
+        new = self._new_starts(segment_ids, key)
+        return torch.cat([self._known_starts(len(key), key.device), new], dim=1)
+
+    def _new_starts(self, segment_ids: Tensor, key: Tensor) -> Tensor:
+        """Where the segments of the new tokens start, [B, T], of the ids that `extend` takes."""
+        tokens = key.shape[2]
         if segment_ids.shape[1] not in (tokens, self.length + tokens):
             raise ValueError(
                 f"segment_ids {tuple(segment_ids.shape)} must have {self.length + tokens} columns, one for each token "
                 f"so far, the {self.length} cached ones included; or {tokens}, the starts of the new ones."
             )
-        assert self._buffer is not None
-        new = starts_of_new(segment_ids, tokens, self.length == 0).expand(batch, -1)
-        new = new.to(self._buffer.device)  # of the layers of one model each may lie on a GPU of its own
-        return torch.cat([self._known_starts(batch, new.device), new], dim=1)
+        new = starts_of_new(segment_ids, tokens, self.length == 0)
+        new = new if len(new) == len(key) else new.expand(len(key), -1)  # the same object, which layers share
+        return new.to(key.device)  # of the layers of one model each may lie on a GPU of its own
 
     def _known_starts(self, batch: int, device: torch.device) -> Tensor:
         """Where the segments of the sink slots and the kept tokens start, [B, sinks + kept]."""

@@ -47,7 +47,8 @@ class ConvertedCall:
     ) -> Tensor:
         """The operator, each query with the sinks where its own position puts them; requests of a row apart."""
         ids = self.segments_of_keys(layer)
-        ids = None if ids is None else ids.to(key.device)  # the layers of one model may lie on several GPUs
+        if ids is not None and ids.device != key.device:  # the layers of one model may lie on several GPUs
+            ids = ids.to(key.device)
         requests = None if self.cache is None else self.cache.layers[layer]
         if isinstance(requests, RaggedKeys):
             return requests.attend(operator, query, key, value, gate)
@@ -58,14 +59,13 @@ class ConvertedCall:
         near = None if self.near is None else self.near[layer]
         if near is None or not self.patterns[layer].sinks:
             return of_row(query, key, value)
-        seen, tokens, length = ids, query.shape[2], key.shape[2]
-        starts: Tensor | int = 0 if seen is None else seen
+        tokens, length = query.shape[2], key.shape[2]
+        start: Tensor | int = 0 if ids is None else ids
         if self.cache is None:
-            is_sink = sinks_among(torch.arange(length, device=key.device)[None], starts, self.patterns[layer])
+            is_sink = sinks_among(torch.arange(length, device=key.device)[None], start, self.patterns[layer])
         else:
             storage: Any = self.cache.layers[layer].storage
-            length, is_sink = storage.length, storage.is_sink()
-        start = 0 if seen is None else seen[:, -tokens:]
+            length, is_sink, start = storage.length, storage.is_sink(), storage.start_of_last(tokens)
         position = torch.arange(length - tokens, length, device=key.device)[None]
         return near.attend(of_row, query, key, value, near.shift(position, start), is_sink)
 

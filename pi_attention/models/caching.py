@@ -181,7 +181,10 @@ class BoundedCache:
                 f"segment_ids {tuple(segment_ids.shape)} must be [B, {past + shape[1]}]: one id for each key token, "
                 f"the {past} cached ones included."
             )
-        return None if segment_ids is None else segment_starts(segment_ids)[:, past:]
+        if segment_ids is None:
+            return None
+        starts = segment_starts(segment_ids)
+        return starts[:, past:] if past else starts  # the same object, which the layers know as starts
 
     def tell(self, segment_ids: Tensor | None) -> None:
         """Before new tokens of a model that knows no segments: what `segments` gave."""

@@ -182,8 +182,8 @@ class PiModel(PiPreTrainedModel):
         else:
             if segment_ids is None:
                 segment_ids = segments_of_batch(attention_mask, position_ids, 0, batch, tokens)
-            if segment_ids is not None and not torch.compiler.is_compiling():
-                segment_ids = segment_starts(segment_ids)  # once for all layers; compilers find common parts
+            if segment_ids is not None:
+                segment_ids = segment_starts(segment_ids)  # once for all layers
         if position_ids is None:
             first = next(self._attentions()).source.position() if self._is_sharded() else past
             position_ids = (torch.arange(tokens, device=inputs_embeds.device) + first)[None]
