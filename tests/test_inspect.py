@@ -6,6 +6,7 @@ from rich.console import Console
 
 from pi_attention import PiPattern
 from pi_attention.cli.inspect import Inspect
+from pi_attention.models import PiConfig
 from pi_attention.pattern import coordinated_heads
 
 
@@ -28,6 +29,12 @@ def test_coordinated_heads_in_words():
     )
     assert rows["a decoded token reads"].startswith("80 keys a key head, 3.91%")
     assert "all skips, beside dense" not in rows
+
+
+def test_without_a_period_heads_are_coordinated_as_in_a_new_model():
+    described, *_ = Inspect(heads=6)._describe()
+    assert described == PiConfig(num_attention_heads=6, hidden_size=96).patterns()[:1]
+    assert Inspect(period=(64,))._describe()[0] == [PiPattern(32, 64, 112)]
 
 
 def test_a_single_period_has_its_holes_told():

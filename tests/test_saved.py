@@ -55,6 +55,22 @@ def test_a_saved_run_resumes_with_its_settings(tmp_path):
         settings_to_resume(asked)
 
 
+def test_a_flag_that_names_a_default_is_no_flag_left_out(tmp_path):
+    shutil.copytree(FIXTURES / "run", tmp_path, dirs_exist_ok=True)
+    resume = ["train", "--resume", "--out", str(tmp_path)]
+    kept, default = load_yaml(TrainConfig, tmp_path / "train.yaml"), TrainConfig()
+    assert kept.model.window != default.model.window and kept.model.gate != default.model.gate
+    for flags in (["--window", str(default.model.window)], ["--no-gate"], ["--period", "5"]):
+        with pytest.raises(ValueError, match="differs from"):
+            parse([*resume, *flags])
+    same = ["--window", str(kept.model.window), "--gate", "--phase", "0", "--parallel", "dp=1", "--batch-size", "1"]
+    assert parse([*resume, *same]).run.resume
+    file = tmp_path / "asked.yaml"
+    file.write_text("model: {gate: false}")
+    with pytest.raises(ValueError, match="gate=False differs from True"):
+        parse([*resume, "--config", str(file)])
+
+
 def test_a_saved_file_of_settings_is_read_by_the_command():
     file = FIXTURES / "run" / "train.yaml"
     command = parse(["train", "--config", str(file), "--phase", "1", "6"])

@@ -9,6 +9,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from pi_attention.cli.units import counted
+
 
 @dataclass
 class Generate:
@@ -53,7 +55,7 @@ class Generate:
             f"never more than {most:,} tokens a layer are kept" if most < 10**9 else "a dense layer keeps every token"
         )
         console.print(
-            f"\n{result.new_tokens} tokens, {result.new_tokens / result.seconds:.1f} tokens/s, "
+            f"\n{counted(result.new_tokens, 'token')}, {result.new_tokens / result.seconds:.1f} tokens/s, "
             f"cache {result.cache_bytes / 2**20:.2f} MiB ({bound})"
         )
         return 0

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pi_attention.cli.runs import model_folder, need_ours
-from pi_attention.cli.units import in_flops
+from pi_attention.cli.units import counted, in_flops
 from pi_attention.paths import need_folder
-from pi_attention.pattern import PiPattern
+from pi_attention.pattern import PiPattern, pattern_for
 from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density, keys_read, receptive_field
-from pi_attention.training.config import pattern_of
+from pi_attention.training.config import fields_of_pattern
 
 
 @dataclass
@@ -24,16 +24,16 @@ class Inspect:
 
     run: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder of a run or a saved model; its patterns are described instead of the flags below."""
-    window: int = 128
+    window: int = 32
     """Keys of the ring-local band, the token itself counted."""
-    period: tuple[int, ...] = (128,)
-    """Distance between skip keys: one for all heads, or one per head."""
-    skips: int | None = 16
+    period: tuple[int, ...] | None = None
+    """Distance between skip keys: one for all heads, or one per head. None: coordinated, 4 if it divides the heads."""
+    skips: int | None = 112
     """Skip keys of a query; None is every multiple back to the start."""
     sinks: int = 0
     """First tokens that every query sees."""
-    phase: tuple[int, ...] = (0,)
-    """Tokens by which skip keys stand off multiples of the period: one for all heads, or one per head."""
+    phase: tuple[int, ...] | None = None
+    """Tokens that skips stand off multiples of the period, one for all heads or one per head. With a period, 0."""
     causal: bool = True
     """Only keys at or before the query."""
     context: int = 8192
@@ -120,7 +120,7 @@ class Inspect:
     def _describe(self) -> tuple[list[PiPattern], int, int, int, int]:
         """Pattern of every layer, context, heads, key heads and head dim."""
         if self.run is None:
-            pattern = pattern_of(self)
+            pattern = pattern_for(self.heads, fields_of_pattern(self))
             pattern.check_heads(self.heads)
             kv_heads = self.kv_heads or self.heads
             return [pattern] * self.layers, self.context, self.heads, kv_heads, self.head_dim
@@ -148,7 +148,7 @@ class Inspect:
             "keys per query", f"{local / context:.1f} local and {skip / context:.1f} skip, mean over {context:,} tokens"
         )
         reach = pattern.reach
-        table.add_row("reach of a layer", "everything before" if reach is None else f"{reach:,} tokens back")
+        table.add_row("reach of a layer", "everything before" if reach is None else f"{counted(reach, 'token')} back")
         for name, words in _of_one_layer(pattern, context):
             table.add_row(name, words)
         table.add_row("attention FLOPs", f"{in_flops(flops)} forward a layer, {flops / dense:.2%} of dense")
@@ -160,7 +160,7 @@ class Inspect:
             size = cache_bytes(pattern, context, kv_heads=kv_heads, head_dim=head_dim)
             table.add_row(
                 "decoding cache",
-                f"{cache_tokens(pattern, context):,} tokens, {size / 2**20:.2f} MiB a layer in 16 bits",
+                f"{counted(cache_tokens(pattern, context), 'token')}, {size / 2**20:.2f} MiB a layer in 16 bits",
             )
             read = keys_read(pattern, context, heads=heads, kv_heads=kv_heads) / kv_heads
             table.add_row(
@@ -180,7 +180,7 @@ def _of_one_layer(pattern: PiPattern, context: int) -> list[tuple[str, str]]:
     """Which lags the heads see together, and how many keys a lag has."""
     covered, density = joint_coverage(pattern, context), key_density(pattern, context)
     holes = covered.holes()
-    count = f"{len(holes) or 'no'} hole{'' if len(holes) == 1 else 's'} up to {covered.reach:,}"
+    count = f"{counted(len(holes), 'hole') if holes else 'no holes'} up to {covered.reach:,}"
     first = f", the first at lags {holes[0][0]:,} to {holes[0][1]:,}" if holes else ""
     seen = [(start, end, f"{float(share):.3g}") for start, end, share in density if share]
     beyond = len(density) - len(seen)
@@ -194,11 +194,12 @@ def _of_one_layer(pattern: PiPattern, context: int) -> list[tuple[str, str]]:
 def _of_the_stack(field: ReceptiveField) -> Table:
     holes, hops = field.holes(), field.layers_to_cover()
     which = "last" if field.query == field.context - 1 else "middle"
-    table = Table(title=f"the {which} token of {field.context:,} through {field.layers} layers", show_header=False)
-    table.add_row("sees", f"{field.covered():,} positions ({field.covered() / field.context:.2%})")
-    table.add_row("reaches", f"{field.reach():,} tokens back")
+    title = f"the {which} token of {field.context:,} through {counted(field.layers, 'layer')}"
+    table = Table(title=title, show_header=False)
+    table.add_row("sees", f"{counted(field.covered(), 'position')} ({field.covered() / field.context:.2%})")
+    table.add_row("reaches", f"{counted(field.reach(), 'token')} back")
     table.add_row(
-        "first hole", f"lags {holes[0][0]:,} to {holes[0][1]:,}, of {len(holes):,} holes" if holes else "none"
+        "first hole", f"lags {holes[0][0]:,} to {holes[0][1]:,}, of {counted(len(holes), 'hole')}" if holes else "none"
     )
     through = "more layers than these" if hops is None else "1 layer" if hops == 1 else f"{hops} layers"
     table.add_row("sees everything through", through)

@@ -38,7 +38,7 @@ from pi_attention.cli.terminal import (
     print_line,
     warnings_in_one_line,
 )
-from pi_attention.cli.train import Train
+from pi_attention.cli.train import Train, need_settings_of_run
 from pi_attention.paths import refused
 from pi_attention.training.config import load_yaml
 
@@ -90,16 +90,21 @@ def parse(arguments: list[str]) -> Any:
     name, *rest = arguments
     kind = COMMANDS[name]
     check_options(name, kind, rest)
-    default = kind() if config is None else load_yaml(kind, config)
-    if {"-h", "--help"} & set(rest):  # prints, and leaves
+
+    def over(default: Any) -> Any:
+        if config is not None:
+            default = load_yaml(kind, config, default)
         return tyro.cli(
             kind, args=rest, default=default, prog=f"pi-attention {name}", config=short_names, registry=REGISTRY
         )
+
+    if {"-h", "--help"} & set(rest):  # prints, and leaves
+        return over(kind())
     with parser_errors_in_one_line(name):
-        command = tyro.cli(
-            kind, args=rest, default=default, prog=f"pi-attention {name}", config=short_names, registry=REGISTRY
-        )
+        command = over(kind())
     check_limits(name, command)
+    if isinstance(command, Train):
+        need_settings_of_run(command, over)
     return command
 
 

@@ -19,7 +19,7 @@ from pi_attention.accounting import (
     dense_flops,
     roofline_seconds,
 )
-from pi_attention.cli.units import in_flops
+from pi_attention.cli.units import counted, in_flops
 from pi_attention.devices import DEVICES
 from pi_attention.files import write_text
 from pi_attention.paths import need_new_file
@@ -86,7 +86,7 @@ class Plan:
         if self.json:
             console.print_json(json.dumps(figures))
             return 0
-        table = Table(title=f"{self.context:,} tokens, {self.layers} layers", show_header=False)
+        table = Table(title=f"{counted(self.context, 'token')}, {counted(self.layers, 'layer')}", show_header=False)
         for name, value in self._rows(found, figures):
             table.add_row(name, value)
         console.print(table)
@@ -95,8 +95,9 @@ class Plan:
         console.print(self._measured(), highlight=False, soft_wrap=True)
         if self.out is not None:
             console.print(
-                f"written: {self.out}, for a model of {self.layers} layers and {self.heads * self.head_dim:,} features "
-                f"({self.heads} heads of {self.head_dim}). Next: pi-attention train --config {self.out}",
+                f"written: {self.out}, for a model of {counted(self.layers, 'layer')} and "
+                f"{self.heads * self.head_dim:,} features ({counted(self.heads, 'head')} of {self.head_dim}). "
+                f"Next: pi-attention train --config {self.out}",
                 soft_wrap=True,
             )
         return 0
@@ -185,13 +186,13 @@ class Plan:
         rows = [
             ("pattern", f"{words}, phase {phases}"),
             ("keys of a query", f"{found.keys:,} (dense: up to {self.context:,})"),
-            ("reach of a layer", f"{figures['reach of a layer']:,} tokens back"),
-            ("sees the whole context through", f"{through} {self.layers} layers"),
+            ("reach of a layer", f"{counted(figures['reach of a layer'], 'token')} back"),
+            ("sees the whole context through", f"{through} {counted(self.layers, 'layer')}"),
             ("attention FLOPs", f"{in_flops(figures['attention flops a layer'])} a layer forward, "
                                 f"{figures['of dense']:.2%} of dense"),
             ("decoding cache", f"{figures['cache bytes a layer'] / 2**20:,.1f} MiB a layer, "
                                f"dense {figures['dense cache bytes a layer'] / 2**20:,.1f} MiB, "
-                               f"in 16 bits with {self.kv_heads or self.heads} key heads"),
+                               f"in 16 bits with {counted(self.kv_heads or self.heads, 'key head')}"),
         ]  # fmt: skip
         if "stretch of a layer" in figures:
             rows.insert(3, ("lags without a hole", f"{found.context:,} in one layer, by the heads together"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.console import Console
 
-from pi_attention.training.config import TrainConfig
+from pi_attention.training.config import TrainConfig, load_yaml
 
 
 @dataclass
@@ -18,3 +19,17 @@ class Train(TrainConfig):
         from pi_attention.training.train import train
 
         return 0 if train(self, console) else 130
+
+
+def need_settings_of_run(command: Train, again: Callable[[Train], Train]) -> None:
+    """Raise ValueError where the command line names another value than the run that goes on has, if a default's.
+
+    Args:
+        command: as parsed.
+        again: the command line over given settings, in place of the defaults.
+    """
+    from pi_attention.training.resume import SETTINGS, need_same_settings, settings_of
+
+    if command.run.resume and (command.run.out / SETTINGS).exists():
+        kept = settings_of(command.run.out)
+        need_same_settings(again(load_yaml(Train, command.run.out / SETTINGS)), kept, kept)

@@ -28,7 +28,11 @@ def density_picture(patterns: dict[str, PiPattern], context: int) -> Figure:
     widest = max(pattern.window for pattern in patterns.values())
     axes.plot([widest, context], [1, widest / context], color="#808890", linestyle=":", label="∝ 1/lag")
     axes.set(
-        xlabel="lag (tokens back)", ylabel="keys a lag, mean of heads", xscale="log", yscale="log", xlim=(1, context)
+        xlabel="lag (tokens back)",
+        ylabel="keys a lag, mean of heads",
+        xscale="log",
+        yscale="log",
+        xlim=(1, max(context, 2)),
     )
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure

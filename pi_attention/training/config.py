@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,21 +222,23 @@ def to_plain(settings: object) -> dict[str, Any]:
     return plain(dataclasses.asdict(settings))  # type: ignore[call-overload]
 
 
-def from_plain(kind: type[Settings], values: dict[str, Any], where: str = "") -> Settings:
-    """Settings from plain values; what is left out keeps its default.
+def from_plain(
+    kind: type[Settings], values: dict[str, Any], where: str = "", default: Settings | None = None
+) -> Settings:
+    """Settings from plain values; what is left out is as in `default`, that of the kind when None.
 
     Raises:
         ValueError: a name is unknown, and the message lists the known ones; or a value is of another kind.
     """
-    made, kinds = kind(), get_type_hints(kind)
+    made, kinds = kind() if default is None else copy.deepcopy(default), get_type_hints(kind)
     for name, value in values.items():
         if name not in made.__dict__:
             raise ValueError(f"unknown setting {where + str(name)!r}: use one of {sorted(made.__dict__)}.")
-        default = getattr(made, name)
-        if dataclasses.is_dataclass(default):
+        part = getattr(made, name)
+        if dataclasses.is_dataclass(part):
             if not isinstance(value, dict):
                 raise ValueError(f"{where + name} must be a mapping of settings, got {value!r}.")
-            value = from_plain(type(default), value, f"{where}{name}.")
+            value = from_plain(type(part), value, f"{where}{name}.", part)
         else:
             value = as_kind(where + name, value, kinds[name])
         setattr(made, name, value)
@@ -254,8 +257,8 @@ class EachKeyOnce(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_yaml(kind: type[Settings], path: Path) -> Settings:
-    """Settings from a YAML file, UTF-8 whatever the locale.
+def load_yaml(kind: type[Settings], path: Path, default: Settings | None = None) -> Settings:
+    """Settings from a YAML file, UTF-8 whatever the locale; see `from_plain` for what it leaves out.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, it is no YAML, or a setting is unknown or of another kind.
@@ -267,7 +270,7 @@ def load_yaml(kind: type[Settings], path: Path) -> Settings:
         raise ValueError(f"config={str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config={str(path)!r} must hold a mapping of settings, got {type(values).__name__}.")
-    return from_plain(kind, values)
+    return from_plain(kind, values, default=default)
 
 
 def save_yaml(settings: object, path: Path) -> None:

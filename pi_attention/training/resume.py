@@ -55,9 +55,37 @@ def settings_to_resume(given: TrainConfig) -> TrainConfig:
     out = given.run.out
     if not (out / SETTINGS).exists():
         raise FileNotFoundError(f"out={str(out)!r} holds no run to resume: leave out --resume, or give its folder.")
+    config = settings_of(out)
+    need_same_settings(given, config, TrainConfig())
+    blocks = blocks_a_step(config)
+    config.run.out, config.run.resume, config.run.checkpoint = out, False, None
+    config.run.parallel, config.run.zero, config.run.patience = given.run.parallel, given.run.zero, given.run.patience
+    for name in ("report_to", "push_to_hub"):
+        if getattr(given.run, name) != getattr(TrainConfig().run, name):
+            setattr(config.run, name, getattr(given.run, name))
+    divide_blocks(config, blocks, given.optimizer)
+    return config
+
+
+def settings_of(out: Path) -> TrainConfig:
+    """The settings of the run in a folder.
+
+    Raises:
+        ValueError: the file of its settings is not whole.
+    """
     need_whole_settings(out / SETTINGS)
-    config = load_yaml(TrainConfig, out / SETTINGS)
-    asked, default, kept = (to_plain(settings) for settings in (given, TrainConfig(), config))
+    return load_yaml(TrainConfig, out / SETTINGS)
+
+
+def need_same_settings(given: TrainConfig, config: TrainConfig, left_out: TrainConfig) -> None:
+    """Raise ValueError for a setting that is to differ from the run's.
+
+    Args:
+        given: the settings asked for.
+        config: those of the run.
+        left_out: what a setting is that nobody gave.
+    """
+    asked, none, kept = (to_plain(settings) for settings in (given, left_out, config))
     period, phase = given.model.period, given.model.phase
     if (period, phase) != (None, None):
         in_these_words = replace(config.model, period=period or config.model.period, phase=phase)
@@ -66,19 +94,11 @@ def settings_to_resume(given: TrainConfig) -> TrainConfig:
     for part, settings in kept.items():
         for name, value in settings.items():
             other = asked[part][name]
-            if f"{part}.{name}" not in OF_THE_MOMENT + BATCH and other not in (value, default[part][name]):
+            if f"{part}.{name}" not in OF_THE_MOMENT + BATCH and other not in (value, none[part][name]):
                 raise ValueError(
-                    f"{name}={other!r} differs from {value!r} of the run in out={str(out)!r}, and a resumed run keeps "
-                    "its settings: leave it out, or train anew in another folder."
+                    f"{name}={other!r} differs from {value!r} of the run in out={str(given.run.out)!r}, and a resumed "
+                    "run keeps its settings: leave it out, or train anew in another folder."
                 )
-    blocks = blocks_a_step(config)
-    config.run.out, config.run.resume, config.run.checkpoint = out, False, None
-    config.run.parallel, config.run.zero, config.run.patience = given.run.parallel, given.run.zero, given.run.patience
-    for name in ("report_to", "push_to_hub"):
-        if asked["run"][name] != default["run"][name]:
-            setattr(config.run, name, getattr(given.run, name))
-    divide_blocks(config, blocks, given.optimizer)
-    return config
 
 
 def blocks_a_step(config: TrainConfig) -> int:
