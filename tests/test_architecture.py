@@ -76,7 +76,7 @@ WITHIN = {
         "api",
         "paged",
     ],
-    "cache": ["contract", "near", "held", "growing", "fixed"],
+    "cache": ["contract", "near", "held", "starts", "growing", "fixed"],
     "nn": ["gate", "layers", "sources", "attention"],
     "distributed": ["plan", "exchange", "context", "sharding", "tensor_parallel", "layout"],
     "models": [

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pi_attention import PiPattern, pi_attention
 from pi_attention.cache import LayerCache, StaticLayerCache
 from pi_attention.cache.fixed import FollowingLayerCache
+from pi_attention.cache.starts import Once
 from pi_attention.segments import segment_starts
 
 PATTERNS = [
@@ -252,6 +253,37 @@ def test_layers_share_the_starts_of_a_prompt_s_documents():
         assert ids is starts and segment_starts(ids) is starts
         *_, ids = layer.extend(torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4))
         assert segment_starts(ids) is ids
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_layers_of_one_pattern_share_where_segments_start(pattern):
+    """Whatever happens to their caches between calls; and the outputs are those of a cache of its own."""
+    batch = tokens(70)
+    ids = torch.zeros(2, 70, dtype=torch.int32)
+    ids[0, 33:], ids[1, :9] = 1, -1
+    batch.append(segment_starts(ids))
+    once = Once()
+    shared, alone = [LayerCache(pattern, once) for _ in range(3)], LayerCache(pattern)
+
+    def outputs(cache, first, end, new):
+        part = [x[:, :, first:end].clone() for x in batch[:3]]
+        *seen, of_keys = cache.extend(*part[1:], new)
+        return pi_attention(part[0], *seen, pattern, segment_ids=of_keys)
+
+    for first, end in itertools.pairwise([0, 30, 31, 40, 41, 42, 60, 61, 70]):
+        new = None if first == 40 else batch[3][:, first:end].clone()  # None: the last segments go on
+        want = outputs(alone, first, end, new)
+        assert all(torch.equal(outputs(cache, first, end, new), want) for cache in shared)
+        if first == 41:  # a token is taken back and comes again
+            for cache in (alone, *shared):
+                cache.crop(1)
+                outputs(cache, first, end, new)
+        if first == 42:  # rows change places
+            order = torch.tensor([1, 0])
+            for cache in (alone, *shared):
+                cache.reorder(order)
+            batch = [x[order] for x in batch]
+        assert first == 0 or shared[0]._starts is shared[1]._starts is shared[2]._starts is not None
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

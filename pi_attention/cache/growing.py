@@ -12,13 +12,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pi_attention.cache.contract import nbytes_of, sink_places, starts_of_new, take
-from pi_attention.cache.held import Held, held, last_tokens
+from pi_attention.cache.contract import nbytes_of, take
+from pi_attention.cache.held import Held, held, held_states, last_tokens
+from pi_attention.cache.starts import Kept, Once, new_starts, of_prompt, rows, starts_of_kept, step, without_last
 from pi_attention.pattern import PiPattern, need_pattern
-from pi_attention.segments import starts_of_last
 
 LEAST = 64
 """Tokens for which a buffer has room at least; and with sinks, tokens that are forgotten together."""
@@ -37,13 +36,6 @@ class Prompt(NamedTuple):
         """Whether keys and values hold no memory beside their own, as parts of a larger projection do."""
         return all(x.untyped_storage().nbytes() <= x.nbytes for x in (self.key, self.value))
 
-    def without_last(self, tokens: int) -> Prompt:
-        """All but the last tokens."""
-        left = self.key.shape[2] - tokens
-        return Prompt(
-            self.key[:, :, :left], self.value[:, :, :left], None if self.starts is None else self.starts[:, :left]
-        )
-
 
 class LayerCache:
     """Keys and values that later queries of one layer can see; a `KeyValueCache`.
@@ -53,6 +45,7 @@ class LayerCache:
 
     Args:
         pattern: of the layer; it decides what is kept.
+        once: shared by the caches of other layers of this pattern, which see the same tokens.
 
     Raises:
         TypeError, ValueError: no pattern, or a bidirectional one.
@@ -67,17 +60,19 @@ class LayerCache:
     length: int
     """Tokens seen so far, kept or not."""
 
-    def __init__(self, pattern: PiPattern) -> None:
+    def __init__(self, pattern: PiPattern, once: Once | None = None) -> None:
         need_pattern(pattern)
         if not pattern.causal:
             raise ValueError("a decoding cache needs a causal pattern: with causal=False every token sees later ones.")
         self.pattern = pattern
         self._reach = pattern.reach  # asked for at every step
         self.recording = False
+        self._once = Once() if once is None else once
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
+        self._once.forget()
         self.length = 0
         self._prompt: Prompt | None = None  # until the second call; then the buffer
         self._buffer: Tensor | None = None  # [2, B, G, capacity, D]: keys, values
@@ -126,28 +121,23 @@ class LayerCache:
             return self._begin(key, value, segment_ids)
         new, slots = torch.stack([key, value]), self.pattern.sinks
         self._let_write()
-        forgotten = self._due(key.shape[2])
-        starts = self._starts_with(segment_ids, key)
-        sinks, of_sinks = self._sinks_after_forgetting(forgotten, starts, key.shape[2])
-        visible = None if starts is None else starts[:, slots + forgotten :]
-        if visible is not None and of_sinks is not None:
-            visible = torch.cat([of_sinks, visible], dim=1)
+        forgotten, tokens = self._due(key.shape[2]), key.shape[2]
+        at = self._once(step, self._starts, segment_ids, self._kept, tokens, forgotten, len(key), key.device)
+        sinks, starts = self._sinks_after_forgetting(forgotten, at.place), at.every
         if self._may_forget or not self.recording:
-            if forgotten or of_sinks is not None:
+            if forgotten or at.place is not None:
                 self._forget(forgotten, sinks)
-            starts = visible
+            starts = at.visible
             self._may_forget, forgotten = False, 0
         self._append(new)
-        self._starts, self.length = starts, self.length + key.shape[2]
+        self._starts, self.length = starts, self.length + tokens
         assert self._buffer is not None
         if forgotten and slots:
             seen = torch.cat([sinks, self._buffer[:, :, :, self._first + forgotten : self._end]], dim=3)
         else:
             seen = self._buffer[:, :, :, self._first + forgotten - sinks.shape[3] : self._end]
-        self._seen = seen.shape[3], visible, slots
-        if visible is not None and key.shape[2] == 1:
-            visible = starts_of_last(visible)
-        return seen[0], seen[1], visible
+        self._seen = seen.shape[3], at.visible, slots
+        return seen[0], seen[1], at.seen
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """`extend` without segment ids: keys and values alone."""
@@ -193,7 +183,8 @@ class LayerCache:
         if self._buffer is None:
             raise ValueError("the cache is empty: let it see tokens first.")
         states = self._buffer[:, :, :, self._first - self.pattern.sinks : self._end]
-        return held(states, self._known_starts(states.shape[1], states.device), self.length, self.pattern)
+        starts = starts_of_kept(self._starts, self._kept, states.shape[1], states.device)
+        return held(states, starts, self.length, self.pattern)
 
     def hold(self, what: Held) -> None:
         """Go on from a copy of what another cache of this pattern held, in place of what is here."""
@@ -219,11 +210,13 @@ class LayerCache:
             )
         self.length = left
         if self._prompt is not None:
-            self._prompt = self._prompt.without_last(tokens)
+            key, value, starts = self._prompt
+            starts = None if starts is None else self._once(without_last, starts, tokens)
+            self._prompt = Prompt(key[:, :, :left], value[:, :, :left], starts)
         else:
             self._end -= tokens
         if self._starts is not None:
-            self._starts = self._starts[:, : self._starts.shape[1] - tokens]
+            self._starts = self._once(without_last, self._starts, tokens)
         self._may_forget = True
 
     def reorder(self, index: Tensor) -> None:
@@ -232,7 +225,7 @@ class LayerCache:
         if self._buffer is not None:
             self._buffer = self._buffer.index_select(1, index.to(self._buffer.device))
         if self._starts is not None:
-            self._starts = self._starts.index_select(0, index.to(self._starts.device))
+            self._starts = self._once(rows, self._starts, index)
 
     def to(self, device: torch.device | str) -> None:
         """Move what is held."""
@@ -258,7 +251,9 @@ class LayerCache:
     def _begin(self, key: Tensor, value: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """`extend` for the first tokens, which are returned and held as they are."""
         tokens = key.shape[2]
-        starts = None if segment_ids is None else self._new_starts(segment_ids, key)
+        starts = None
+        if segment_ids is not None:
+            starts = self._once(new_starts, segment_ids, 0, tokens, len(key), key.device)
         self._prompt = Prompt(key, value, starts)
         if torch.compiler.is_compiling() or not self._prompt.is_alone:
             self._prompt = Prompt(key.clone(), value.clone(), starts)
@@ -278,10 +273,10 @@ class LayerCache:
             key, value = (torch.cat(part, dim=2) for part in parts)
         self._fill(key, value, slots)
         if starts is not None:
-            self._starts = F.pad(starts, (sinks, 0), value=-1)
+            place, self._starts = self._once(of_prompt, starts, last, sinks)
             if last < tokens:
                 assert self._buffer is not None
-                self._buffer, self._starts, _ = held(self._buffer, self._starts, tokens, self.pattern)
+                self._buffer = held_states(self._buffer, place, last)
                 self._end = self._buffer.shape[3]
 
     def _fill(self, key: Tensor, value: Tensor, slots: int) -> None:
@@ -296,38 +291,9 @@ class LayerCache:
         if not torch.compiler.is_compiling() and self._buffer.is_inference() and not torch.is_inference_mode_enabled():
             self._buffer = self._buffer.clone()
 
-    def _starts_with(self, segment_ids: Tensor | None, key: Tensor) -> Tensor | None:
-        """Where the segments of the sink slots, the kept and the new tokens start, [B, sinks + kept + T]."""
-        known, tokens = self._starts, key.shape[2]
-        if segment_ids is None:
-            if known is None:
-                return None
-            last = known[:, -1:]  # which goes on; after padding a segment starts here
-            new = torch.where(last < 0, self.length, last).expand(-1, tokens)
-            return torch.cat([known, new], dim=1)
-        new = self._new_starts(segment_ids, key)
-        return torch.cat([self._known_starts(len(key), key.device), new], dim=1)
-
-    def _new_starts(self, segment_ids: Tensor, key: Tensor) -> Tensor:
-        """Where the segments of the new tokens start, [B, T], of the ids that `extend` takes."""
-        tokens = key.shape[2]
-        if segment_ids.shape[1] not in (tokens, self.length + tokens):
-            raise ValueError(
-                f"segment_ids {tuple(segment_ids.shape)} must have {self.length + tokens} columns, one for each token "
-                f"so far, the {self.length} cached ones included; or {tokens}, the starts of the new ones."
-            )
-        new = starts_of_new(segment_ids, tokens, self.length == 0)
-        new = new if len(new) == len(key) else new.expand(len(key), -1)  # the same object, which layers share
-        return new.to(key.device)  # of the layers of one model each may lie on a GPU of its own
-
-    def _known_starts(self, batch: int, device: torch.device) -> Tensor:
-        """Where the segments of the sink slots and the kept tokens start, [B, sinks + kept]."""
-        if self._starts is not None:
-            return self._starts
-        sinks, kept = self.pattern.sinks, self._end - self._first  # each row is one segment; slots fill from the right
-        starts = torch.zeros(batch, sinks + kept, dtype=torch.int32, device=device)
-        starts[:, : sinks - min(sinks, self.length - kept)] = -1
-        return starts
+    @property
+    def _kept(self) -> Kept:
+        return Kept(self.pattern.sinks, self._end - self._first, self.length)
 
     def _due(self, tokens: int) -> int:
         """How many of the first kept tokens, which no later query sees, go before so many new ones.
@@ -340,28 +306,23 @@ class LayerCache:
         full = self._end + tokens > self._buffer.shape[3]
         return unseen if full or unseen >= LEAST or not self.pattern.sinks else 0
 
-    def _sinks_after_forgetting(
-        self, forgotten: int, starts: Tensor | None, tokens: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """The sinks that are no kept tokens once `forgotten` more are gone: [2, B, G, slots, D] and [B, slots].
+    def _sinks_after_forgetting(self, forgotten: int, place: Tensor | None) -> Tensor:
+        """The sinks that are no kept tokens once `forgotten` more are gone, [2, B, G, slots, D].
 
-        They are found among the present sink slots and the forgotten tokens, which are neighbours in the buffer. With
-        `starts`, of these and of all behind them, there are `sinks` slots, filled from the right with the sinks of the
-        first new token's segment; without, as many as are filled.
+        They are found among the present sink slots and the forgotten tokens, which are neighbours in the buffer: by
+        their places [B, slots], or, where each row is one segment and `place` is None, as many as are filled.
         """
         assert self._buffer is not None
         sinks = self.pattern.sinks
         if not sinks:
-            return self._buffer[:, :, :, :0], None
+            return self._buffer[:, :, :, :0]
         known = self._buffer[:, :, :, self._first - sinks : self._first + forgotten]
-        if starts is None:  # one segment: the first tokens, which stand in their order
-            before = self.length - (self._end - self._first)
-            empty, slots = sinks - min(before, sinks), min(before + forgotten, sinks)
-            found = known[:, :, :, empty : empty + slots]
-            return found.clone() if forgotten else found, None
-        current = starts[:, starts.shape[1] - tokens :][:, :1]
-        place = sink_places(starts[:, : sinks + forgotten], current, sinks)
-        return take(known, place[None, :, None, :, None], 3), torch.where(place < 0, -1, current)
+        if place is not None:
+            return take(known, place[None, :, None, :, None], 3)
+        before = self.length - (self._end - self._first)  # the first tokens, which stand in their order
+        empty, slots = sinks - min(before, sinks), min(before + forgotten, sinks)
+        found = known[:, :, :, empty : empty + slots]
+        return found.clone() if forgotten else found
 
     def _forget(self, tokens: int, sinks: Tensor) -> None:
         """Drop the first kept tokens and put `sinks` before what is left."""

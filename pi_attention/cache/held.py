@@ -37,14 +37,30 @@ def held(states: Tensor, starts: Tensor, length: int, pattern: PiPattern) -> Hel
         pattern: of the layer.
     """
     last = last_tokens(pattern, length)
+    place, kept = held_starts(starts, last, pattern.sinks)
+    return Held(held_states(states, place, last), kept.to(torch.int32, copy=True), length)
+
+
+def held_starts(starts: Tensor, last: int, sinks: int) -> tuple[Tensor | None, Tensor]:
+    """Which of the tokens before the last ones are the sinks of each row's last segment; and where both start.
+
+    Args:
+        starts: [B, n] as in `Held`, of slots and tokens in their order.
+        last: tokens that are held.
+        sinks: slots.
+
+    Returns:
+        Places [B, sinks], −1 for an empty slot, or None without sinks; and starts [B, sinks + last].
+    """
     before = starts.shape[1] - last
-    sinks, of_sinks = states[:, :, :, :0], starts[:, :0]
-    if pattern.sinks:
-        place = sink_places(starts[:, :before], starts[:, -1:], pattern.sinks)
-        sinks = take(states, place[None, :, None, :, None], 3)
-        of_sinks = torch.where(place < 0, -1, starts[:, -1:])
-    return Held(
-        torch.cat([sinks, states[:, :, :, before:]], dim=3),
-        torch.cat([of_sinks, starts[:, before:]], dim=1).to(torch.int32),
-        length,
-    )
+    if not sinks:
+        return None, starts[:, before:]
+    place = sink_places(starts[:, :before], starts[:, -1:], sinks)
+    of_sinks = torch.where(place < 0, -1, starts[:, -1:])
+    return place, torch.cat([of_sinks, starts[:, before:]], dim=1)
+
+
+def held_states(states: Tensor, place: Tensor | None, last: int) -> Tensor:
+    """Keys and values [2, B, G, sinks + last, D] of [2, B, G, n, D], the sinks by their places; copied."""
+    sinks = states[:, :, :, :0] if place is None else take(states, place[None, :, None, :, None], 3)
+    return torch.cat([sinks, states[:, :, :, states.shape[3] - last :]], dim=3)

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 from pi_attention.cache import KeyValueCache, LayerCache, StaticLayerCache
 from pi_attention.cache.fixed import FollowingLayerCache
 from pi_attention.cache.near import NearSinks
+from pi_attention.cache.starts import Once
 from pi_attention.pattern import PiPattern
 from pi_attention.segments import segment_starts, segments_of_batch
 
@@ -63,8 +64,8 @@ class PiCacheLayer(StorageLayer):
 
     is_croppable = True
 
-    def __init__(self, pattern: PiPattern) -> None:
-        super().__init__(LayerCache(pattern))
+    def __init__(self, pattern: PiPattern, once: Once | None = None) -> None:
+        super().__init__(LayerCache(pattern, once))
 
     @property
     def record_past(self) -> bool:
@@ -213,7 +214,8 @@ class PiCache(BoundedCache, DynamicCache):
     moves_sinks = True
 
     def __init__(self, patterns: list[PiPattern]) -> None:
-        Cache.__init__(self, layers=[PiCacheLayer(pattern) for pattern in patterns])
+        alike = {pattern: Once() for pattern in patterns}
+        Cache.__init__(self, layers=[PiCacheLayer(pattern, alike[pattern]) for pattern in patterns])
 
     @property
     def is_initialized(self) -> bool:
