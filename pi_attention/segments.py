@@ -158,6 +158,6 @@ def segments_of_batch(
         ids = ids + starts_here.cumsum(dim=1, dtype=torch.int32)
     if attention_mask is not None:
         ids = torch.where(attention_mask != 0, ids, -1)
-    if have_values(ids) and bool((ids == ids[:, :1]).all()) and bool((ids[:, :1] >= 0).all()):
+    if have_values(ids) and bool(((ids == ids[:, :1]) & (ids >= 0)).all()):  # asked once: a GPU is waited for
         return None
     return ids
