@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MADE = "_pi_segment_starts"
-"""Attribute of a tensor of segment starts: its version, which changes when somebody writes to it."""
+MADE, ALWAYS = "_pi_segment_starts", "_pi_always_segment_starts"
+"""Attributes of a tensor of segment starts: its version, which changes when somebody writes to it, and whose version it
+is, which a copy's is not; and that whoever writes to it writes such starts again."""
 RUN, LONG = 256, 8192
 """A row of more than LONG tokens is scanned by runs of RUN."""
 
@@ -74,8 +75,8 @@ def segment_starts(segment_ids: Tensor) -> Tensor:
     """For each token the position where its segment starts, −1 for padding: [B, S] int32, row by row in memory.
 
     Two tokens are in one segment exactly when their starts are equal and not negative; so this is the form that the
-    implementations work on. The ids may have any strides, which kernels do not ask for. Outside of inference mode, what
-    this function returned comes back as it is, so that the layers of a model share it.
+    implementations work on. The ids may have any strides, which kernels do not ask for. Outside of compiled code and
+    inference mode, what this function returned comes back as it is, unless somebody wrote to it since.
     """
     if _are_starts(segment_ids):
         return segment_ids
@@ -83,7 +84,8 @@ def segment_starts(segment_ids: Tensor) -> Tensor:
     changed = torch.ones_like(segment_ids, dtype=torch.bool)
     changed[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = _running_maximum(torch.where(changed, position, 0))
-    return as_starts(torch.where(segment_ids >= 0, starts, -1).to(torch.int32).contiguous())
+    starts = torch.where(segment_ids >= 0, starts, -1).to(torch.int32).contiguous()
+    return starts if torch.compiler.is_compiling() else as_starts(starts)
 
 
 def starts_of_last(segment_ids: Tensor) -> Tensor:
@@ -97,19 +99,26 @@ def starts_of_last(segment_ids: Tensor) -> Tensor:
     return as_starts(torch.where(mine, first, -1))
 
 
-def as_starts(starts: Tensor) -> Tensor:
-    """The same tensor, which `segment_starts` then returns as it is: a row-major int32 one of segment starts."""
-    known = not (torch.compiler.is_compiling() or starts.is_inference())  # what is written to it is counted
-    setattr(starts, MADE, starts._version if known else None)
+def as_starts(starts: Tensor, *, always: bool = False) -> Tensor:
+    """The same tensor, which `segment_starts` then returns as it is: a row-major int32 one of segment starts.
+
+    Args:
+        starts: to which nobody writes in compiled code, which cannot notice.
+        always: whoever writes to it writes starts, anywhere.
+    """
+    if always or torch.compiler.is_compiling():
+        setattr(starts, ALWAYS, True)
+    elif not starts.is_inference():  # which does not count what is written to it
+        setattr(starts, MADE, (starts._version, id(starts)))
     return starts
 
 
 def _are_starts(segment_ids: Tensor) -> bool:
-    """Whether `as_starts` was told of a tensor, and nobody wrote to it since; of which a compiler takes no notice."""
-    if not hasattr(segment_ids, MADE):
+    if hasattr(segment_ids, ALWAYS):
+        return True
+    if torch.compiler.is_compiling() or not hasattr(segment_ids, MADE):
         return False
-    version = getattr(segment_ids, MADE)
-    return torch.compiler.is_compiling() or (version is not None and version == segment_ids._version)
+    return getattr(segment_ids, MADE) == (segment_ids._version, id(segment_ids))
 
 
 def _running_maximum(x: Tensor) -> Tensor:

@@ -247,12 +247,14 @@ def test_a_recorded_prompt_keeps_what_may_be_taken_back(pattern, packed):
 
 def test_layers_share_the_starts_of_a_prompt_s_documents():
     starts = segment_starts(torch.tensor([[0, 0, 1, 1, 1]], dtype=torch.int32))
-    layers = [LayerCache(PiPattern(4, 5, 3, sinks=sinks)) for sinks in (0, 2)]
-    for layer in layers:
-        *_, ids = layer.extend(torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), starts)
-        assert ids is starts and segment_starts(ids) is starts
-        *_, ids = layer.extend(torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4))
-        assert segment_starts(ids) is ids
+    once = Once()
+    layers = [LayerCache(PiPattern(4, 5, 3, sinks=2), once) for _ in range(2)]
+    for tokens in (5, 1):
+        first, second = (
+            layer.extend(torch.randn(1, 1, tokens, 4), torch.randn(1, 1, tokens, 4), starts)[2] for layer in layers
+        )
+        assert first is second and segment_starts(first) is first  # which nobody scans
+        starts = None
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -313,6 +315,64 @@ def test_recorded_tokens_can_be_taken_back(pattern):
     torch.testing.assert_close(
         pi_attention(query[:, :, first : first + 3], *seen, pattern), whole[:, :, first : first + 3]
     )
+
+
+def test_starts_that_the_caller_writes_to_later_are_not_those_of_the_cache():
+    query, key, value = tokens(21, batch=1)
+    pattern, ids = PiPattern(4, 5, 3, sinks=2), (torch.arange(21) >= 12).int()[None]
+    starts, cache = segment_starts(ids[:, :20]), LayerCache(pattern)
+    cache.extend(key[:, :, :20].clone(), value[:, :, :20].clone(), starts)
+    starts.zero_()  # the buffer's next batch
+    *seen, of_keys = cache.extend(key[:, :, 20:], value[:, :, 20:])
+    whole = pi_attention(query, key, value, pattern, segment_ids=ids, impl="reference")
+    torch.testing.assert_close(pi_attention(query[:, :, 20:], *seen, pattern, segment_ids=of_keys), whole[:, :, 20:])
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_a_document_that_is_taken_back_leaves_the_sinks_of_the_one_before(record):
+    query, key, value = tokens(42, batch=1)
+    pattern, one = PiPattern(4, 5, 3, sinks=2), torch.zeros(1, 42, dtype=torch.int32)
+    other = torch.full((1, 1), 40, dtype=torch.int32)  # starts at token 40
+    whole, cache = pi_attention(query, key, value, pattern, impl="reference"), LayerCache(pattern)
+    if record:
+        cache.record()
+    cache.extend(key[:, :, :40].clone(), value[:, :, :40].clone(), one[:, :40])
+    cache.crop(0)
+    cache.extend(key[:, :, :1], value[:, :, :1], other)
+    cache.crop(1)
+    *seen, of_keys = cache.extend(key[:, :, 40:41], value[:, :, 40:41], one[:, :1])
+    torch.testing.assert_close(
+        pi_attention(query[:, :, 40:41], *seen, pattern, segment_ids=of_keys), whole[:, :, 40:41]
+    )
+    for _ in range(2):
+        cache.extend(key[:, :, :1], value[:, :, :1], other + 1)
+    if not record:
+        with pytest.raises(ValueError, match=r"record\(\)"):
+            cache.crop(2)
+        return
+    cache.crop(2)
+    *seen, of_keys = cache.extend(key[:, :, 41:], value[:, :, 41:], one[:, :1])
+    torch.testing.assert_close(pi_attention(query[:, :, 41:], *seen, pattern, segment_ids=of_keys), whole[:, :, 41:])
+
+
+@torch.no_grad()  # where a buffer has room, so that tokens beyond the reach are kept a while
+def test_a_crop_to_a_document_whose_sinks_are_gone_is_refused():
+    cache, new = LayerCache(PiPattern(4, 5, 3, sinks=2)), torch.randn(1, 1, 1, 4)
+    for _ in range(30):
+        cache.extend(new, new, torch.zeros(1, 1, dtype=torch.int32))
+    for _ in range(2):  # the second of them puts the document of the first into the sink slots
+        cache.extend(new, new, torch.full((1, 1), 30, dtype=torch.int32))
+    with pytest.raises(ValueError, match="sinks before token 31 are gone"):
+        cache.crop(2)
+    cache.crop(1)
+
+
+def test_a_sequence_that_is_taken_back_whole_leaves_an_empty_cache():
+    cache, new = LayerCache(PiPattern(4, 5, 3)), torch.randn(1, 1, 5, 4)
+    cache.extend(new, new, torch.zeros(1, 5, dtype=torch.int32))
+    cache.crop(5)
+    assert (cache.length, cache.keys) == (0, None)
+    cache.update(new, new)
 
 
 def test_a_crop_into_forgotten_tokens_is_refused():

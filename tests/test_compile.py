@@ -125,3 +125,21 @@ def test_registered_kernels_pass_opcheck(sink_logit):
     saved = fused(query, key, value, gate, starts, *rest, sink, 1.5)
     grads = torch.randn_like(query), None, None
     torch.library.opcheck(fused_backward, (*grads, query, key, value, gate, starts, *saved, *rest, sink, 1.5))
+
+
+def test_compiled_code_takes_starts_that_were_written_to_for_ids():
+    torch._dynamo.reset()
+    pattern, inputs = PiPattern(4, 5, 3, sinks=2), [torch.randn(1, 2, 12, 4) for _ in range(3)]
+    returns = torch.tensor([[0] * 5 + [1] * 4 + [0] * 3], dtype=torch.int32)
+
+    def before(starts):
+        return pi_attention(*inputs, pattern, segment_ids=starts)
+
+    def inside(ids):
+        return before(segment_starts(ids).copy_(returns))
+
+    want = before(returns)
+    ids = torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)
+    torch.testing.assert_close(torch.compile(inside, backend="eager", fullgraph=True)(ids), want)
+    starts = segment_starts(ids).copy_(returns)
+    torch.testing.assert_close(torch.compile(before, backend="eager", fullgraph=True)(starts), want)

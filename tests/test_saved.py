@@ -14,7 +14,7 @@ from pi_attention.cli.runs import load_run
 from pi_attention.convert import PiConvertedForCausalLM
 from pi_attention.models import PiForCausalLM
 from pi_attention.models.configuration_pi import DENSE
-from pi_attention.training.config import TrainConfig, load_yaml
+from pi_attention.training.config import TrainConfig, load_yaml, save_yaml
 from pi_attention.training.resume import settings_to_resume
 from pi_attention.training.train import model_config
 
@@ -65,10 +65,27 @@ def test_a_flag_that_names_a_default_is_no_flag_left_out(tmp_path):
             parse([*resume, *flags])
     same = ["--window", str(kept.model.window), "--gate", "--phase", "0", "--parallel", "dp=1", "--batch-size", "1"]
     assert parse([*resume, *same]).run.resume
+    with pytest.raises(ValueError, match=r"phase=.* needs a period|differs from"):
+        parse([*resume, "--period", "None"])
     file = tmp_path / "asked.yaml"
     file.write_text("model: {gate: false}")
     with pytest.raises(ValueError, match="gate=False differs from True"):
         parse([*resume, "--config", str(file)])
+
+
+def test_a_resumed_run_takes_what_is_of_the_moment_though_it_is_a_default(tmp_path):
+    run = TrainConfig()
+    run.run.out, run.optimizer.batch_size = tmp_path, 4
+    run.run.report_to, run.run.push_to_hub = ("wandb",), "owner/name"
+    save_yaml(run, tmp_path / "train.yaml")
+    resume = ["train", "--resume", "--out", str(tmp_path)]
+    kept = settings_to_resume(parse(resume))
+    assert (kept.optimizer.batch_size, kept.run.report_to, kept.run.push_to_hub) == (4, ("wandb",), "owner/name")
+    default = TrainConfig().run
+    flags = ["--batch-size", "1", "--report-to", *default.report_to, "--push-to-hub", default.push_to_hub]
+    asked = settings_to_resume(parse([*resume, *flags]))
+    assert (asked.optimizer.batch_size, asked.optimizer.gradient_accumulation) == (1, 4)
+    assert (asked.run.report_to, asked.run.push_to_hub) == (default.report_to, default.push_to_hub)
 
 
 def test_a_saved_file_of_settings_is_read_by_the_command():

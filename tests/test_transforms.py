@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from problems import CASES, SCORES, Case, attend, cases, need_triton
+from small_models import own
 from test_gradients import SMALL, finite_results
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -291,3 +292,19 @@ def test_second_derivatives_of_compiled_code_raise():
         (first,) = torch.autograd.grad(compiled(query).pow(2).sum(), query, create_graph=True)
         with pytest.raises(RuntimeError, match="double backward"):
             first.sum().backward()
+
+
+def test_gradients_of_each_sample_of_a_model_with_its_default_cache():
+    torch.manual_seed(0)
+    model = own()().double().eval()
+    ids = torch.randint(1, 99, (3, 12))
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights, row):
+        return functional_call(model, weights, (row[None],), {"labels": row[None]}).loss
+
+    together = vmap(grad(loss), in_dims=(None, 0))(weights, ids)
+    for number, row in enumerate(ids):
+        alone = grad(loss)(weights, row)
+        for name, want in alone.items():
+            torch.testing.assert_close(together[name][number], want)

@@ -109,13 +109,13 @@ class Slots:
     def _fix_addresses(self) -> None:
         fix_addresses(self.ids, self.length, self._starts, self._places)
         if self._starts is not None:
-            as_starts(self._starts)  # before a compiler sees it without
+            as_starts(self._starts, always=True)
 
     def _starts_of_last(self) -> Tensor:
         """Segment starts of the keys that one new token sees, for all layers, in a tensor that keeps its address."""
         assert self.ids is not None and self._starts is not None
         self._starts.copy_(starts_of_last(self.ids))
-        return as_starts(self._starts)
+        return self._starts
 
     def _new_ids(self, segment_ids: Tensor | None, tokens: int, first: bool) -> Tensor:
         """Segment ids [B, T] of the new tokens; without any they go on with the last segment."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from pi_attention.cache.contract import nbytes_of, take
 from pi_attention.cache.held import Held, held, held_states, last_tokens
 from pi_attention.cache.starts import Kept, Once, new_starts, of_prompt, rows, starts_of_kept, step, without_last
+from pi_attention.ops.transforms import transforming
 from pi_attention.pattern import PiPattern, need_pattern
 
 LEAST = 64
@@ -34,13 +35,16 @@ class Prompt(NamedTuple):
     @property
     def is_alone(self) -> bool:
         """Whether keys and values hold no memory beside their own, as parts of a larger projection do."""
+        if torch.compiler.is_compiling() or transforming():  # where there is no memory to ask for
+            return False
         return all(x.untyped_storage().nbytes() <= x.nbytes for x in (self.key, self.value))
 
 
 class LayerCache:
     """Keys and values that later queries of one layer can see; a `KeyValueCache`.
 
-    Memory is bounded by about 1.25 · reach + sinks + 64 tokens whatever the length (unbounded when `skips=None`). Where
+    Memory is bounded by about 1.25 · reach + sinks + 64 tokens whatever the length (unbounded when `skips=None`), but
+    that the tokens of the first call are held until the second. Where
     gradients are enabled, a step copies what is held, because they may need it as it was: decode under `torch.no_grad`.
 
     Args:
@@ -79,6 +83,7 @@ class LayerCache:
         self._starts: Tensor | None = None  # [B, sinks + kept] of the sink slots and kept tokens; None: all are 0
         self._first = self._end = self.pattern.sinks  # kept tokens in the buffer; the sinks end at _first
         self._may_forget = True
+        self._slots_since = 0  # tokens seen when the sink slots took the sinks of a segment, of several
         self._seen: tuple[int, Tensor | None, int] = (0, None, 0)  # of the keys last returned: number, starts, slots
 
     @property
@@ -127,6 +132,7 @@ class LayerCache:
         if self._may_forget or not self.recording:
             if forgotten or at.place is not None:
                 self._forget(forgotten, sinks)
+                self._slots_since = self._slots_since if at.place is None else self.length
             starts = at.visible
             self._may_forget, forgotten = False, 0
         self._append(new)
@@ -192,7 +198,8 @@ class LayerCache:
         sinks = self.pattern.sinks
         self._buffer, self._end, self.length = what.states.clone(), what.states.shape[3], what.length
         one_segment = bool((what.starts[:, sinks:] == 0).all())
-        self._starts = None if one_segment else what.starts
+        if not one_segment:
+            self._starts, self._slots_since = what.starts, what.length if sinks else 0
 
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens.
@@ -203,10 +210,18 @@ class LayerCache:
         reach, kept = self._reach, self._end - self._first if self._prompt is None else self.length
         left = self.length - tokens
         needed = left if reach is None else min(left, reach)
+        if tokens == self.length:
+            self.reset()
+            return
         if not 0 <= tokens <= self.length or kept - tokens < needed:
             raise ValueError(
                 f"cannot forget the last {tokens} of {self.length} tokens: {kept} are kept, and {needed} must be left. "
                 "Call record() before the tokens that may be taken back."
+            )
+        if left < self._slots_since:
+            raise ValueError(
+                f"cannot forget the last {tokens} of {self.length} tokens: with segments, sinks before token "
+                f"{self._slots_since} are gone. Call record() before the tokens that may be taken back."
             )
         self.length = left
         if self._prompt is not None:
@@ -255,7 +270,7 @@ class LayerCache:
         if segment_ids is not None:
             starts = self._once(new_starts, segment_ids, 0, tokens, len(key), key.device)
         self._prompt = Prompt(key, value, starts)
-        if torch.compiler.is_compiling() or not self._prompt.is_alone:
+        if not self._prompt.is_alone:
             self._prompt = Prompt(key.clone(), value.clone(), starts)
         self.length, self._may_forget, self._seen = tokens, False, (tokens, starts, 0)
         return key, value, starts
@@ -265,19 +280,16 @@ class LayerCache:
         if self._prompt is None:
             return
         (key, value, starts), self._prompt = self._prompt, None
-        tokens, sinks = key.shape[2], self.pattern.sinks
+        tokens, place = key.shape[2], None
         last = last_tokens(self.pattern, tokens) if self._may_forget or not self.recording else tokens
-        slots = 0 if starts is not None else min(sinks, tokens - last)
-        if starts is None and last < tokens:
-            parts = [[x[:, :, :slots], x[:, :, tokens - last :]] for x in (key, value)]
-            key, value = (torch.cat(part, dim=2) for part in parts)
-        self._fill(key, value, slots)
+        slots = min(self.pattern.sinks, tokens - last)
         if starts is not None:
-            place, self._starts = self._once(of_prompt, starts, last, sinks)
-            if last < tokens:
-                assert self._buffer is not None
-                self._buffer = held_states(self._buffer, place, last)
-                self._end = self._buffer.shape[3]
+            place, self._starts = self._once(of_prompt, starts, last, self.pattern.sinks)
+            slots = 0 if place is None else self.pattern.sinks
+            self._slots_since = 0 if place is None else tokens
+        if last < tokens:
+            key, value = (held_states(x, place, slots, last) for x in (key, value))
+        self._fill(key, value, slots)
 
     def _fill(self, key: Tensor, value: Tensor, slots: int) -> None:
         """A buffer of these tokens, of which the first `slots` are sinks."""

@@ -38,7 +38,7 @@ def held(states: Tensor, starts: Tensor, length: int, pattern: PiPattern) -> Hel
     """
     last = last_tokens(pattern, length)
     place, kept = held_starts(starts, last, pattern.sinks)
-    return Held(held_states(states, place, last), kept.to(torch.int32, copy=True), length)
+    return Held(held_states(states, place, pattern.sinks, last), kept.to(torch.int32, copy=True), length)
 
 
 def held_starts(starts: Tensor, last: int, sinks: int) -> tuple[Tensor | None, Tensor]:
@@ -60,7 +60,15 @@ def held_starts(starts: Tensor, last: int, sinks: int) -> tuple[Tensor | None, T
     return place, torch.cat([of_sinks, starts[:, before:]], dim=1)
 
 
-def held_states(states: Tensor, place: Tensor | None, last: int) -> Tensor:
-    """Keys and values [2, B, G, sinks + last, D] of [2, B, G, n, D], the sinks by their places; copied."""
-    sinks = states[:, :, :, :0] if place is None else take(states, place[None, :, None, :, None], 3)
-    return torch.cat([sinks, states[:, :, :, states.shape[3] - last :]], dim=3)
+def held_states(states: Tensor, place: Tensor | None, sinks: int, last: int) -> Tensor:
+    """Sinks, then the last tokens, [..., sinks + last, D] of keys or values [..., B, G, n, D], or of both; copied.
+
+    Args:
+        states: at least sinks + last tokens.
+        place: [B, sinks], where the sinks are; None for the first tokens.
+        sinks, last: how many there are.
+    """
+    first = states[..., :sinks, :]
+    if place is not None:
+        first = take(states, place[:, None, :, None].view(*(1,) * (states.dim() - 4), len(place), 1, sinks, 1), -2)
+    return torch.cat([first, states[..., states.shape[-2] - last :, :]], dim=-2)

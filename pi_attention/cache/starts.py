@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pi_attention.cache.contract import sink_places, starts_of_new
 from pi_attention.cache.held import held_starts
-from pi_attention.segments import starts_of_last
+from pi_attention.segments import as_starts, starts_of_last
 
 Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
@@ -59,7 +59,7 @@ class Step(NamedTuple):
     every: Tensor | None = None
     """[B, sinks + kept + T], of the sink slots, the kept and the new tokens."""
     place: Tensor | None = None
-    """[B, sinks], where the sinks of the first new token's segment are among the slots and what is forgotten."""
+    """[B, sinks], where the sinks of the last kept token's segment are among the slots and what is forgotten."""
     visible: Tensor | None = None
     """[B, sinks + kept − forgotten + T], of those sinks and what stays."""
     seen: Tensor | None = None
@@ -91,7 +91,7 @@ def step(
     every = torch.cat([known, new], dim=1)
     place, visible = None, every[:, kept.sinks + forgotten :]
     if kept.sinks:
-        current = new[:, :1]
+        current = known[:, -1:]  # not the first new token's: it may be taken back, and all of its segment is here
         place = sink_places(every[:, : kept.sinks + forgotten], current, kept.sinks)
         visible = torch.cat([torch.where(place < 0, -1, current), visible], dim=1)
     return Step(every, place, visible, starts_of_last(visible) if tokens == 1 else visible)
@@ -114,14 +114,17 @@ def new_starts(segment_ids: Tensor, length: int, tokens: int, batch: int, device
             f"the {length} cached ones included; or {tokens}, the starts of the new ones."
         )
     new = starts_of_new(segment_ids, tokens, length == 0)
-    new = new if len(new) == batch else new.expand(batch, -1)  # the same object, which layers know as starts
-    return new.to(device)
+    new = (new if len(new) == batch else new.expand(batch, -1)).to(device)
+    return new if length else as_starts(new.clone(memory_format=torch.contiguous_format))  # held, and not the caller's
 
 
 def of_prompt(starts: Tensor, last: int, sinks: int) -> tuple[Tensor | None, Tensor]:
-    """`held_starts` of a prompt [B, T], behind empty slots; no places where all of it stays."""
-    behind = F.pad(starts, (sinks, 0), value=-1)
-    return (None, behind) if last == starts.shape[1] else held_starts(behind, last, sinks)
+    """`held_starts` of a prompt [B, T]; behind empty slots, and without places, where all of it stays."""
+    if last == starts.shape[1] or not sinks:
+        return None, F.pad(starts[:, starts.shape[1] - last :], (sinks, 0), value=-1)
+    place, held = held_starts(F.pad(starts, (sinks, 0), value=-1), last, sinks)
+    assert place is not None
+    return place - sinks, held
 
 
 def without_last(starts: Tensor, tokens: int) -> Tensor:

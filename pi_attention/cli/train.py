@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from pi_attention.training.config import TrainConfig, load_yaml
+from pi_attention.training.config import TrainConfig, load_yaml, to_plain
 
 
 @dataclass
@@ -24,12 +24,23 @@ class Train(TrainConfig):
 def need_settings_of_run(command: Train, again: Callable[[Train], Train]) -> None:
     """Raise ValueError where the command line names another value than the run that goes on has, if a default's.
 
+    What it names that may be another one, such as the batch size, is noted in `command.named`.
+
     Args:
         command: as parsed.
         again: the command line over given settings, in place of the defaults.
     """
     from pi_attention.training.resume import SETTINGS, need_same_settings, settings_of
 
-    if command.run.resume and (command.run.out / SETTINGS).exists():
-        kept = settings_of(command.run.out)
-        need_same_settings(again(load_yaml(Train, command.run.out / SETTINGS)), kept, kept)
+    if not command.run.resume or not (command.run.out / SETTINGS).exists():
+        return
+    kept = settings_of(command.run.out)
+    over_kept = again(load_yaml(Train, command.run.out / SETTINGS))
+    need_same_settings(over_kept, kept, kept)
+    found, default = to_plain(command), to_plain(TrainConfig())
+    command.named = frozenset(
+        f"{part}.{name}"
+        for part, settings in to_plain(over_kept).items()
+        for name, value in settings.items()
+        if value == found[part][name] and to_plain(kept)[part][name] != default[part][name]
+    )

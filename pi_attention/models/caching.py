@@ -13,7 +13,7 @@ from pi_attention.cache.fixed import FollowingLayerCache
 from pi_attention.cache.near import NearSinks
 from pi_attention.cache.starts import Once
 from pi_attention.pattern import PiPattern
-from pi_attention.segments import segment_starts, segments_of_batch
+from pi_attention.segments import as_starts, segment_starts, segments_of_batch
 
 
 class StorageLayer(CacheLayerMixin):
@@ -185,7 +185,7 @@ class BoundedCache:
         if segment_ids is None:
             return None
         starts = segment_starts(segment_ids)
-        return starts[:, past:] if past else starts  # the same object, which the layers know as starts
+        return starts[:, past:] if past else as_starts(starts)  # for all layers
 
     def tell(self, segment_ids: Tensor | None) -> None:
         """Before new tokens of a model that knows no segments: what `segments` gave."""

@@ -143,6 +143,10 @@ class TrainConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
+    def __post_init__(self) -> None:
+        self.named: frozenset[str] = frozenset()
+        """Settings that somebody gave for certain, such as "optimizer.batch_size", if only a default's value."""
+
     def check(self) -> None:
         """Raise ValueError for settings that cannot work, before any work is done."""
         positive = {
@@ -232,8 +236,8 @@ def from_plain(
     """
     made, kinds = kind() if default is None else copy.deepcopy(default), get_type_hints(kind)
     for name, value in values.items():
-        if name not in made.__dict__:
-            raise ValueError(f"unknown setting {where + str(name)!r}: use one of {sorted(made.__dict__)}.")
+        if name not in kinds:
+            raise ValueError(f"unknown setting {where + str(name)!r}: use one of {sorted(kinds)}.")
         part = getattr(made, name)
         if dataclasses.is_dataclass(part):
             if not isinstance(value, dict):

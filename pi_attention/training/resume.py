@@ -61,9 +61,9 @@ def settings_to_resume(given: TrainConfig) -> TrainConfig:
     config.run.out, config.run.resume, config.run.checkpoint = out, False, None
     config.run.parallel, config.run.zero, config.run.patience = given.run.parallel, given.run.zero, given.run.patience
     for name in ("report_to", "push_to_hub"):
-        if getattr(given.run, name) != getattr(TrainConfig().run, name):
+        if f"run.{name}" in given.named or getattr(given.run, name) != getattr(TrainConfig().run, name):
             setattr(config.run, name, getattr(given.run, name))
-    divide_blocks(config, blocks, given.optimizer)
+    divide_blocks(config, blocks, given)
     return config
 
 
@@ -87,9 +87,9 @@ def need_same_settings(given: TrainConfig, config: TrainConfig, left_out: TrainC
     """
     asked, none, kept = (to_plain(settings) for settings in (given, left_out, config))
     period, phase = given.model.period, given.model.phase
-    if (period, phase) != (None, None):
-        in_these_words = replace(config.model, period=period or config.model.period, phase=phase)
-        if in_these_words.pattern() == config.model.pattern():
+    if (period, phase) != (left_out.model.period, left_out.model.phase):
+        period = config.model.period if period == left_out.model.period else period
+        if replace(config.model, period=period, phase=phase).pattern() == config.model.pattern():
             asked["model"] |= {name: kept["model"][name] for name in ("period", "phase")}
     for part, settings in kept.items():
         for name, value in settings.items():
@@ -107,24 +107,27 @@ def blocks_a_step(config: TrainConfig) -> int:
     return o.batch_size * o.gradient_accumulation * Layout.parse(config.run.parallel).dp
 
 
-def divide_blocks(config: TrainConfig, blocks: int, asked: OptimizerSettings) -> None:
+def divide_blocks(config: TrainConfig, blocks: int, given: TrainConfig) -> None:
     """Set batch_size and gradient_accumulation of a run so that a step has so many blocks at its layout.
 
     Args:
         config: of the run; changed in place.
         blocks: of a step.
-        asked: the batch_size and gradient_accumulation that the user gave, or their defaults.
+        given: its batch_size and gradient_accumulation are those asked for, or defaults that nobody named.
 
     Raises:
         ValueError: there is no such division.
     """
     default, each = OptimizerSettings(), blocks // Layout.parse(config.run.parallel).dp
-    batch, accumulation = asked.batch_size, asked.gradient_accumulation
-    if batch == default.batch_size and accumulation == default.gradient_accumulation:
-        batch = math.gcd(config.optimizer.batch_size, each)
-    elif batch == default.batch_size:
-        batch = each // accumulation
-    if accumulation == default.gradient_accumulation:
+
+    def asked(name: str) -> int | None:
+        value: int = getattr(given.optimizer, name)
+        return value if f"optimizer.{name}" in given.named or value != getattr(default, name) else None
+
+    batch, accumulation = asked("batch_size"), asked("gradient_accumulation")
+    if batch is None:
+        batch = math.gcd(config.optimizer.batch_size, each) if accumulation is None else each // accumulation
+    if accumulation is None:
         accumulation = each // batch
     config.optimizer.batch_size, config.optimizer.gradient_accumulation = batch, accumulation
     if blocks_a_step(config) != blocks:
