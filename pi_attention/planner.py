@@ -189,7 +189,8 @@ def plan(
             assert field.covered() == context, f"{found} does not cover the context: a bug of the planner"
             return found
     raise ValueError(
-        f"budget={budget} keys a query do not cover a context of {context} in {number} layers, which takes "
-        f"{found.keys}: raise the budget{'' if hops is None else ' or the hops'}"
-        f"{', or allow heads their own periods' if heads == 1 else ''}."
+        f"budget={budget} keys a query do not cover a context of {context:,} in {number} "
+        f"layer{'' if number == 1 else 's'}, which takes {found.keys:,}: raise the budget"
+        f"{'' if hops is None else ' or the hops'}"
+        f"{', or let heads have periods of their own (--head-schedule)' if heads == 1 else ''}."
     )

@@ -95,3 +95,7 @@ def test_convert_writes_what_the_conversion_cost(tmp_path):
     text = (tmp_path / "out" / CARD).read_text()
     assert "| perplexity, dense | " in text and ", untrained | " in text
     assert "](pattern.png)" in text and "base_model" not in fields(text)
+    evaluate = ["eval", str(tmp_path / "out"), "--limit", "1"]  # at the model's own context
+    assert parse([*evaluate, "--data", "shakespeare"]).execute(make_console()) == 0
+    with pytest.raises(ValueError, match="data is needed"):
+        parse(evaluate).execute(make_console())

@@ -223,6 +223,15 @@ def test_no_wrong_call_of_very_many_ends_in_a_traceback_or_in_success(seed, plac
         (["eval", "x[/y]"], "run='x[/y]' holds no model."),
         (["train", "--data", "[red]x.txt"], "data='[red]x.txt' does not exist"),
         (["train", "--data", ""], "data is empty"),
+        (["train", "--fusion", "mass"], "fusion='mass' is of a gate, and gate=False: add --gate"),
+        (["train", "--kv-heads", "3"], "kv_heads=3 must divide heads=4"),
+        (["plan", "--least-window", "40"], "least_window=40 is of coordinated plans: add --coordinated"),
+        (["plan", "--context", "5", "--sinks", "10"], "sinks=10 must be fewer than the tokens of context=5"),
+        (["plan", "--heads", "100000000"], "heads must be at most 1,024"),
+        (["convert", "--model", "m", "--part", "gates"], "part='gates', but gate=False leaves none: add --gate"),
+        (["convert", "--model", "m", "--learning-rate", "1"], "learning_rate=1.0 is of a fine-tune"),
+        (["inspect", "run", "--window", "99"], "window=99 is given beside run='run', which has its own"),
+        (["eval", "saved"], "run='saved' holds no model"),
     ],
 )
 def test_what_is_wrong_is_named(arguments, words, monkeypatch, tmp_path):

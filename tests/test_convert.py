@@ -448,7 +448,7 @@ def llama(tmp_path):
     [
         (["--period", "8", "9", "10"], "period has 3 entries but there are 4 query heads"),
         (["--context", "1024"], r"the held-out part of data='.*text\.txt', 10 % held out: the text has \d+ tokens"),
-        (["--no-gate", "--part", "gates", "--finetune-steps", "1"], 'part="gates", but gate=False leaves none'),
+        (["--no-gate", "--part", "gates", "--finetune-steps", "1"], "part='gates', but gate=False leaves none"),
     ],
 )
 def test_a_conversion_that_cannot_be_is_refused_before_weights_are_read(options, words, llama, tmp_path):

@@ -190,7 +190,7 @@ def test_blocks_that_a_layout_cannot_divide_are_named(parallel, batch_size, tmp_
     run_of(tmp_path, 4, 1, "")
     given = TrainConfig()
     given.run.out, given.run.parallel, given.optimizer.batch_size = tmp_path, parallel, batch_size
-    with pytest.raises(ValueError, match="a step of the run has 4 blocks, but"):
+    with pytest.raises(ValueError, match=r"a step of the run has 4 blocks, but .* cannot"):
         settings_to_resume(given)
 
 

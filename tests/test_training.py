@@ -316,7 +316,10 @@ def test_settings_from_a_file_and_flags(tmp_path, corpus):
         (["eval", "nothing-here"], "no model"),
         (["inspect", "--period", "3", "4"], "2 entries"),
         (["plan", "--context", "64", "--head-dim", "7", "--out", "p.yaml"], "head_dim=7 must be even"),
-        (["inspect", "--phase", "128"], "phase=128 must be smaller than the period of its head, 128"),
+        (
+            ["inspect", "--period", "128", "--phase", "128"],
+            "phase=128 must be smaller than the period of its head, 128",
+        ),
     ],
 )
 def test_errors_are_one_clear_line(arguments, words, monkeypatch, capsys, tmp_path):

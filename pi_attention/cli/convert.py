@@ -37,7 +37,8 @@ class Convert:
     finetune_steps: int = 0
     """Steps of fine-tuning; 0 saves the pretrained weights as they are."""
     part: Literal["gates", "lora", "all"] = "all"
-    """What is fine-tuned: the gates alone, the gates and low-rank adapters (merged at the end), or all weights."""
+    """What is fine-tuned: the gates alone (needs --gate), low-rank adapters (merged at the end) and the gates, if any,
+    or all weights."""
     learning_rate: float | None = None
     """Peak learning rate of the fine-tune; 3e-3 for gates, 2e-4 for adapters, 2e-5 for all weights when None."""
     data: str = "shakespeare"
@@ -68,8 +69,12 @@ class Convert:
         from pi_attention.training.finetune import LEARNING_RATES, finetune, need_peft
 
         pattern = pattern_of(self)
-        if self.finetune_steps and self.part == "gates" and not self.gate:
-            raise ValueError('part="gates", but gate=False leaves none: set gate=True, or train part="lora" or "all".')
+        if self.part == "gates" and not self.gate:
+            raise ValueError("part='gates', but gate=False leaves none: add --gate, or train --part lora or all.")
+        if self.learning_rate is not None and not self.finetune_steps:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} is of a fine-tune, and finetune_steps=0 is none: leave it out."
+            )
         if self.finetune_steps and self.part == "lora":
             need_peft()
         config = need_decoder(self.model)

@@ -84,12 +84,12 @@ class Eval:
         from pi_attention.training.resume import SETTINGS, need_whole_settings
         from pi_attention.training.text import blocks_of, load_parts, need_same_text
 
-        context = self.context or model.config.max_position_embeddings
+        if self.data is None and not (self.run / SETTINGS).exists():
+            raise ValueError("data is needed: a saved model, unlike a run, has no validation text of its own.")
+        context = self.context or model.config.get_text_config().max_position_embeddings
         if self.data is not None:
             documents = load_documents(self.data, split=self.split, text_field=self.text_field)
             return blocks_named(f"data={self.data!r}", documents, tokenizer, context)
-        if not (self.run / SETTINGS).exists():
-            raise ValueError("data is needed: a saved model, unlike a run, has no validation text of its own.")
         need_whole_settings(self.run / SETTINGS)
         config = load_yaml(TrainConfig, self.run / SETTINGS)
         config.data.context = context

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,17 +23,19 @@ class Inspect:
     """Describe the pattern of a run, or of flags: words, figures, a picture."""
 
     run: Annotated[Path | None, tyro.conf.Positional] = None
-    """Folder of a run or a saved model; its patterns are described instead of the flags below."""
+    """Folder of a run or a saved model, whose patterns are described. The flags of a pattern are then left out."""
     window: int = 32
     """Keys of the ring-local band, the token itself counted."""
     period: tuple[int, ...] | None = None
-    """Distance between skip keys: one for all heads, or one per head. None: coordinated, 4 if it divides the heads."""
+    """Distance between skip keys: one for all heads, or one per head. None: heads that share the distance, of one
+    period (4, 3 or 2, the first that divides the heads, else their number) and different phases."""
     skips: int | None = 112
     """Skip keys of a query; None is every multiple back to the start."""
     sinks: int = 0
     """First tokens that every query sees."""
     phase: tuple[int, ...] | None = None
-    """Tokens that skips stand off multiples of the period, one for all heads or one per head. With a period, 0."""
+    """Tokens that skips stand off multiples of the period, one for all heads or one per head. None: 0 where a period is
+    given; where none is, each head's own."""
     causal: bool = True
     """Only keys at or before the query."""
     context: int = 8192
@@ -60,6 +62,7 @@ class Inspect:
         from pi_attention import plots
         from pi_attention.explorer import write_explorer
 
+        self._refuse_flags_of_a_pattern()
         if self.empirical and self.run is None:
             raise ValueError("empirical=True needs a run to measure: pi-attention inspect RUN --empirical.")
         need_folder("out" if self.out or self.run is None else "run", self.out or self.run or Path())
@@ -88,6 +91,18 @@ class Inspect:
             write_explorer(out / written[-1], stack[0], heads=heads, layers=len(stack), context=context)
         console.print(f"written: {', '.join(str(out / name) for name in written)}", soft_wrap=True)
         return 0
+
+    def _refuse_flags_of_a_pattern(self) -> None:
+        """Raise ValueError where the pattern of a run is to be described, and flags name another."""
+        if self.run is None:
+            return
+        for field in fields(self):
+            value, own = getattr(self, field.name), field.name not in ("run", "out", "html", "empirical", "tokens")
+            if own and value != field.default:
+                raise ValueError(
+                    f"{field.name}={value!r} is given beside run={str(self.run)!r}, which has its own: leave one of "
+                    "them out."
+                )
 
     def _measured(self, console: Console) -> dict[str, Any]:
         """The Jacobian and the attention by lag of the run's network, on random tokens."""
@@ -144,9 +159,8 @@ class Inspect:
         local, skip = (sum(pairs) / len(of_heads) for pairs in zip(*of_heads, strict=True))
         table = Table(title=title, show_header=False)
         table.add_row("a query sees", _in_words(pattern))
-        table.add_row(
-            "keys per query", f"{local / context:.1f} local and {skip / context:.1f} skip, mean over {context:,} tokens"
-        )
+        mean = f"mean over {counted(context, 'token')}"
+        table.add_row("keys per query", f"{local / context:.1f} local and {skip / context:.1f} skip, {mean}")
         reach = pattern.reach
         table.add_row("reach of a layer", "everything before" if reach is None else f"{counted(reach, 'token')} back")
         for name, words in _of_one_layer(pattern, context):

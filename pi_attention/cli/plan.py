@@ -65,12 +65,16 @@ class Plan:
     def execute(self, console: Console) -> int:
         """Run the command; the exit code."""
         if self.device is not None and self.device not in DEVICES:
-            raise ValueError(f"device={self.device!r} has no committed benchmark: use one of {sorted(DEVICES)}.")
+            raise ValueError(f"device={self.device!r} was not measured: use one of {sorted(DEVICES)}, or leave it out.")
         for name in ("context", "layers", "heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}.")
+        if self.least_window != Plan.least_window and not self.coordinated:
+            raise ValueError(f"least_window={self.least_window} is of coordinated plans: add --coordinated.")
+        if self.sinks >= self.context:
+            raise ValueError(f"sinks={self.sinks} must be fewer than the tokens of context={self.context}.")
         if self.out is not None:
             need_new_file("out", self.out)
             if self.head_dim % 2:
@@ -109,8 +113,8 @@ class Plan:
         elif self.head_schedule:
             said = "Such plans find a key anywhere in the context. In language models a window was better"
         else:
-            said = "One period finds far keys less often than --head-schedule, and helps language models less than "
-            said += "--coordinated"
+            said = "One period finds far keys less often than --head-schedule. In language models it was never better "
+            said += "than a window; --coordinated was"
         return f"{said} (docs/results.md)."
 
     def _write(self, path: Path, pattern: dict[str, Any]) -> None:

@@ -29,14 +29,15 @@ class PiConfig(PretrainedConfig):
         head_dim: hidden_size / num_attention_heads when None.
         window, period, skips, sinks, phase: the pattern of the layers (see `PiPattern`); period and phase may be lists,
             one int per head. `PiConfig(**pattern.to_dict())` takes them from a pattern. Without a period, heads are
-            coordinated (see `coordinated_heads`): of period 4 where it divides the heads, with the phases 0 1 2 3. With
-            one, the phase is 0 unless given; so it is in an entry of layer_patterns.
+            coordinated (see `coordinated_heads`): of one period (4, 3 or 2, the first that divides the heads, else
+            their number), with phases from 0 upwards. With one, the phase is 0 unless given; so it is in an entry of
+            layer_patterns.
         layer_patterns: what each layer attends to, repeated over the layers: "pi" (the pattern above), "local" (its
             window alone), "dense", or a dict of pattern fields to change, e.g. {"period": 64} or {"phase": [0, 2]}.
         causal: False sees both sides, for masked language modelling and encoders; there is no cache then.
         ring: positions wrap (see `PiPattern`; causal=False only).
         gate: learn a fusion gate, as in the paper; False is one softmax over both bands, which was as good.
-        fusion: "gate" or "mass" (see `pi_attention`).
+        fusion: of the gate, if there is one: "gate" or "mass" (see `pi_attention`).
         gate_features: the gate sees only so many features of the hidden state; None sees all.
         qk_norm: RMSNorm over each head's query and key.
         sink_logit: learn a term in the denominator of each head's softmax, as in gpt-oss; see `pi_attention`.

@@ -47,21 +47,23 @@ class ModelSettings:
     window: int = 16
     """Keys of the ring-local band, the token itself counted."""
     period: tuple[int, ...] | None = None
-    """Distance between skip keys: one for all heads, or one per head. None: coordinated, 4 if it divides the heads."""
+    """Distance between skip keys: one for all heads, or one per head. None: heads that share the distance, of one
+    period (4, 3 or 2, the first that divides the heads, else their number) and different phases."""
     skips: int | None = 64
     """Skip keys of a query. 0 leaves the window alone; None takes every multiple back to the start."""
     sinks: int = 0
     """First tokens of a document that every query sees."""
     phase: tuple[int, ...] | None = None
-    """Tokens that skips stand off multiples of the period, one for all heads or one per head. With a period, 0."""
+    """Tokens that skips stand off multiples of the period, one for all heads or one per head. None: 0 where a period is
+    given; where none is, each head's own."""
     layer_patterns: tuple[Literal["pi", "local", "dense"], ...] = ("pi",)
     """What each layer attends to, repeated over the layers."""
     gate: bool = False
     """Learn a fusion gate per token and head, as in the paper. Without it, one softmax covers both bands."""
     fusion: Literal["gate", "mass"] = "gate"
-    """How the gate fuses the bands: the paper's sigmoid, or one that starts from a joint softmax."""
+    """How the gate fuses the bands: the paper's sigmoid, or one that starts from a joint softmax. Needs --gate."""
     gate_features: int | None = None
-    """Features of the hidden state that the gate sees; all by default."""
+    """Features of the hidden state that the gate sees; all by default. Needs --gate."""
     qk_norm: bool = True
     """Normalise each head's query and key."""
     tie_word_embeddings: bool = True
@@ -107,7 +109,8 @@ class RunSettings:
     out: Path = Path("runs/pi")
     """Folder of the run: checkpoints, configuration, metrics, pictures, sample."""
     resume: bool = False
-    """Go on from the folder's last checkpoint; every other setting is then taken from the folder."""
+    """Go on from the folder's last checkpoint, with the folder's settings. Others are refused, but for those of the
+    machine: parallel, zero, patience, report-to, push-to-hub, and how a step is divided into batches."""
     checkpoint: int | None = None
     """With resume: go on from the checkpoint of this step, where later ones are damaged. Those are put aside."""
     seed: int = 0
@@ -171,12 +174,22 @@ class TrainConfig:
         model = self.model
         if model.heads < 1 or model.hidden_size % model.heads:
             raise ValueError(f"heads={model.heads} must divide hidden_size={model.hidden_size}.")
+        if model.kv_heads is not None and (model.kv_heads < 1 or model.heads % model.kv_heads):
+            raise ValueError(f"kv_heads={model.kv_heads} must divide heads={model.heads}.")
         if model.hidden_size // model.heads % 2:
             raise ValueError(
                 f"hidden_size={model.hidden_size} over heads={model.heads} must be even: rotary embeddings turn pairs. "
                 "Change one."
             )
         model.pattern().check_heads(model.heads)
+
+    def check_gate(self) -> None:
+        """Raise ValueError for settings of a gate that is not there, which would change nothing."""
+        none = ModelSettings()
+        for name in ("fusion", "gate_features"):
+            value = getattr(self.model, name)
+            if not self.model.gate and value != getattr(none, name):
+                raise ValueError(f"{name}={value!r} is of a gate, and gate=False: add --gate, or leave it out.")
 
 
 def pairs_of(name: str) -> int | None:

@@ -131,9 +131,11 @@ def divide_blocks(config: TrainConfig, blocks: int, given: TrainConfig) -> None:
         accumulation = each // batch
     config.optimizer.batch_size, config.optimizer.gradient_accumulation = batch, accumulation
     if blocks_a_step(config) != blocks:
+        parts = {"batch_size": batch, "gradient_accumulation": accumulation, "parallel": config.run.parallel}
+        named = ", ".join(f"{name}={value!r}" for name, value in parts.items() if value)
         raise ValueError(
-            f"a step of the run has {blocks} blocks, but batch_size={batch} · gradient_accumulation={accumulation}, "
-            f"with parallel={config.run.parallel!r}, is {blocks_a_step(config)}: choose them so that it is {blocks}."
+            f"a step of the run has {blocks} block{'' if blocks == 1 else 's'}, but {named} cannot share them evenly: "
+            "give divisors, or leave them out."
         )
 
 
