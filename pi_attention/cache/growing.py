@@ -43,9 +43,9 @@ class Prompt(NamedTuple):
 class LayerCache:
     """Keys and values that later queries of one layer can see; a `KeyValueCache`.
 
-    Memory is bounded by about 1.25 · reach + sinks + 64 tokens whatever the length (unbounded when `skips=None`), but
-    that the tokens of the first call are held until the second. Where
-    gradients are enabled, a step copies what is held, because they may need it as it was: decode under `torch.no_grad`.
+    Memory is bounded by about 1.25 · reach + sinks + 64 tokens whatever the length (unbounded when `skips=None`). All
+    tokens of the first call are held until the second. Where gradients are enabled, a step copies what is held, because
+    they may need it as it was: decode under `torch.no_grad`.
 
     Args:
         pattern: of the layer; it decides what is kept.
@@ -132,7 +132,8 @@ class LayerCache:
         if self._may_forget or not self.recording:
             if forgotten or at.place is not None:
                 self._forget(forgotten, sinks)
-                self._slots_since = self._slots_since if at.place is None else self.length
+            if at.place is not None:
+                self._slots_since = self.length
             starts = at.visible
             self._may_forget, forgotten = False, 0
         self._append(new)

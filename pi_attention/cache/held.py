@@ -70,5 +70,6 @@ def held_states(states: Tensor, place: Tensor | None, sinks: int, last: int) -> 
     """
     first = states[..., :sinks, :]
     if place is not None:
-        first = take(states, place[:, None, :, None].view(*(1,) * (states.dim() - 4), len(place), 1, sinks, 1), -2)
+        index = place[:, None, :, None]
+        first = take(states, index if states.dim() == 4 else index[None], -2)
     return torch.cat([first, states[..., states.shape[-2] - last :, :]], dim=-2)

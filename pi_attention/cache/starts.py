@@ -24,7 +24,7 @@ class Once:
         self._last: dict[object, tuple[tuple[object, ...], object]] = {}
 
     def __call__(self, function: Callable[Inputs, Result], /, *inputs: Inputs.args, **none: Inputs.kwargs) -> Result:
-        """The function's result of these inputs, or the last one if it was of the same."""
+        """The function's result of these inputs, or the last one if it was of the same. (None come by name.)"""
         if torch.compiler.is_compiling():
             return function(*inputs, **none)
         known, found = self._last.get(function, ((), None))
@@ -82,7 +82,7 @@ def step(
     """
     if known is None and new is None:
         return Step()
-    known = _of_one_segment(kept, batch, device) if known is None else known
+    known = starts_of_kept(known, kept, batch, device)
     if new is None:
         last = known[:, -1:]  # which goes on; after padding a segment starts here
         new = torch.where(last < 0, kept.length, last).expand(-1, tokens)
@@ -137,13 +137,10 @@ def rows(starts: Tensor, index: Tensor) -> Tensor:
     return starts.index_select(0, index.to(starts.device))
 
 
-def _of_one_segment(kept: Kept, batch: int, device: torch.device) -> Tensor:
-    """[B, sinks + kept] where each row is one segment from position 0."""
-    starts = torch.zeros(batch, kept.sinks + kept.tokens, dtype=torch.int32, device=device)
+def starts_of_kept(known: Tensor | None, kept: Kept, batch: int, device: torch.device) -> Tensor:
+    """Where the segments of the sink slots and the kept tokens start, [B, sinks + kept]; `known`, if it is."""
+    if known is not None:
+        return known
+    starts = torch.zeros(batch, kept.sinks + kept.tokens, dtype=torch.int32, device=device)  # a row is one segment
     starts[:, : kept.sinks - min(kept.sinks, kept.length - kept.tokens)] = -1
     return starts
-
-
-def starts_of_kept(known: Tensor | None, kept: Kept, batch: int, device: torch.device) -> Tensor:
-    """Where the segments of the sink slots and the kept tokens start, [B, sinks + kept]."""
-    return _of_one_segment(kept, batch, device) if known is None else known
