@@ -121,6 +121,23 @@ def _are_starts(segment_ids: Tensor) -> bool:
     return getattr(segment_ids, MADE) == (segment_ids._version, id(segment_ids))
 
 
+def starts_of_batch(
+    segment_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past: int,
+    batch: int,
+    tokens: int,
+) -> Tensor | None:
+    """Segment starts [B, past + T] for all layers of a model, which do not write to them.
+
+    Of the segment ids, or where there are none, of what `segments_of_batch` takes; None when each row is one segment.
+    """
+    if segment_ids is None:
+        segment_ids = segments_of_batch(attention_mask, position_ids, past, batch, tokens)
+    return None if segment_ids is None else as_starts(segment_starts(segment_ids))
+
+
 def _running_maximum(x: Tensor) -> Tensor:
     """cummax of [B, S] with values from 0 upwards."""
     return x.cummax(dim=1).values if torch.compiler.is_compiling() or x.device.type == "cpu" else in_runs(x)

@@ -79,6 +79,19 @@ def starts_of_new(segment_ids: Tensor, tokens: int, first: bool) -> Tensor:
     return segment_ids.to(torch.int32)
 
 
+def going_on(starts: Tensor, length: int | Tensor, tokens: int) -> Tensor:
+    """Starts [B, tokens] of new tokens that go on with the last segment of each row; after padding one starts here.
+
+    Args:
+        starts: [B, n] of the tokens before them, n at least 1.
+        length: how many tokens came before them.
+        tokens: how many there are.
+    """
+    last = starts[:, -1:]
+    here = length.to(last.dtype) if isinstance(length, Tensor) else length
+    return torch.where(last < 0, here, last).expand(-1, tokens)
+
+
 def sink_places(starts: Tensor, current: Tensor, sinks: int) -> Tensor:
     """Which tokens are the sinks of a segment, once all of these are forgotten: their places [B, sinks].
 

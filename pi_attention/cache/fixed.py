@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi_attention.cache.contract import nbytes_of, sink_places, starts_of_new, take
+from pi_attention.cache.contract import going_on, nbytes_of, sink_places, starts_of_new, take
 from pi_attention.cache.held import Held, held
 from pi_attention.pattern import PiPattern, need_int, need_pattern
 from pi_attention.segments import as_starts, starts_of_last
@@ -125,8 +125,7 @@ class Slots:
             return new.to(self.ids.device)
         if first:
             return torch.zeros_like(self.ids[:, :1]).expand(-1, tokens)
-        last = self.ids[:, -1:]
-        return torch.where(last < 0, self.length.to(last.dtype), last).expand(-1, tokens)
+        return going_on(self.ids, self.length, tokens)
 
 
 def fix_addresses(*tensors: Tensor | None) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi_attention.cache.contract import sink_places, starts_of_new
+from pi_attention.cache.contract import going_on, sink_places, starts_of_new
 from pi_attention.cache.held import held_starts
 from pi_attention.segments import as_starts, starts_of_last
 
@@ -83,11 +83,7 @@ def step(
     if known is None and new is None:
         return Step()
     known = starts_of_kept(known, kept, batch, device)
-    if new is None:
-        last = known[:, -1:]  # which goes on; after padding a segment starts here
-        new = torch.where(last < 0, kept.length, last).expand(-1, tokens)
-    else:
-        new = new_starts(new, kept.length, tokens, batch, device)
+    new = going_on(known, kept.length, tokens) if new is None else new_starts(new, kept.length, tokens, batch, device)
     every = torch.cat([known, new], dim=1)
     place, visible = None, every[:, kept.sinks + forgotten :]
     if kept.sinks:

@@ -215,7 +215,7 @@ def _of_the_stack(field: ReceptiveField) -> Table:
     table.add_row(
         "first hole", f"lags {holes[0][0]:,} to {holes[0][1]:,}, of {counted(len(holes), 'hole')}" if holes else "none"
     )
-    through = "more layers than these" if hops is None else "1 layer" if hops == 1 else f"{hops} layers"
+    through = "more layers than these" if hops is None else counted(hops, "layer")
     table.add_row("sees everything through", through)
     return table
 

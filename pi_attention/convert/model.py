@@ -23,7 +23,7 @@ from pi_attention.models.generation import BoundedGeneration
 from pi_attention.models.inputs import check_cache, check_inputs, without_padding
 from pi_attention.models.rotary import keep_in_fp32
 from pi_attention.pattern import PiPattern, need_pattern
-from pi_attention.segments import as_starts, segment_starts, segments_of_batch
+from pi_attention.segments import starts_of_batch
 
 LOADER = "AutoModelForCausalLM.from_pretrained"
 
@@ -178,9 +178,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             past_key_values.tell(segment_ids)
             attention_mask = past_key_values.library_mask(attention_mask, like)
         else:
-            if segment_ids is None:
-                segment_ids = segments_of_batch(attention_mask, position_ids, 0, batch, tokens)
-            segment_ids = None if segment_ids is None else as_starts(segment_starts(segment_ids))
+            segment_ids = starts_of_batch(segment_ids, attention_mask, position_ids, 0, batch, tokens)
         return self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

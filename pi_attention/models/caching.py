@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from pi_attention.cache import KeyValueCache, LayerCache, StaticLayerCache
+from pi_attention.cache.contract import going_on
 from pi_attention.cache.fixed import FollowingLayerCache
 from pi_attention.cache.near import NearSinks
 from pi_attention.cache.starts import Once
 from pi_attention.pattern import PiPattern
-from pi_attention.segments import as_starts, segment_starts, segments_of_batch
+from pi_attention.segments import starts_of_batch
 
 
 class StorageLayer(CacheLayerMixin):
@@ -175,17 +176,13 @@ class BoundedCache:
             ValueError: segment_ids or the mask are of another length.
         """
         past = self.get_seq_length()
-        if segment_ids is None:
-            segment_ids = segments_of_batch(attention_mask, position_ids, past, *shape)
-        elif segment_ids.shape[1] != past + shape[1]:
+        if segment_ids is not None and segment_ids.shape[1] != past + shape[1]:
             raise ValueError(
                 f"segment_ids {tuple(segment_ids.shape)} must be [B, {past + shape[1]}]: one id for each key token, "
                 f"the {past} cached ones included."
             )
-        if segment_ids is None:
-            return None
-        starts = segment_starts(segment_ids)
-        return starts[:, past:] if past else as_starts(starts)  # for all layers
+        starts = starts_of_batch(segment_ids, attention_mask, position_ids, past, *shape)
+        return starts[:, past:] if starts is not None and past else starts  # the same object, known as starts
 
     def tell(self, segment_ids: Tensor | None) -> None:
         """Before new tokens of a model that knows no segments: what `segments` gave."""
@@ -287,15 +284,14 @@ class PiStaticCache(BoundedCache, StaticCache):
 
     def _later_segments(self, attention_mask: Tensor | None, position_ids: Tensor | None, tokens: int) -> Tensor:
         storage = self.layers[0].storage
-        last, length = storage.ids[:, -1:], storage.length.to(torch.int32)
-        new = torch.where(last < 0, length, last).expand(-1, tokens)
+        length, new = storage.length.to(torch.int32), going_on(storage.ids, storage.length, tokens)
         starts_here = torch.zeros_like(new, dtype=torch.bool)
         if position_ids is not None:
             starts_here |= torch.cat([position_ids[:, :1] == 0, position_ids[:, 1:] != position_ids[:, :-1] + 1], dim=1)
         present = None if attention_mask is None else attention_mask[:, -tokens:] != 0
         if present is not None and tokens > 1:  # a segment ends where padding begins
             starts_here[:, 1:] |= present[:, 1:] & ~present[:, :-1]
-        position = length + torch.arange(tokens, device=last.device, dtype=torch.int32)
+        position = length + torch.arange(tokens, device=new.device, dtype=torch.int32)
         start = torch.where(starts_here, position, -1).cummax(dim=1).values
         new = torch.where(start < 0, new, start)
         return new if present is None else torch.where(present, new, -1)

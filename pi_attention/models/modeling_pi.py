@@ -31,7 +31,7 @@ from pi_attention.nn.layers import SwiGLU
 from pi_attention.nn.sources import NewKeys
 from pi_attention.ops.api import Impl
 from pi_attention.pattern import PiPattern
-from pi_attention.segments import as_starts, segment_starts, segments_of_batch
+from pi_attention.segments import starts_of_batch
 
 IMPLEMENTATION_OF: dict[str, Impl] = {"eager": "reference", "sdpa": "auto"}
 """transformers' attention implementations, and which of ours serves them."""
@@ -180,10 +180,7 @@ class PiModel(PiPreTrainedModel):
         if cache is not None:
             segment_ids = cache.segments(segment_ids, attention_mask, position_ids, (batch, tokens))
         else:
-            if segment_ids is None:
-                segment_ids = segments_of_batch(attention_mask, position_ids, 0, batch, tokens)
-            if segment_ids is not None:
-                segment_ids = as_starts(segment_starts(segment_ids))  # once for all layers
+            segment_ids = starts_of_batch(segment_ids, attention_mask, position_ids, 0, batch, tokens)
         if position_ids is None:
             first = next(self._attentions()).source.position() if self._is_sharded() else past
             position_ids = (torch.arange(tokens, device=inputs_embeds.device) + first)[None]
