@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from pi_attention.training.config import TrainConfig, load_yaml, to_plain
+from pi_attention.training.config import TrainConfig, to_plain
 
 
 @dataclass
@@ -35,12 +35,12 @@ def need_settings_of_run(command: Train, again: Callable[[Train], Train]) -> Non
     if not command.run.resume or not (command.run.out / SETTINGS).exists():
         return
     kept = settings_of(command.run.out)
-    over_kept = again(load_yaml(Train, command.run.out / SETTINGS))
+    over_kept = again(Train(kept.data, kept.model, kept.optimizer, kept.run))
     need_same_settings(over_kept, kept, kept)
-    found, default = to_plain(command), to_plain(TrainConfig())
+    found, run, default = to_plain(command), to_plain(kept), to_plain(TrainConfig())
     command.named = frozenset(
         f"{part}.{name}"
         for part, settings in to_plain(over_kept).items()
         for name, value in settings.items()
-        if value == found[part][name] and to_plain(kept)[part][name] != default[part][name]
+        if value == found[part][name] and run[part][name] != default[part][name]
     )

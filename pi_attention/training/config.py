@@ -150,6 +150,11 @@ class TrainConfig:
         self.named: frozenset[str] = frozenset()
         """Settings that somebody gave for certain, such as "optimizer.batch_size", if only a default's value."""
 
+    def gives(self, part: str, name: str) -> bool:
+        """Whether somebody gave this setting: it is named, or no default."""
+        value, default = (getattr(getattr(settings, part), name) for settings in (self, TrainConfig()))
+        return f"{part}.{name}" in self.named or value != default
+
     def check(self) -> None:
         """Raise ValueError for settings that cannot work, before any work is done."""
         positive = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from pi_attention.distributed.layout import Layout
 from pi_attention.models import PiConfig
 from pi_attention.training.checkpoints import CONFIG
-from pi_attention.training.config import ModelSettings, OptimizerSettings, TrainConfig, load_yaml, to_plain
+from pi_attention.training.config import ModelSettings, TrainConfig, load_yaml, to_plain
 
 SETTINGS = "train.yaml"
 LAST_SETTING = "zero"
@@ -61,7 +61,7 @@ def settings_to_resume(given: TrainConfig) -> TrainConfig:
     config.run.out, config.run.resume, config.run.checkpoint = out, False, None
     config.run.parallel, config.run.zero, config.run.patience = given.run.parallel, given.run.zero, given.run.patience
     for name in ("report_to", "push_to_hub"):
-        if f"run.{name}" in given.named or getattr(given.run, name) != getattr(TrainConfig().run, name):
+        if given.gives("run", name):
             setattr(config.run, name, getattr(given.run, name))
     divide_blocks(config, blocks, given)
     return config
@@ -118,13 +118,9 @@ def divide_blocks(config: TrainConfig, blocks: int, given: TrainConfig) -> None:
     Raises:
         ValueError: there is no such division.
     """
-    default, each = OptimizerSettings(), blocks // Layout.parse(config.run.parallel).dp
-
-    def asked(name: str) -> int | None:
-        value: int = getattr(given.optimizer, name)
-        return value if f"optimizer.{name}" in given.named or value != getattr(default, name) else None
-
-    batch, accumulation = asked("batch_size"), asked("gradient_accumulation")
+    each, asked = blocks // Layout.parse(config.run.parallel).dp, given.optimizer
+    batch = asked.batch_size if given.gives("optimizer", "batch_size") else None
+    accumulation = asked.gradient_accumulation if given.gives("optimizer", "gradient_accumulation") else None
     if batch is None:
         batch = math.gcd(config.optimizer.batch_size, each) if accumulation is None else each // accumulation
     if accumulation is None:
