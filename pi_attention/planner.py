@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from pi_attention.pattern import PiPattern, coordinated_heads, need_int
 from pi_attention.receptive_field import joint_coverage, receptive_field
+from pi_attention.units import counted
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,8 @@ def plan(
             assert field.covered() == context, f"{found} does not cover the context: a bug of the planner"
             return found
     raise ValueError(
-        f"budget={budget} keys a query do not cover a context of {context:,} in {number} "
-        f"layer{'' if number == 1 else 's'}, which takes {found.keys:,}: raise the budget"
+        f"budget={budget} keys a query do not cover a context of {context:,} in {counted(number, 'layer')}, "
+        f"which takes {found.keys:,}: raise the budget"
         f"{'' if hops is None else ' or the hops'}"
         f"{', or let heads have periods of their own (--head-schedule)' if heads == 1 else ''}."
     )

@@ -12,6 +12,7 @@ ORDER = [
     "files",
     "json_lines",
     "paths",
+    "units",
     "pattern",
     "accounting",
     "receptive_field",
@@ -129,7 +130,7 @@ WITHIN = {
         "finetune",
     ],
     "serving": ["needs", "library", "requests", "text", "memory", "answer", "engine", "handlers", "app", "server"],
-    "cli": ["terminal", "units", "limits", "options", "runs", "pretrained"],
+    "cli": ["terminal", "limits", "options", "runs", "pretrained"],
 }
 """Files of a room, each importing only from those above it; the rest of the room stands behind them, free in itself."""
 
@@ -137,6 +138,7 @@ STANDARD_LIBRARY_ONLY = [
     "files",
     "json_lines",
     "paths",
+    "units",
     "pattern",
     "accounting",
     "receptive_field",

@@ -19,8 +19,8 @@ from rich.console import Console
 from pi_attention.cli.limits import FRACTIONS, LEAST, POSITIVE
 from pi_attention.cli.main import COMMANDS, main, parse
 from pi_attention.cli.options import option_names
-from pi_attention.cli.units import in_flops
 from pi_attention.training.config import TrainConfig, load_yaml
+from pi_attention.units import in_flops
 
 ROOT = Path(__file__).parents[1]
 TINY = """

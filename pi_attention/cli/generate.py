@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from pi_attention.cli.units import counted
+from pi_attention.units import counted
 
 
 @dataclass

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pi_attention.cli.runs import model_folder, need_ours
-from pi_attention.cli.units import counted, in_flops
 from pi_attention.paths import need_folder
 from pi_attention.pattern import PiPattern, pattern_for
 from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density, keys_read, receptive_field
 from pi_attention.training.config import fields_of_pattern
+from pi_attention.units import counted, in_flops
 
 
 @dataclass
@@ -187,7 +187,7 @@ class Inspect:
 def _by_layers(stack: list[PiPattern]) -> dict[str, PiPattern]:
     """The patterns of a stack that differ, by the words for their layers."""
     layers = {p: ", ".join(str(n) for n, other in enumerate(stack) if other == p) for p in dict.fromkeys(stack)}
-    return {f"layers {numbers}": pattern for pattern, numbers in layers.items()}
+    return {f"layer{'s' if ',' in numbers else ''} {numbers}": pattern for pattern, numbers in layers.items()}
 
 
 def _of_one_layer(pattern: PiPattern, context: int) -> list[tuple[str, str]]:

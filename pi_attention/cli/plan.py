@@ -19,7 +19,6 @@ from pi_attention.accounting import (
     dense_flops,
     roofline_seconds,
 )
-from pi_attention.cli.units import counted, in_flops
 from pi_attention.devices import DEVICES
 from pi_attention.files import write_text
 from pi_attention.paths import need_new_file
@@ -27,6 +26,7 @@ from pi_attention.planner import Plan as Found
 from pi_attention.planner import longest_stretch, plan
 from pi_attention.receptive_field import receptive_field
 from pi_attention.training.config import ModelSettings
+from pi_attention.units import counted, in_flops
 
 
 @dataclass

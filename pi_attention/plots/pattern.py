@@ -13,6 +13,7 @@ from torch import Tensor
 from pi_attention.pattern import Band, PiPattern
 from pi_attention.plots.style import HEADS, LOCAL, PAPER, PIXELS, SINKS, figure_of
 from pi_attention.receptive_field import joint_coverage
+from pi_attention.units import counted
 
 
 def telling_length(pattern: PiPattern, context: int) -> int:
@@ -127,7 +128,7 @@ def _lags_axis(axis: Any, pattern: PiPattern, length: int, *, most: int = 16) ->
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
     axis.grid(visible=False)
-    then = f"; {holes:,} hole{'s' if holes > 1 else ''} up to {covered.reach:,}" if holes else ""
+    then = f"; {counted(holes, 'hole')} up to {covered.reach:,}" if holes else ""
     axis.set_title(stretch + then, fontsize=9)
 
 

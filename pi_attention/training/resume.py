@@ -11,6 +11,7 @@ from pi_attention.distributed.layout import Layout
 from pi_attention.models import PiConfig
 from pi_attention.training.checkpoints import CONFIG
 from pi_attention.training.config import ModelSettings, TrainConfig, load_yaml, to_plain
+from pi_attention.units import counted
 
 SETTINGS = "train.yaml"
 LAST_SETTING = "zero"
@@ -130,7 +131,7 @@ def divide_blocks(config: TrainConfig, blocks: int, given: TrainConfig) -> None:
         parts = {"batch_size": batch, "gradient_accumulation": accumulation, "parallel": config.run.parallel}
         named = ", ".join(f"{name}={value!r}" for name, value in parts.items() if value)
         raise ValueError(
-            f"a step of the run has {blocks} block{'' if blocks == 1 else 's'}, but {named} cannot share them evenly: "
+            f"a step of the run has {counted(blocks, 'block')}, but {named} cannot share them evenly: "
             "give divisors, or leave them out."
         )
 

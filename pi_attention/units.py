@@ -1,4 +1,4 @@
-"""Figures with the unit that suits their size."""
+"""Figures in words: with their noun, or with the unit that suits their size."""
 
 from __future__ import annotations
 
