@@ -57,6 +57,7 @@ WITHIN = {
         "blocked.attention",
         "fused.kernels.steps",
         "fused.kernels",
+        "fused.layout",
         "fused.tuning",
         "fused.compiled",
         "fused.tiling",

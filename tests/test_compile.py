@@ -4,6 +4,7 @@ import torch._dynamo.testing
 from problems import DEVICE, Case, need_triton
 
 from pi_attention import PiPattern, pi_attention
+from pi_attention.nn import PiAttention
 from pi_attention.ops.blocked.operator import band, band_backward
 from pi_attention.ops.fused.operators import decode, fused, fused_backward
 from pi_attention.segments import segment_starts
@@ -27,6 +28,25 @@ def test_compiled_operator_agrees_and_does_not_recompile_for_each_length(impl, s
         ):
             torch.testing.assert_close(got, expected)
     assert counter.frame_count <= 2  # the first length, then any length
+
+
+def test_a_compiled_layer_of_the_kernels_takes_any_length():
+    """Its queries lie token by token, and so do its output and gradients, whatever the number of tokens."""
+    need_triton()
+    torch._dynamo.reset()
+    layer = PiAttention(32, num_heads=4, pattern=PiPattern(4, 5, 3)).to(DEVICE)
+    layer.impl = "triton"
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for length in (20, 33, 24):
+        x = torch.randn(2, length, 32, device=DEVICE)
+        found = []
+        for run in (layer, compiled):
+            out = run(x)
+            found.append([out, *torch.autograd.grad(out.square().sum(), list(layer.parameters()))])
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("way", ["blocked", "triton", "triton: decoding"])
@@ -110,12 +130,15 @@ def test_export_gives_the_same_result(sink_logit):
     torch.testing.assert_close(program.module()(*longer), Attend()(*longer))
 
 
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("sink_logit", [False, True])
-def test_registered_kernels_pass_opcheck(sink_logit):
+def test_registered_kernels_pass_opcheck(sink_logit, by_token):
     need_triton()
     # an odd number of rows a head, so that the two log-sum-exps do not share an allocation, which opcheck dislikes
     case = Case(PiPattern(4, 5, 3), T=17, S=19, B=1, H=2, G=2, sink_logit=sink_logit)
     drawn = [x.to(DEVICE) for x in case.tensors(torch.float32, grad=False)]
+    if by_token:
+        drawn[:3] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in drawn[:3]]
     query, key, value, gate, *logit = drawn
     sink = logit[0] if logit else None
     starts = segment_starts(torch.zeros(case.B, case.S, dtype=torch.int32, device=DEVICE))

@@ -59,11 +59,12 @@ for dim in (64, 128):
     for segments in (False, True):
         shape = {"GROUP": 2, "D": dim, "BM": launch.BM, "BN": launch.BN, "SEGMENTS": segments}
         flags = {"MASS": True, "GATED": True}
-        of_query = {**flags, "BOTH": True, "LSE": True, "SKIP_LSE": True}
+        of_query = {**flags, "BOTH": True, "LSE": True, "SKIP_LSE": True, "BY_TOKEN": False}
         kernels = {
             "forward": (launch.forward_kernel, WIDE[0], {**flags, **LOCAL, "FUSE": True}),
             "query": (launch.query_kernel, WIDE[1], {**of_query, **LOCAL, "QUERIES": 1}),
             "query, one band": (launch.query_kernel, WIDE[1], {**of_query, **LOCAL, "BOTH": False, "QUERIES": 2}),
+            "query, by token": (launch.query_kernel, WIDE[1], {**of_query, **LOCAL, "QUERIES": 1, "BY_TOKEN": True}),
             "key": (launch.key_kernel, WIDE[2], {**LOCAL, "ADD": True}),
         }
         if not segments:
@@ -87,7 +88,7 @@ def test_kernels_compile_for_hopper_and_fit_it():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == 14
+    assert len(rows) == 16
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY, row
         assert row["registers"] <= 168, row  # three warpgroups of 168 fill the register file

@@ -3,6 +3,8 @@ import math
 
 import pytest
 import torch
+from problems import DEVICE, need_triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pi_attention import PiPattern, coordinated_heads, pi_attention
 from pi_attention.cache import LayerCache
@@ -200,3 +202,24 @@ def test_autocast_leaves_wrong_arguments_and_fp64_alone():
         with pytest.raises(TypeError, match="int64"):
             pi_attention(*[x.long()] * 3, PATTERN)
         assert pi_attention(*[x.double()] * 3, PATTERN).dtype == torch.float64
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, PiPattern(4, 5, 0)], ids=["skips", "window"])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"rope_theta": None}])
+def test_a_layer_copies_no_output_and_for_a_window_no_gradient(options, pattern):
+    """The kernels write them token by token, as projections read them; the gradients of skips are three copies."""
+    need_triton()
+    attention = PiAttention(32, 4, pattern, num_kv_heads=2, **options).to(DEVICE)
+    attention.impl = "triton"
+    copied = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if function in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default) and result.dim() == 4:
+                copied.append(tuple(result.shape))
+            return result
+
+    with Copies():
+        attention(torch.randn(2, 20, 32, device=DEVICE)).square().sum().backward()
+    assert len(copied) == (3 if pattern.skips else 0)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import CASES, SCORES, Case, assert_close, attend, cases, need_triton, outputs_and_gradients
+from problems import CASES, DEVICE, SCORES, Case, assert_close, attend, cases, need_triton, outputs_and_gradients
 
-from pi_attention import PiPattern, coordinated_heads, segments_from_mask
+from pi_attention import PiPattern, coordinated_heads, pi_attention, segments_from_mask
 from pi_attention.masks import dense_mask
 
 FAST = ["blocked", "triton"]
@@ -319,6 +319,58 @@ def test_any_strides(impl):
     wide = torch.cat([value, value], dim=-1)[..., : case.D]
     out = case.run(impl, (*strided, wide, gate.transpose(0, 2).contiguous().transpose(0, 2)))
     assert_close(out, case.run(impl, (query, key, value, gate)), impl=impl)
+
+
+LAYOUTS = [
+    Case(PiPattern(4, 5, 3, sinks=2), G=4),
+    Case(PiPattern(4, (5, 6, 7, 9), 3, sinks=1), T=20, segments=((0,) * 20 + (1,) * 17,) * 2),
+    Case(PiPattern(4, 4, 3, sinks=2, phase=(0, 1, 2, 3)), T=30, fusion="mass", sink_logit=True),
+    Case(PiPattern(5, 5, 0), D=3),
+    Case(PiPattern(5, 5, 0, sinks=3), T=30, segments=((0,) * 20 + (1,) * 17,) * 2),
+    Case(PiPattern(5, (5, 6, 7, 9), 2, causal=False), G=4),
+]
+
+
+@pytest.mark.parametrize("turned", [(True,) * 3, (True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_results_of_the_kernels_lie_as_their_inputs(case, turned, poisoned_memory):
+    """[B, T, H, D] seen as [B, H, T, D] has an output that lies so, and without skips gradients; with the same bits."""
+    need_triton()
+
+    def results(layout):
+        drawn = [x.to(DEVICE, torch.float32) for x in case.tensors(grad=False)]
+        inputs = [
+            (x.transpose(1, 2).contiguous().transpose(1, 2) if by_token else x).requires_grad_()
+            for x, by_token in zip(drawn, (*layout, *[False] * (len(drawn) - 3)), strict=True)
+        ]
+        query, key, value, gate, *logit = inputs
+        ids = case.segment_ids()
+        options = {"gate": gate, "fusion": case.fusion, "segment_ids": None if ids is None else ids.to(DEVICE)}
+        options |= {"sink_logit": logit[0]} if logit else {}
+        out = pi_attention(query, key, value, case.pattern, impl="triton", **options)
+        grads = torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(2))
+        assert out.stride() == query.stride()
+        for x, grad in zip(inputs[:3], grads[:3], strict=True):
+            assert grad.is_contiguous() if case.pattern.skips else grad.stride() == x.stride()
+        return out, *grads
+
+    for got, want in zip(results(turned), results((False,) * 3), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("skips", [0, 2])
+def test_saved_outputs_that_were_moved_are_laid_out_again(skips):
+    """Hooks such as those of activation offloading may give back another layout than autograd saved."""
+    need_triton()
+    query, key, value = (torch.randn(2, 9, 4, 8, device=DEVICE).transpose(1, 2).requires_grad_() for _ in range(3))
+
+    def grads(give_back):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, give_back):
+            out = pi_attention(query, key, value, PiPattern(3, 2, skips), impl="triton")
+            return torch.autograd.grad(out.sum(), (query, key, value))
+
+    for got, want in zip(grads(lambda x: x.contiguous()), grads(lambda x: x), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("queries", [40, 3])

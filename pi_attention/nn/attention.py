@@ -141,12 +141,13 @@ class PiAttention(nn.Module):
                 f"got shape {tuple(hidden_states.shape)}."
             )
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))  # [B, T, heads, D]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             weights = self.q_norm.weight.dtype  # autocast projects in another one, and a norm of two dtypes is slow
             query, key = self.q_norm(query.to(weights)), self.k_norm(key.to(weights))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # seen as [B, heads, T, D], not copied
         if position_embeddings is None and self.rope_theta is not None:
             position = (
                 self.source.position(cache) + torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]

@@ -23,6 +23,7 @@ from pi_attention.ops.fused.kernels.backward import (
 from pi_attention.ops.fused.kernels.forward import band_forward_kernel
 from pi_attention.ops.fused.kernels.one_pass import skip_backward_kernel
 from pi_attention.ops.fused.kernels.sinks import sink_backward_kernel, sink_sum_kernel
+from pi_attention.ops.fused.layout import dense_strides, empty_result, laid_out
 from pi_attention.ops.fused.tiling import (
     INTERPRETED,
     Problem,
@@ -81,6 +82,8 @@ class ForwardPlan(NamedTuple):
     """Of the local band's tensor descriptors."""
     bands: Tensor | None
     """`band_table`, where heads differ."""
+    out: tuple[int, ...]
+    """Strides of the output."""
 
 
 def table_of(problem: Problem, length: int | None = None) -> Tensor | None:
@@ -108,7 +111,7 @@ def forward_plan(problem: Problem) -> ForwardPlan:
         return Step(forward, plan.programs, problem.strides, numbers, plan.constants, absent), _block(plan)
 
     skip = of(True)[0] if problem.both else None
-    return ForwardPlan(skip, *of(False), table_of(problem))
+    return ForwardPlan(skip, *of(False), table_of(problem), dense_strides(problem.query, problem.out_by_token))
 
 
 def run_forward(
@@ -120,11 +123,11 @@ def run_forward(
     sink_logit: Tensor | None,
     problem: Problem,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """out [B, H, T, D] and log-sum-exp [B, H, T]; then those of the skip band, None without one."""
+    """out [B, H, T, D], which lies as the query, and log-sum-exp [B, H, T]; then those of the skip band, if any."""
     plan = forward_plan(problem)
     absent = query  # a pointer that no kernel reads
     starts = absent if starts is None else starts
-    out, lse, skip_out, skip_lse = empty_as(query), rows_like(query), None, None
+    out, lse, skip_out, skip_lse = empty_result(query, plan.out), rows_like(query), None, None
     with on_device(problem.device):
         if plan.skip is not None:
             skip_out, skip_lse = empty_as(query), torch.empty_like(lse)
@@ -173,6 +176,10 @@ class BackwardPlan(NamedTuple):
     """Shares of the gradients of keys and values in the skip band, [B, classes, G, S, D]."""
     chunks: int
     block: list[int] | None
+    out: tuple[int, ...]
+    """Strides of the output."""
+    grads: tuple[tuple[int, ...], ...]
+    """Strides of the gradients of query, key and value."""
 
 
 @lru_cache(maxsize=1024)
@@ -223,9 +230,10 @@ def backward_plan(
         members = member_table(problem.pattern, problem.group, problem.device)
     sinks, chunks = sink_steps(problem, strides) if problem.sinks else (None, 0)
     query, block = of_query(False)
-    return BackwardPlan(
-        query, one_pass, skip, of_key(False, 1), sinks, table_of(problem), members, classes, chunks, block
-    )
+    shapes = zip((problem.query, problem.key, problem.key), problem.grads_by_token, strict=True)
+    layout = dense_strides(problem.query, problem.out_by_token), tuple(dense_strides(*shape) for shape in shapes)
+    tables, shares = (table_of(problem), members), (classes, chunks)
+    return BackwardPlan(query, one_pass, skip, of_key(False, 1), sinks, *tables, *shares, block, *layout)
 
 
 def sink_steps(problem: Problem, strides: tuple[int, ...]) -> tuple[tuple[Step, Step], int]:
@@ -239,15 +247,17 @@ def sink_steps(problem: Problem, strides: tuple[int, ...]) -> tuple[tuple[Step, 
     programs = chunks * cdiv(problem.sinks, size) * batch * groups
     window = row_lags(problem.pattern, False, 0, keys)[3]
     shared = {"D": dim, "BD": padded(dim)}
+    _, *of_keys = problem.grads_by_token
+    layout = dict(zip(("K_BY_TOKEN", "V_BY_TOKEN"), of_keys, strict=True))
     constants = Constants(
         {"num_warps": 4, "num_stages": 1 if small else 2},
-        **{"GROUP": problem.group, **shared, "BM": rows, "BS": size, "CHUNK": chunk},
+        **{"GROUP": problem.group, **shared, "BM": rows, "BS": size, "CHUNK": chunk, **layout},
         **{"SEGMENTS": problem.segments, "SOFTCAP": problem.softcap, "PRECISION": problem.precision},
     )
     scales = (problem.scale, problem.scale * LOG2E)
     numbers = (batch * heads * queries, chunks, heads, queries, keys, window, problem.sinks, *scales)
     add = Step(sink_backward, programs, strides, numbers, constants)
-    constants = Constants({"num_warps": 4}, **shared, BS=size, SEGMENTS=problem.segments)
+    constants = Constants({"num_warps": 4}, **shared, BS=size, **layout, SEGMENTS=problem.segments)
     return (add, Step(sink_sum, programs, (), (chunks, groups, keys, problem.sinks), constants)), chunks
 
 
@@ -273,6 +283,8 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, gate logits and sink logit, in their dtypes; None without one of the last two.
 
+    The first three lie as what they belong to; with skips they lie head by head.
+
     Args:
         grads: of the output and of both log-sum-exps, None where one has no gradient.
     """
@@ -283,13 +295,15 @@ def run_backward(
     plan = backward_plan(problem, grad_out.stride(), grad_lse is not None, grad_skip_lse is not None, aligned)
     absent = query  # a pointer that no kernel reads
     starts = absent if starts is None else starts
-    out, lse = saved.out, saved.lse
-    skip_out = out if saved.skip_out is None else saved.skip_out
+    of_query, of_key, of_value = plan.grads
+    out, lse = laid_out(saved.out, plan.out), saved.lse
+    skip_out = out if saved.skip_out is None else saved.skip_out.contiguous()
     skip_lse = lse if saved.skip_lse is None else saved.skip_lse
     terms = torch.empty(4, *lse.shape, dtype=torch.float32, device=query.device)
     grad_gate = None if gate is None else empty_as(gate)
     of_sink: tuple[Tensor, ...] = () if sink_logit is None else (torch.empty_like(lse),)
-    grad_query, grad_key, grad_value = empty_as(query), empty_as(key), empty_as(value)
+    grad_query = empty_result(query, of_query)
+    grad_key, grad_value = empty_result(key, of_key), empty_result(value, of_value)
     of_rows = (
         *(out, skip_out, skip_lse, lse if grad_lse is None else grad_lse),
         *(lse if grad_skip_lse is None else grad_skip_lse, lse if gate is None else gate),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pi_attention.ops.checks import check_softcap
 from pi_attention.ops.fused.fallback import blocked_gradients, has_backward, note_failure
+from pi_attention.ops.fused.layout import by_token, dense_strides
 from pi_attention.pattern import PiPattern
 
 # Defined without torch.library.custom_op or register_autograd, which cost each call some 50 µs more.
@@ -71,6 +72,10 @@ def run_fused(
 torch.library.impl("pi_attention::fused", ("cpu", "cuda"), run_fused)
 
 
+def _fake_result(x: Tensor, as_it_lies: bool = True) -> Tensor:
+    return x.new_empty_strided(x.shape, dense_strides(x.shape, as_it_lies and by_token(x.stride())))
+
+
 @torch.library.register_fake("pi_attention::fused")
 def _(
     query: Tensor,
@@ -84,11 +89,11 @@ def _(
     sink_logit: Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = query.new_empty(query.shape)
+    out = _fake_result(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if PiPattern.from_ints(pattern).skips == 0:
         return out, lse, out.new_empty(0), lse.new_empty(0)
-    return out, lse, torch.empty_like(out), torch.empty_like(lse)
+    return out, lse, query.new_empty(query.shape), torch.empty_like(lse)
 
 
 def run_fused_backward(
@@ -165,8 +170,9 @@ def _(
     none = grad_out.new_empty(0)
     grad_gate = none if gate is None else lse.new_empty(lse.shape, dtype=gate.dtype)
     grad_sink = grad_out.new_empty(0) if sink_logit is None else sink_logit.new_empty(sink_logit.shape)
-    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-    return *grads, grad_gate, grad_sink
+    as_they_lie = PiPattern.from_ints(pattern).skips == 0
+    grad_query, grad_key, grad_value = (_fake_result(x, as_they_lie) for x in (query, key, value))
+    return grad_query, grad_key, grad_value, grad_gate, grad_sink
 
 
 def is_plain(*tensors: Tensor) -> bool:

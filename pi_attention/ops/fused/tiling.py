@@ -12,6 +12,7 @@ from triton import cdiv
 
 from pi_attention.ops.fused.compiled import Constants
 from pi_attention.ops.fused.kernels.steps import BY_START, BY_TAG
+from pi_attention.ops.fused.layout import by_token
 from pi_attention.ops.fused.tuning import MANY, Tiles, choose_tiles
 from pi_attention.pattern import PiPattern
 
@@ -59,6 +60,16 @@ class Problem(NamedTuple):
     def gate_strides(self) -> tuple[int, ...]:
         """Those of the gate, or zeros."""
         return (0, 0, 0) if self.gate is None else self.gate[0]
+
+    @property
+    def out_by_token(self) -> bool:
+        """Whether the rows of the output lie token by token, as those of the query do."""
+        return by_token(self.strides[:4])
+
+    @property
+    def grads_by_token(self) -> tuple[bool, ...]:
+        """The same of the gradients of query, key and value; with skips they lie head by head."""
+        return tuple(not self.both and by_token(self.strides[i : i + 4]) for i in (0, 4, 8))
 
     @property
     def sinks(self) -> int:
@@ -201,8 +212,13 @@ def plan_tiles(kernel: str, problem: Problem, skip: bool, **flags: bool) -> Tile
     residues = [period if of_key else min(period, length) for period in periods]
     count = max(r * cdiv(cdiv(length, period), tiles.rows) for r, period in zip(residues, periods, strict=True))
     sizes: dict[str, Any] = {"GROUP": heads // groups, "D": dim, "BD": padded(dim), "BM": tiles.rows, "BN": tiles.step}
-    if not of_key:
-        sizes["BS"] = 0 if skip else sink_tile(problem)
+    of_grads = dict(zip(("Q_BY_TOKEN", "K_BY_TOKEN", "V_BY_TOKEN"), problem.grads_by_token, strict=True))
+    if of_key:
+        sizes |= {name: of_grads[name] for name in ("K_BY_TOKEN", "V_BY_TOKEN")}
+    else:
+        sizes |= {"BS": 0 if skip else sink_tile(problem), "BY_TOKEN": not skip and problem.out_by_token}
+    if kernel == "backward query":
+        sizes["Q_BY_TOKEN"] = of_grads["Q_BY_TOKEN"]
     if kernel != "forward":
         flags = {"SKIP": skip} | flags
     constants = Constants(

@@ -109,12 +109,13 @@ class Query:
     def __init__(self, problem: Problem, lse: bool, skip_lse: bool, skip: bool) -> None:
         batch, heads, queries, _ = problem.query
         fuse = problem.both and not skip
-        flags = {"BOTH": fuse, "MASS": fuse and problem.mass, "GATED": fuse and problem.gate is not None}
+        # The outputs of two bands pass through the L1 cache, for which two tiles of queries leave too little.
+        flags: dict[str, int] = {"QUERIES": 1 if fuse else 2, "BY_TOKEN": not skip and problem.out_by_token}
+        flags |= {"BOTH": fuse, "MASS": fuse and problem.mass, "GATED": fuse and problem.gate is not None}
         flags |= {"LSE": lse and not skip, "SKIP_LSE": skip_lse and not skip}
         sizes = (heads, queries, *problem.gate_strides, batch * heads * queries)
         scales = (problem.scale, problem.scale * LOG2E)
-        # The outputs of two bands pass through the L1 cache, for which two tiles of queries leave too little.
-        self.step = _step(QUERY, problem, sizes, scales, skip, QUERIES=1 if fuse else 2, **flags)
+        self.step = _step(QUERY, problem, sizes, scales, skip, **flags)
         self.skip, self.period = skip, _lags(problem, skip)[0]
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:

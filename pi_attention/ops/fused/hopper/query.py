@@ -20,6 +20,7 @@ from pi_attention.ops.fused.hopper.steps import (
     gate_weight,
     is_edge,
     lowest_keys,
+    place_of_head,
     place_of_tile,
     range_of_rows,
     rows_of_tile,
@@ -65,7 +66,7 @@ def _row_terms(
 def _outputs_of(
     tile, Out, SkipOut, Lse, SkipLse, Gate, sg_b, sg_h, sg_t, total, tiles, H, T,
     WHICH: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, wide: gl.constexpr, rows: gl.constexpr,
-    BOTH: gl.constexpr, GATED: gl.constexpr,
+    BY_TOKEN: gl.constexpr, BOTH: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Of the rows of a tile: outputs of both bands, log-sum-exps, gate logits. Beyond the last tile, those of the last.
 
@@ -75,13 +76,16 @@ def _outputs_of(
     of_head = (batch * H + head).to(gl.int64) * T
     token0 = number * 2 * BM + WHICH * BM
     line = token0 + gl.arange(0, BM, gl.SliceLayout(1, wide))
-    offset = (of_head + line)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
+    feature = gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
+    begin, step = place_of_head(batch, head, H, T, D, BY_TOKEN)
+    offset = begin + line.to(gl.int64)[:, None] * step + feature
     out = gl.load(Out + offset, mask=(line < T)[:, None], other=0.0)
     token = token0 + gl.arange(0, BM, rows)
     present = token < T
     lse = gl.load(Lse + of_head + token, mask=present, other=0.0)
     skip_out, lse_skip, logit = out, lse, lse
     if BOTH:
+        offset = (of_head + line)[:, None] * D + feature
         skip_out = gl.load(SkipOut + offset, mask=(line < T)[:, None], other=0.0)
         lse_skip = gl.load(SkipLse + of_head + token, mask=present, other=0.0)
         logit = gate_logits(Gate, sg_b, sg_h, sg_t, batch, head, token, present, GATED)
@@ -138,8 +142,8 @@ def _consumer(
     GradQ, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate, sg_b, sg_h, sg_t, all_rows,
     total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
     WHICH: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    QUERIES: gl.constexpr, SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, BOTH: gl.constexpr,
-    MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
+    QUERIES: gl.constexpr, BY_TOKEN: gl.constexpr, SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr,
+    BOTH: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
 ):  # fmt: skip
     """Rows [WHICH·BM, (WHICH + 1)·BM) of every tile; the queries' place takes their gradient at the end."""
     warps: gl.constexpr = gl.num_warps()
@@ -157,7 +161,7 @@ def _consumer(
     else:
         out, skip_out, lse, lse_skip, logit = _outputs_of(
             gl.program_id(0), Out, SkipOut, Lse, SkipLse, Gate, sg_b, sg_h, sg_t, total, tiles, H, T,
-            WHICH, GROUP, BM, D, wide, rows, BOTH, GATED,
+            WHICH, GROUP, BM, D, wide, rows, BY_TOKEN, BOTH, GATED,
         )  # fmt: skip
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         batch, head, residue, row0, begin, first_tile, steps, sink_tiles, _, _, span, lowest = range_of_rows(
@@ -205,7 +209,7 @@ def _consumer(
         else:
             out, skip_out, lse, lse_skip, logit = _outputs_of(
                 tile + gl.num_programs(0), Out, SkipOut, Lse, SkipLse, Gate, sg_b, sg_h, sg_t, total, tiles, H, T,
-                WHICH, GROUP, BM, D, wide, rows, BOTH, GATED,
+                WHICH, GROUP, BM, D, wide, rows, BY_TOKEN, BOTH, GATED,
             )  # fmt: skip
         q.store((dq * scale).to(k_s.dtype))
         fence_async_shared()
@@ -221,12 +225,13 @@ def query_kernel(
     Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
     sg_b, sg_h, sg_t, rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, QUERIES: gl.constexpr, BOTH: gl.constexpr,
-    MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
+    SEGMENTS: gl.constexpr, SKIP: gl.constexpr, PER_HEAD: gl.constexpr, QUERIES: gl.constexpr, BY_TOKEN: gl.constexpr,
+    BOTH: gl.constexpr, MASS: gl.constexpr, GATED: gl.constexpr, LSE: gl.constexpr, SKIP_LSE: gl.constexpr,
 ):  # fmt: skip
     """GradQ [B, H, T, D] and Terms [4, B, H, T]: `total` tiles of 2·BM query rows of a residue, `tiles` of them a head.
 
     The descriptors count as those of `forward_kernel`. SKIP: Terms are there, and GradQ is added to what is there.
+    BY_TOKEN: Out is [B, T, H, D].
     QUERIES: tiles of queries that there is room for; of two, the next one comes while one is computed.
     """
     all_rows = rows.to(gl.int64)
@@ -242,13 +247,13 @@ def query_kernel(
             grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             Starts, Bands, Lse, Terms, GradQ, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
             sg_b, sg_h, sg_t, all_rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
-            0, GROUP, BM, BN, D, STAGES, QUERIES, SEGMENTS, SKIP, PER_HEAD, BOTH, MASS, GATED, LSE, SKIP_LSE,
+            0, GROUP, BM, BN, D, STAGES, QUERIES, BY_TOKEN, SEGMENTS, SKIP, PER_HEAD, BOTH, MASS, GATED, LSE, SKIP_LSE,
         )),
         (_consumer, (
             grad_q_desc, q_s, grad_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             Starts, Bands, Lse, Terms, GradQ, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, GradGate,
             sg_b, sg_h, sg_t, all_rows, total, tiles, H, T, S, period, phase, first, last, sinks, scale, scale_log2,
-            1, GROUP, BM, BN, D, STAGES, QUERIES, SEGMENTS, SKIP, PER_HEAD, BOTH, MASS, GATED, LSE, SKIP_LSE,
+            1, GROUP, BM, BN, D, STAGES, QUERIES, BY_TOKEN, SEGMENTS, SKIP, PER_HEAD, BOTH, MASS, GATED, LSE, SKIP_LSE,
         )),
         (rows_producer, (
             q_desc, grad_desc, k_desc, v_desc, q_desc, q_s, grad_s, k_s, v_s, q_s, q_full, q_empty,

@@ -64,6 +64,18 @@ def place_of_tile(tile, tiles, H, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def place_of_head(batch, head, heads, length, D: gl.constexpr, BY_TOKEN: gl.constexpr):
+    """As `kernels.steps.place_of_head`: where the rows of a head begin, and from one to the next."""
+    if BY_TOKEN:
+        begin = (batch.to(gl.int64) * length * heads + head) * D
+        step = heads * D
+    else:
+        begin = (batch * heads + head).to(gl.int64) * length * D
+        step = D
+    return begin, step
+
+
+@gluon.jit
 def rows_of_tile(number, period, length, ROWS: gl.constexpr, SKIP: gl.constexpr):
     """Of a head's tile of ROWS rows: its residue, its first row there, and how many rows the residue has."""
     residue, row0 = 0, number * ROWS

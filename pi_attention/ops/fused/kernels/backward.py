@@ -29,6 +29,7 @@ from pi_attention.ops.fused.kernels.steps import (
     load_rows,
     load_tile,
     next_start,
+    place_of_head,
     share_of,
     soft_cap,
     store_rows,
@@ -40,10 +41,10 @@ from pi_attention.ops.fused.kernels.steps import (
 
 @triton.jit
 def row_terms(
-    d_out, lse, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate, SinkLogit, GradSinkLogit, of_head,
-    token, present, rows, sg_t,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BOTH: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
-    LSE: tl.constexpr, SKIP_LSE: tl.constexpr, SINK_LOGIT: tl.constexpr,
+    d_out, lse, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate, SinkLogit, GradSinkLogit,
+    batch, head, H, T, token, present, rows, sg_t,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BY_TOKEN: tl.constexpr, BOTH: tl.constexpr,
+    MASS: tl.constexpr, GATED: tl.constexpr, LSE: tl.constexpr, SKIP_LSE: tl.constexpr, SINK_LOGIT: tl.constexpr,
 ):  # fmt: skip
     """What the backward pass of each band needs of a query row; stored in Terms [4, B, H, T]: w and c, local and skip.
 
@@ -52,9 +53,11 @@ def row_terms(
     LSE, SKIP_LSE: whether the log-sum-exps have a gradient. SINK_LOGIT: see `terms_beside_sink`. Returns w and c of the
     local band.
     """
+    of_head = (batch.to(tl.int64) * H + head) * T
     index = of_head + token
+    begin, step = place_of_head(batch, head, H, T, D, BY_TOKEN)
     grad = d_out.to(tl.float32)
-    delta = tl.sum(grad * load_rows(Out + of_head * D, D, 1, token, present, D, BD).to(tl.float32), 1)
+    delta = tl.sum(grad * load_rows(Out + begin, step, 1, token, present, D, BD).to(tl.float32), 1)
     d_lse = tl.zeros([BM], tl.float32)
     if LSE:
         d_lse = tl.load(GradLse + index, mask=present, other=0.0)
@@ -311,21 +314,20 @@ def band_backward_query_kernel(
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d, sg_b,
     sg_h, sg_t, rows, tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
-    RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
-    MIRROR: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, BOTH: tl.constexpr, MASS: tl.constexpr,
-    GATED: tl.constexpr, LSE: tl.constexpr, SKIP_LSE: tl.constexpr, SINK_LOGIT: tl.constexpr,
+    BY_TOKEN: tl.constexpr, Q_BY_TOKEN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr,
+    PER_HEAD: tl.constexpr, MIRROR: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, BOTH: tl.constexpr,
+    MASS: tl.constexpr, GATED: tl.constexpr, LSE: tl.constexpr, SKIP_LSE: tl.constexpr, SINK_LOGIT: tl.constexpr,
     DESCRIBED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GradQ [B, H, T, D] of one tile of BM query rows of one residue; added to what is there with ADD.
+    """GradQ of one tile of BM query rows of one residue, added to what is there with ADD.
 
+    BY_TOKEN, Q_BY_TOKEN: Out and GradQ are [B, T, H, D]. BS > 0: the local band holds the sinks beyond it, too.
     DESCRIBED: K and V are tensor descriptors; SinkK and SinkV are the keys and values as pointers.
-    BS > 0: the local band holds the sinks beyond it, too.
     The local band comes first and makes the terms of all rows; with SKIP they are there.
     """
     rows = tl.cast(rows, tl.int64)
     tile, row_of_heads = tile_of_head(tl.program_id(0), tiles, GROUP)
-    batch, head = row_of_heads // H, row_of_heads % H
-    group = head // GROUP
+    batch, head, group = row_of_heads // H, row_of_heads % H, row_of_heads % H // GROUP
     period, phase, first, last, mirror_first, mirror_last = band_of_head(
         Bands, head, period, phase, first, last, mirror_first, mirror_last, PER_HEAD
     )
@@ -358,8 +360,8 @@ def band_backward_query_kernel(
                 SinkLogit += head
             weight, shift = row_terms(
                 d_out, lse, Out, SkipOut, SkipLse, GradLse, GradSkipLse, Gate, Terms, GradGate,
-                SinkLogit, GradSinkLogit, of_head, token, present, rows, sg_t,
-                D, BD, BM, BOTH, MASS, GATED, LSE, SKIP_LSE, SINK_LOGIT,
+                SinkLogit, GradSinkLogit, batch, head, H, T, token, present, rows, sg_t,
+                D, BD, BM, BY_TOKEN, BOTH, MASS, GATED, LSE, SKIP_LSE, SINK_LOGIT,
             )  # fmt: skip
         query_tag = load_query_tags(Starts, S - T + token, present, SEGMENTS)
         row_end = tl.minimum(row0 + BM, rows_here) - 1
@@ -384,7 +386,8 @@ def band_backward_query_kernel(
                     D, BD, BS, SOFTCAP, PRECISION,
                 )  # fmt: skip
                 start = next_start(query_tag, start)
-        store_rows(GradQ + of_head * D, D, token, present, dq * scale, D, BD, ADD)
+        begin, step = place_of_head(batch, head, H, T, D, Q_BY_TOKEN)
+        store_rows(GradQ + begin, step, token, present, dq * scale, D, BD, ADD)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -393,11 +396,13 @@ def band_backward_key_kernel(
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
     rows, tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, classes, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    K_BY_TOKEN: tl.constexpr, V_BY_TOKEN: tl.constexpr,
     RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
     MIRROR: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """GradK and GradV [B, classes, G, S, D] of one tile of BM key rows of one residue.
 
+    K_BY_TOKEN, V_BY_TOKEN: they are [B, S, G, D].
     A class holds the query heads of a group that have one period: their queries of a tile of keys are runs of rows.
     With PER_HEAD the table Members [G, classes, 1 + GROUP] says how many and which; else a group is one class.
     """
@@ -454,6 +459,8 @@ def band_backward_key_kernel(
                     sinks, scale_log2,
                     D, BD, BN, RING, SEGMENTS, SINKS, SOFTCAP, PRECISION,
                 )  # fmt: skip
-        of_group = unit.to(tl.int64) * S * D
-        store_rows(GradK + of_group, D, position, present, dk * scale, D, BD, ADD)
-        store_rows(GradV + of_group, D, position, present, dv, D, BD, ADD)
+        share, shares = unit % (groups * classes), groups * classes
+        begin, step = place_of_head(batch, share, shares, S, D, K_BY_TOKEN)
+        store_rows(GradK + begin, step, position, present, dk * scale, D, BD, ADD)
+        begin, step = place_of_head(batch, share, shares, S, D, V_BY_TOKEN)
+        store_rows(GradV + begin, step, position, present, dv, D, BD, ADD)

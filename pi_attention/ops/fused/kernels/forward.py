@@ -23,6 +23,7 @@ from pi_attention.ops.fused.kernels.steps import (
     load_tile,
     next_start,
     online_softmax,
+    place_of_head,
     soft_cap,
     start_of_softmax,
     store_rows,
@@ -141,12 +142,12 @@ def band_forward_kernel(
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sg_b, sg_h, sg_t,
     tiles, H, T, S, period, phase, first, last, mirror_first, mirror_last, sinks, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
-    RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
+    BY_TOKEN: tl.constexpr, RING: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr, PER_HEAD: tl.constexpr,
     MIRROR: tl.constexpr, FUSE: tl.constexpr, MASS: tl.constexpr, GATED: tl.constexpr,
     SINK_LOGIT: tl.constexpr, DESCRIBED: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BM query rows of one residue: Out [B, H, T, D] and Lse [B, H, T].
+    """One tile of BM query rows of one residue: Out [B, H, T, D], or BY_TOKEN [B, T, H, D], and Lse [B, H, T].
 
     DESCRIBED: K and V are tensor descriptors; SinkK and SinkV are the keys and values as pointers.
     BS > 0: the local band takes the sinks beyond it into its softmax, BS at a time. SINKS: the skip band leaves sinks
@@ -200,6 +201,7 @@ def band_forward_kernel(
                 start = next_start(query_tag, start)
         out, lse = end_of_softmax(acc, m, l)
         of_head = row_of_heads.to(tl.int64) * T
+        begin, step = place_of_head(batch, head, H, T, D, BY_TOKEN)
         tl.store(Lse + of_head + token, lse, mask=present)
         if FUSE:
             lse_skip = tl.load(SkipLse + of_head + token, mask=present, other=float("-inf"))
@@ -214,4 +216,4 @@ def band_forward_kernel(
             out = g * out + rest * load_rows(SkipOut + of_head * D, D, 1, token, present, D, BD).to(tl.float32)
         elif SINK_LOGIT:
             out = out * keep_share(lse, tl.load(SinkLogit + head).to(tl.float32))[:, None]
-        store_rows(Out + of_head * D, D, token, present, out, D, BD, False)
+        store_rows(Out + begin, step, token, present, out, D, BD, False)

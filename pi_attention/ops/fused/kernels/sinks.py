@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 
 from pi_attention.ops.fused.kernels.backward import add_to_key
-from pi_attention.ops.fused.kernels.steps import ABSENT, RUN_TIME, load_query_tags, load_rows, next_start, store_rows
+from pi_attention.ops.fused.kernels.steps import (
+    ABSENT,
+    RUN_TIME,
+    load_query_tags,
+    load_rows,
+    next_start,
+    place_of_head,
+    store_rows,
+)
 
 
 @triton.jit
@@ -54,7 +62,8 @@ def sink_backward_kernel(
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d, sd_b, sd_h, sd_t, sd_d,
     rows, chunks, H, T, S, window, sinks, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, CHUNK: tl.constexpr,
-    SEGMENTS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    K_BY_TOKEN: tl.constexpr, V_BY_TOKEN: tl.constexpr, SEGMENTS: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of queries, one tile of BS sinks of each segment that they belong to, one key head.
 
@@ -93,17 +102,19 @@ def sink_backward_kernel(
             store_rows(ShareK + of_share, D, sink - start, present, dk * scale, D, BD, False)
             store_rows(ShareV + of_share, D, sink - start, present, dv, D, BD, False)
         else:
-            of_group = unit.to(tl.int64) * S * D
             own = present & (sink < tl.minimum(following, S - T + token_end))  # later chunks see what lies beyond
-            store_rows(GradK + of_group, D, sink, own, dk * scale, D, BD, True)
-            store_rows(GradV + of_group, D, sink, own, dv, D, BD, True)
+            begin, step = place_of_head(batch, group, groups, S, D, K_BY_TOKEN)
+            store_rows(GradK + begin, step, sink, own, dk * scale, D, BD, True)
+            begin, step = place_of_head(batch, group, groups, S, D, V_BY_TOKEN)
+            store_rows(GradV + begin, step, sink, own, dv, D, BD, True)
         start = following
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def sink_sum_kernel(
     ShareK, ShareV, Owner, Starts, GradK, GradV, chunks, groups, S, sinks,
-    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SEGMENTS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
+    K_BY_TOKEN: tl.constexpr, V_BY_TOKEN: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """Add the shares of a segment, chunk by chunk, to the gradients of its sinks; by the program of its first share."""
     chunk, tile, unit = _place(chunks, sinks, BS)
@@ -128,6 +139,8 @@ def sink_sum_kernel(
                 other += 1
             if tl.load(Owner + other, mask=other < chunks, other=-1) != start:
                 other = chunks
-        of_group = unit.to(tl.int64) * S * D
-        store_rows(GradK + of_group, D, sink, present, dk, D, BD, True)
-        store_rows(GradV + of_group, D, sink, present, dv, D, BD, True)
+        batch, group = unit // groups, unit % groups
+        begin, step = place_of_head(batch, group, groups, S, D, K_BY_TOKEN)
+        store_rows(GradK + begin, step, sink, present, dk, D, BD, True)
+        begin, step = place_of_head(batch, group, groups, S, D, V_BY_TOKEN)
+        store_rows(GradV + begin, step, sink, present, dv, D, BD, True)

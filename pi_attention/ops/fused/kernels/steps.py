@@ -60,6 +60,18 @@ def last_row(origin, period, length):
 
 
 @triton.jit
+def place_of_head(batch, head, heads, length, D: tl.constexpr, BY_TOKEN: tl.constexpr):
+    """Where the rows of a head of a dense tensor begin, and from one to the next: [B, heads, length, D] or by token."""
+    if BY_TOKEN:
+        begin = (batch.to(tl.int64) * length * heads + head) * D
+        step = heads * D
+    else:
+        begin = (batch.to(tl.int64) * heads + head) * length * D
+        step = D
+    return begin, step
+
+
+@triton.jit
 def load_rows(X, stride_t, stride_d, token, present, D: tl.constexpr, BD: tl.constexpr):
     """Rows of a tensor by token index, zero where absent: [rows, BD]."""
     dim = tl.arange(0, BD)
