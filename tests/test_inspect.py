@@ -31,6 +31,13 @@ def test_coordinated_heads_in_words():
     assert "all skips, beside dense" not in rows
 
 
+def test_a_dense_layer_of_a_hybrid_in_words():
+    dense = PiConfig(window=80, layer_patterns=["local", "dense"]).patterns()[1]
+    rows = printed(dense)
+    assert rows["a query sees"] == "every token up to itself"
+    assert rows["reach of a layer"] == "everything before"
+
+
 def test_without_a_period_heads_are_coordinated_as_in_a_new_model():
     described, *_ = Inspect(heads=6)._describe()
     assert described == PiConfig(num_attention_heads=6, hidden_size=96).patterns()[:1]

@@ -158,10 +158,10 @@ class Inspect:
         of_heads = [visible_pairs(pattern, context, head=head) for head in range(len(pattern.periods))]
         local, skip = (sum(pairs) / len(of_heads) for pairs in zip(*of_heads, strict=True))
         table = Table(title=title, show_header=False)
-        table.add_row("a query sees", _in_words(pattern))
+        table.add_row("a query sees", _in_words(pattern, context))
         mean = f"mean over {counted(context, 'token')}"
         table.add_row("keys per query", f"{local / context:.1f} local and {skip / context:.1f} skip, {mean}")
-        reach = pattern.reach
+        reach = None if pattern.window >= context else pattern.reach
         table.add_row("reach of a layer", "everything before" if reach is None else f"{counted(reach, 'token')} back")
         for name, words in _of_one_layer(pattern, context):
             table.add_row(name, words)
@@ -220,7 +220,9 @@ def _of_the_stack(field: ReceptiveField) -> Table:
     return table
 
 
-def _in_words(pattern: PiPattern) -> str:
+def _in_words(pattern: PiPattern, context: int) -> str:
+    if pattern.window >= context:
+        return "every token up to itself" if pattern.causal else "every token"
     side = "the last" if pattern.causal else "on each side the nearest"
     words = [f"{side} {pattern.window:,} tokens"]
     if pattern.skips != 0:
