@@ -65,6 +65,11 @@ for dim in (64, 128):
             "query": (launch.query_kernel, WIDE[1], {**of_query, **LOCAL, "QUERIES": 1}),
             "query, one band": (launch.query_kernel, WIDE[1], {**of_query, **LOCAL, "BOTH": False, "QUERIES": 2}),
             "query, by token": (launch.query_kernel, WIDE[1], {**of_query, **LOCAL, "QUERIES": 1, "BY_TOKEN": True}),
+            "query, one band, by token": (
+                launch.query_kernel,
+                WIDE[1],
+                {**of_query, **LOCAL, "BOTH": False, "QUERIES": 2, "BY_TOKEN": True},
+            ),
             "key": (launch.key_kernel, WIDE[2], {**LOCAL, "ADD": True}),
         }
         if not segments:
@@ -88,7 +93,7 @@ def test_kernels_compile_for_hopper_and_fit_it():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == 16
+    assert len(rows) == 18
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY, row
         assert row["registers"] <= 168, row  # three warpgroups of 168 fill the register file

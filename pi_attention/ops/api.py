@@ -126,8 +126,8 @@ def pi_attention(
             "auto". An explicit choice never falls back to another.
 
     Returns:
-        out [B, H, T, D] in the dtype of query, and with `return_aux` the pair (out, PiAux). By the fused kernels, out
-        lies in memory as the query does: token by token, or head by head.
+        out [B, H, T, D] in the dtype of query, and with `return_aux` the pair (out, PiAux). By the fused kernels of
+        whole sequences, out lies in memory as the query does: token by token, or head by head.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, its value and the remedy.

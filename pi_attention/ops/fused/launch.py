@@ -296,9 +296,9 @@ def run_backward(
     absent = query  # a pointer that no kernel reads
     starts = absent if starts is None else starts
     of_query, of_key, of_value = plan.grads
-    out, lse = laid_out(saved.out, plan.out), saved.lse
+    out, lse = laid_out(saved.out, plan.out), saved.lse.contiguous()
     skip_out = out if saved.skip_out is None else saved.skip_out.contiguous()
-    skip_lse = lse if saved.skip_lse is None else saved.skip_lse
+    skip_lse = lse if saved.skip_lse is None else saved.skip_lse.contiguous()
     terms = torch.empty(4, *lse.shape, dtype=torch.float32, device=query.device)
     grad_gate = None if gate is None else empty_as(gate)
     of_sink: tuple[Tensor, ...] = () if sink_logit is None else (torch.empty_like(lse),)
