@@ -188,13 +188,21 @@ class TrainConfig:
             )
         model.pattern().check_heads(model.heads)
 
-    def check_gate(self) -> None:
-        """Raise ValueError for settings of a gate that is not there, which would change nothing."""
-        none = ModelSettings()
-        for name in ("fusion", "gate_features"):
-            value = getattr(self.model, name)
-            if not self.model.gate and value != getattr(none, name):
-                raise ValueError(f"{name}={value!r} is of a gate, and gate=False: add --gate, or leave it out.")
+    def check_unused(self) -> None:
+        """Raise ValueError for settings of a gate, of skips or of a window that no layer has: they change nothing."""
+        model, default, kinds = self.model, ModelSettings(), set(self.model.layer_patterns)
+        skips = "pi" in kinds and model.skips != 0
+        of_skips = "skips, and no layer has any: leave it out, or give skips to a layer"
+        settings = (
+            (model.gate, ("fusion", "gate_features"), "a gate, and gate=False: add --gate, or leave it out"),
+            (skips, ("period", "phase", "gate"), of_skips),
+            (skips or model.skips == 0, ("skips",), of_skips),
+            (kinds != {"dense"}, ("window", "sinks"), "a window, and all layers are dense: leave it out"),
+        )
+        for used, names, of in settings:
+            for name in names:
+                if not used and getattr(model, name) != getattr(default, name):
+                    raise ValueError(f"{name}={getattr(model, name)!r} is of {of}.")
 
 
 def pairs_of(name: str) -> int | None:

@@ -113,7 +113,7 @@ def settings_and_checkpoint(asked: TrainConfig) -> tuple[TrainConfig, Path | Non
     else:
         config = asked
         refuse_to_overwrite(config)
-        config.check_gate()
+        config.check_unused()
     config.check()
     if config.optimizer.compile and rank_and_ranks() is not None:
         raise ValueError("compile=True is not supported with parallel: leave one of them out.")
