@@ -118,7 +118,7 @@ class ReceptiveField:
         return [(self.query - end + 1, self.query - start) for start, end in reversed([*intervals_of(missing)])]
 
     def hops(self) -> list[int]:
-        """For each position the fewest layers through which it is seen; −1 for never."""
+        """For each position the fewest layers through which it is seen, counted from the last one; −1 for never."""
         found = [-1] * self.context
         before = 0
         for layers, bits in enumerate(self.seen):

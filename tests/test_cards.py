@@ -58,6 +58,17 @@ def test_each_pattern_and_each_kind_of_head_has_its_line():
     assert strips == ["####+...+...", "####.+...+..", "####..+...+.", "####...+...+"]
 
 
+def test_the_card_of_a_hybrid_says_what_its_layers_see():
+    hybrid = card_text("m", PiConfig(**SIZES, window=4, layer_patterns=["local", "dense"]), {})
+    assert "by layer, its queries attend to everything before them or to a window of neighbours." in hybrid
+    assert "`#` window, `.` nothing" in hybrid and "keeps every token in the layers that see everything" in hybrid
+    dense = card_text("m", PiConfig(**SIZES, window=4, layer_patterns=["dense"]), {})
+    assert "its queries attend to everything before them." in dense
+    assert "sparse-attention" not in dense and "Each line" not in dense
+    sparse = card_text("m", PiConfig(**SIZES, window=4, skips=2), {})
+    assert "a window of neighbours and periodic skips." in sparse and "a cache of bounded memory" in sparse
+
+
 def test_a_strip_is_made_without_walking_its_lags():
     pattern = PiPattern(4, 2**40, 2)  # a walk would take days
     text = card_text("m", PiConfig(**SIZES, **pattern.to_dict()), {})
@@ -89,12 +100,13 @@ def test_the_card_of_a_run_tells_its_data_and_losses(tmp_path):
 def test_convert_writes_what_the_conversion_cost(tmp_path):
     llama().save_pretrained(tmp_path / "dense")
     byte_tokenizer().save_pretrained(tmp_path / "dense")
-    shape = ["--window", "8", "--period", "8", "--skips", "2", "--context", "64", "--eval-blocks", "1"]
+    shape = ["--window", "8", "--period", "8", "--skips", "2", "--context", "64", "--eval-blocks", "1", "--layers", "1"]
     folders = ["--model", str(tmp_path / "dense"), "--out", str(tmp_path / "out")]
     assert parse(["convert", *folders, *shape]).execute(make_console()) == 0
     text = (tmp_path / "out" / CARD).read_text()
     assert "| perplexity, dense | " in text and ", untrained | " in text
     assert "](pattern.png)" in text and "base_model" not in fields(text)
+    assert "| 0 | dense |" in text and "| 1 | 8 | 8 |" in text
     evaluate = ["eval", str(tmp_path / "out"), "--limit", "1"]  # at the model's own context
     assert parse([*evaluate, "--data", "shakespeare"]).execute(make_console()) == 0
     with pytest.raises(ValueError, match="data is needed"):

@@ -225,6 +225,10 @@ def test_no_wrong_call_of_very_many_ends_in_a_traceback_or_in_success(seed, plac
         (["train", "--data", ""], "data is empty"),
         (["train", "--fusion", "mass"], "fusion='mass' is of a gate, and gate=False: add --gate"),
         (["train", "--gate", "--skips", "0"], "gate=True is of skips, and no layer has any"),
+        (
+            ["train", "--layers", "1", "--layer-patterns", "local", "dense"],
+            "layer_patterns has 2 entries, and layers=1",
+        ),
         (["train", "--skips", "9", "--layer-patterns", "local", "dense"], "skips=9 is of skips, and no layer has any"),
         (["train", "--skips", "0", "--period", "9"], "period=(9,) is of skips, and no layer has any"),
         (["train", "--window", "9", "--layer-patterns", "dense"], "window=9 is of a window, and all layers are dense"),

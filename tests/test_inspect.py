@@ -5,9 +5,10 @@ import io
 from rich.console import Console
 
 from pi_attention import PiPattern
-from pi_attention.cli.inspect import Inspect
+from pi_attention.cli.inspect import Inspect, _of_the_stack
 from pi_attention.models import PiConfig
 from pi_attention.pattern import coordinated_heads
+from pi_attention.receptive_field import receptive_field
 
 
 def printed(pattern, *, context=2048, heads=4, kv_heads=4):
@@ -36,6 +37,9 @@ def test_a_dense_layer_of_a_hybrid_in_words():
     rows = printed(dense)
     assert rows["a query sees"] == "every token up to itself"
     assert rows["reach of a layer"] == "everything before"
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(_of_the_stack(receptive_field([dense, *[PiPattern(8, 1, 0)] * 2], 64), alike=False))
+    assert "the last 3 layers" in console.export_text()
 
 
 def test_without_a_period_heads_are_coordinated_as_in_a_new_model():

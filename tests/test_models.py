@@ -252,6 +252,10 @@ def test_wrong_arguments_are_named():
         model()
     with pytest.raises(ValueError, match="layer_patterns"):
         PiConfig(**SIZES, layer_patterns=["full"])
+    with pytest.raises(TypeError, match="layer_patterns must be a list"):
+        PiConfig(**SIZES, layer_patterns="dense")
+    with pytest.warns(UserWarning, match="the last 1 are not used"):
+        PiConfig(**SIZES | {"num_hidden_layers": 2}, layer_patterns=["local", "local", "dense"])
     with pytest.raises(ValueError, match="entries"):
         PiConfig(**SIZES, period=[3, 4])
     with pytest.raises(ValueError, match="phase has 2 entries but there are 4 query heads"):

@@ -106,3 +106,10 @@ def test_the_density_picture_holds_the_octaves():
     values, edges, _ = steps.get_data()
     assert list(edges) == [1, 16, 32, 64, 128, 256, 512, 1024, 2048]
     assert [*values[:6]] == pytest.approx([1, 0.25, 0.25, 0.25, 0.25, 0.25 * 16 / 256])
+
+
+def test_the_pictures_of_a_hybrid_show_its_windows():
+    window, dense = PiPattern(8, 1, 0), PiPattern(2**40, 1, 0)
+    titles = [plots.stack_picture(stack, 64).axes[0].get_title() for stack in ([window, window, dense], [window] * 2)]
+    assert titles == ["layers 0, 1 of 3, all heads", "one layer, all heads"]
+    assert plots.density_picture({"window": window, "dense": dense}, 64).axes[0].get_ylim()[1] < 10

@@ -32,6 +32,8 @@ class Convert:
     """First tokens that stay visible; pretrained models need some."""
     phase: tuple[int, ...] = (0,)
     """Tokens by which skips stand off multiples of the period: one for all heads, or one per head."""
+    layers: tuple[int, ...] | None = None
+    """Indices of the layers to convert, from 0 on; None converts all that attend to everything."""
     gate: bool = False
     """Add a learned fusion gate to each converted layer."""
     finetune_steps: int = 0
@@ -59,6 +61,7 @@ class Convert:
             raise FileExistsError(f"out={str(self.out)!r} holds a model already: choose another folder, or delete it.")
         from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
+        from pi_attention.convert.config import need_layers
         from pi_attention.data.corpus import load_documents
         from pi_attention.data.packing import blocks_named, hold_out
         from pi_attention.models.card import write_card
@@ -78,6 +81,9 @@ class Convert:
         if self.finetune_steps and self.part == "lora":
             need_peft()
         config = need_decoder(self.model)
+        layers = (
+            None if self.layers is None else need_layers(list(self.layers), getattr(config, "num_hidden_layers", 0))
+        )
         if hasattr(config, "num_attention_heads"):
             pattern.check_heads(config.num_attention_heads)
         tokenizer = load_tokenizer_of(self.model)
@@ -98,7 +104,7 @@ class Convert:
 
         converted = convert(model, PiPattern(self.context, 1, 0), gate=False)  # every key of a block
         report("dense")
-        converted = convert(model, pattern, gate=self.gate)
+        converted = convert(model, pattern, gate=self.gate, layers=layers)
         report("π-Attention, untrained")
         if self.finetune_steps:
             with TemporaryDirectory() as folder:
@@ -116,7 +122,7 @@ class Convert:
         with replacing_folder(self.out, "config.json") as partial:
             converted.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            picture = save_picture(partial, [pattern], self.context)
+            picture = save_picture(partial, converted.config.patterns(), self.context)
             base_model = "" if Path(self.model).exists() else self.model
             write_card(partial, converted.config, facts, base_model=base_model, picture=picture)
         console.print(f"Saved in {self.out}. Next: pi-attention generate {self.out}", soft_wrap=True)

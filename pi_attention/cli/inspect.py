@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi_attention.cli.runs import model_folder, need_ours
+from pi_attention.describe import by_layers, in_words, is_dense
 from pi_attention.paths import need_folder
 from pi_attention.pattern import PiPattern, pattern_for
 from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density, keys_read, receptive_field
@@ -71,14 +72,15 @@ class Inspect:
             raise ValueError(f"context={context} and layers={len(stack)} must be at least 1.")
         if self.html and (len(set(stack)) > 1 or not stack[0].causal or stack[0].skips is None):
             raise ValueError("html=True shows one causal pattern with a number of skips for all layers: leave it out.")
-        for title, pattern in _by_layers(stack).items():
+        layers = by_layers(stack)
+        for pattern, title in layers.items():
             console.print(self._table(pattern, title, context, heads, kv_heads, head_dim))
         field = receptive_field(stack, context)
-        console.print(_of_the_stack(field))
+        console.print(_of_the_stack(field, alike=len(layers) == 1))
         pictures = {
-            "pattern.png": plots.pattern_picture(stack[0], plots.telling_length(stack[0], context)),
+            "pattern.png": plots.stack_picture(stack, context),
             "receptive_field.png": plots.coverage_picture(field),
-            "density.png": plots.density_picture(_by_layers(stack), context),
+            "density.png": plots.density_picture({title: pattern for pattern, title in layers.items()}, context),
         }
         if self.empirical:
             pictures |= self._measured(console)
@@ -117,7 +119,7 @@ class Inspect:
         ids = torch.randint(0, model.config.vocab_size, (1, self.tokens), generator=torch.Generator().manual_seed(0))
         found = influence(model, ids)
         table = Table(
-            "layers needed", "positions", "median norm of the gradient", title="Jacobian of the last position"
+            "last layers needed", "positions", "median norm of the gradient", title="Jacobian of the last position"
         )
         for number, positions, norm in found.by_hops():
             table.add_row(str(number), f"{positions:,}", f"{norm:.3g}")
@@ -158,10 +160,10 @@ class Inspect:
         of_heads = [visible_pairs(pattern, context, head=head) for head in range(len(pattern.periods))]
         local, skip = (sum(pairs) / len(of_heads) for pairs in zip(*of_heads, strict=True))
         table = Table(title=title, show_header=False)
-        table.add_row("a query sees", _in_words(pattern, context))
+        table.add_row("a query sees", in_words(pattern, context))
         mean = f"mean over {counted(context, 'token')}"
         table.add_row("keys per query", f"{local / context:.1f} local and {skip / context:.1f} skip, {mean}")
-        reach = None if pattern.window >= context else pattern.reach
+        reach = None if is_dense(pattern, context) else pattern.reach
         table.add_row("reach of a layer", "everything before" if reach is None else f"{counted(reach, 'token')} back")
         for name, words in _of_one_layer(pattern, context):
             table.add_row(name, words)
@@ -184,12 +186,6 @@ class Inspect:
         return table
 
 
-def _by_layers(stack: list[PiPattern]) -> dict[str, PiPattern]:
-    """The patterns of a stack that differ, by the words for their layers."""
-    layers = {p: ", ".join(str(n) for n, other in enumerate(stack) if other == p) for p in dict.fromkeys(stack)}
-    return {f"layer{'s' if ',' in numbers else ''} {numbers}": pattern for pattern, numbers in layers.items()}
-
-
 def _of_one_layer(pattern: PiPattern, context: int) -> list[tuple[str, str]]:
     """Which lags the heads see together, and how many keys a lag has."""
     covered, density = joint_coverage(pattern, context), key_density(pattern, context)
@@ -205,7 +201,7 @@ def _of_one_layer(pattern: PiPattern, context: int) -> list[tuple[str, str]]:
     ]
 
 
-def _of_the_stack(field: ReceptiveField) -> Table:
+def _of_the_stack(field: ReceptiveField, alike: bool) -> Table:
     holes, hops = field.holes(), field.layers_to_cover()
     which = "last" if field.query == field.context - 1 else "middle"
     title = f"the {which} token of {field.context:,} through {counted(field.layers, 'layer')}"
@@ -215,27 +211,6 @@ def _of_the_stack(field: ReceptiveField) -> Table:
     table.add_row(
         "first hole", f"lags {holes[0][0]:,} to {holes[0][1]:,}, of {counted(len(holes), 'hole')}" if holes else "none"
     )
-    through = "more layers than these" if hops is None else counted(hops, "layer")
+    through = "more layers than these" if hops is None else f"{'' if alike else 'the last '}{counted(hops, 'layer')}"
     table.add_row("sees everything through", through)
     return table
-
-
-def _in_words(pattern: PiPattern, context: int) -> str:
-    if pattern.window >= context:
-        return "every token up to itself" if pattern.causal else "every token"
-    side = "the last" if pattern.causal else "on each side the nearest"
-    words = [f"{side} {pattern.window:,} tokens"]
-    if pattern.skips != 0:
-        count = "every" if pattern.skips is None else f"{pattern.skips}"
-        lags = f"multiples of {_of_heads(pattern.period, 'period')}"
-        if any(pattern.phases):
-            lags += f" plus {_of_heads(pattern.phase, 'phase')}"
-        words.append(f"{count} key{'' if pattern.skips is None else 's'} at {lags} beyond them")
-    if pattern.sinks:
-        words.append(f"the first {pattern.sinks}")
-    return ", ".join(words)
-
-
-def _of_heads(value: int | tuple[int, ...], name: str) -> str:
-    """A period or a phase in words, whether one for all heads or one a head."""
-    return f"{', '.join(map(str, value))} (one {name} a head)" if isinstance(value, tuple) else str(value)

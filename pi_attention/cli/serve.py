@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from pi_attention.describe import by_layers, in_words
 from pi_attention.paths import need_file
 
 
@@ -87,10 +88,11 @@ class Serve:
         from pi_attention.serving.memory import request_bytes
 
         model, limits = engine.model, engine.limits
-        patterns = list(dict.fromkeys(map(str, model.config.patterns())))
+        layers = by_layers(model.config.patterns()).items()
+        patterns = "; ".join(f"{where}: {in_words(pattern)}" for pattern, where in layers)
         most = request_bytes(model, limits.prompt_tokens + limits.new_tokens)
         return (
             f"serves {engine.name!r}: {type(model).__name__} of {model.num_parameters():,} parameters, {model.device}; "
-            f"{' and '.join(patterns)}; cache {most:,} bytes a request at most, {self.requests} requests at once; "
+            f"{patterns}; cache {most:,} bytes a request at most, {self.requests} requests at once; "
             f"prompts up to {limits.prompt_tokens:,} tokens, {limits.new_tokens:,} new ones"
         )

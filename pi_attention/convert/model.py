@@ -257,6 +257,6 @@ def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool) -> None:
     if context is not None and pattern.reach is not None and pattern.reach > context:
         warnings.warn(
             f"{pattern} reaches {pattern.reach} tokens back, further than the context of {context} that the model was "
-            "trained for: beyond it, skips show it lags that it does not know.",
+            "trained for: beyond it are lags that it does not know.",
             stacklevel=3,
         )

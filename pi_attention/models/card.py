@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pi_attention.describe import by_layers, is_dense
 from pi_attention.files import PARTIAL, write_text
 from pi_attention.pattern import PiPattern
 
@@ -37,24 +38,39 @@ def card_text(name: str, config: Any, facts: Mapping[str, str], base_model: str 
     converted = config.model_type == "pi_converted"
     kind = type(getattr(config, "text_config", config)).__name__.removesuffix("Config")
     what = f"a pretrained {kind} decoder with π-Attention in its layers" if converted else "a π-Transformer"
+    patterns = config.patterns()
     parts = [
-        _front_matter(base_model),
-        f"# {name}\n\nThis is {what}: each query attends to a window of neighbours and to periodic skips.",
-        "## Pattern\n\n" + _table_of_patterns(config.patterns()),
+        _front_matter(base_model, sparse=not all(map(is_dense, patterns))),
+        f"# {name}\n\nThis is {what}: {_in_one_sentence(patterns)}.",
+        "## Pattern\n\n" + _table_of_patterns(patterns),
     ]
     if picture:
         parts.append(f"![who sees what, and the lags of each head]({picture})")
-    parts.append(_strips(config.patterns()))
+    parts += _strips(patterns)
     if facts:
         rows = [f"| {_cell(fact)} | {_cell(value)} |" for fact, value in facts.items()]
         parts.append("## Training\n\n" + "\n".join(["| what | value |", "| --- | --- |", *rows]))
-    parts.append(_use(name, converted))
+    bounded = not any(is_dense(pattern) or pattern.reach is None for pattern in patterns)
+    parts.append(_use(name, converted, bounded))
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(base_model: str) -> str:
+def _in_one_sentence(patterns: Sequence[PiPattern]) -> str:
+    """What its queries attend to, by the kinds of its layers."""
+    kinds = {
+        "everything before them": any(map(is_dense, patterns)),
+        "a window of neighbours": any(pattern.skips == 0 and not is_dense(pattern) for pattern in patterns),
+        "a window of neighbours and periodic skips": any(pattern.skips != 0 for pattern in patterns),
+    }
+    found = [words for words, there in kinds.items() if there]
+    if len(found) == 1:
+        return f"its queries attend to {found[0]}"
+    return f"by layer, its queries attend to {' or to '.join(found)}"
+
+
+def _front_matter(base_model: str, sparse: bool) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- pi-attention"]
-    lines += ["- sparse-attention", "- long-context"]
+    lines += ["- sparse-attention", "- long-context"] if sparse else []
     if base_model:
         lines.append(f"base_model: {json.dumps(base_model, ensure_ascii=False)}")
     return "\n".join([*lines, "---"])
@@ -64,22 +80,10 @@ def _cell(text: str) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
-def _by_pattern(patterns: Sequence[PiPattern]) -> dict[PiPattern, str]:
-    """The patterns that differ, each with the words for its layers."""
-    return {
-        pattern: ", ".join(str(layer) for layer, other in enumerate(patterns) if other == pattern)
-        for pattern in dict.fromkeys(patterns)
-    }
-
-
-def _is_dense(pattern: PiPattern) -> bool:
-    return pattern.skips == 0 and pattern.window >= 2**30
-
-
 def _table_of_patterns(patterns: Sequence[PiPattern]) -> str:
     lines = ["| layers | window | period | phase | skips | sinks | keys a query | reach |", "| --- " * 8 + "|"]
-    for pattern, layers in _by_pattern(patterns).items():
-        if _is_dense(pattern):
+    for pattern, layers in _numbers(patterns):
+        if is_dense(pattern):
             lines.append(f"| {layers} | dense | | | | | all | everything before |")
             continue
         skips = "every" if pattern.skips is None else f"{pattern.skips:,}"
@@ -91,25 +95,35 @@ def _table_of_patterns(patterns: Sequence[PiPattern]) -> str:
     return "\n".join(lines)
 
 
+def _numbers(patterns: Sequence[PiPattern]) -> list[tuple[PiPattern, str]]:
+    """The patterns that differ, each with the numbers of its layers."""
+    return [(pattern, words.partition(" ")[2]) for pattern, words in by_layers(patterns).items()]
+
+
 def _of_heads(value: int | tuple[int, ...]) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _strips(patterns: Sequence[PiPattern]) -> str:
-    """What a head sees by lag, for each pattern and each kind of head: # window, + skip, . nothing."""
+def _strips(patterns: Sequence[PiPattern]) -> list[str]:
+    """What a head sees by lag, for each pattern and each kind of head: # window, + skip, . nothing; dense layers aside.
+
+    The strips and their legend, or nothing where all layers are dense.
+    """
     lines: list[str] = []
-    for pattern, layers in _by_pattern(patterns).items():
-        if _is_dense(pattern):
-            continue
+    sparse = {pattern: words for pattern, words in by_layers(patterns).items() if not is_dense(pattern)}
+    for pattern, words in sparse.items():
         most = 4 * pattern.window if pattern.reach is None else pattern.reach
         cell = -(-(most + 1) // STRIP)
         bands = pattern.skip_bands() if pattern.skips != 0 else ()
         kinds: list[Any] = list(dict.fromkeys(bands)) or [None]
-        lines.append(f"layers {layers}: lags 0 to {most:,} from left to right, {cell:,} a letter")
+        lines.append(f"{words}: lags 0 to {most:,} from left to right, {cell:,} a letter")
         for band in kinds:
             bins = (range(first, min(first + cell, most + 1)) for first in range(0, most + 1, cell))
             lines.append("".join(_letter(pattern, band, lags) for lags in bins))
-    return "\n".join(["```text", *lines, "```", "", "Each line is a kind of head: `#` window, `+` skip, `.` nothing."])
+    if not sparse:
+        return []
+    skip = ", `+` skip" if any(pattern.skips != 0 for pattern in sparse) else ""
+    return ["\n".join(["```text", *lines, "```"]), f"Each line is a kind of head: `#` window{skip}, `.` nothing."]
 
 
 def _letter(pattern: PiPattern, band: Any, lags: range) -> str:
@@ -119,7 +133,8 @@ def _letter(pattern: PiPattern, band: Any, lags: range) -> str:
     return "+" if seen and seen[-1] >= lags.start else "."
 
 
-def _use(name: str, converted: bool) -> str:
+def _use(name: str, converted: bool, bounded: bool) -> str:
+    memory = "of bounded memory" if bounded else "that keeps every token in the layers that see everything"
     module = "pi_attention.convert" if converted else "pi_attention.models"
     return f"""## Use
 
@@ -136,8 +151,9 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-`model.generate` decodes with a cache of bounded memory. To serve it, call `generate` in a process that imports
-`{module}`: servers that do not know π-Attention cannot load it, or compute dense attention in its place."""
+`model.generate` decodes with a cache {memory}.
+To serve it, call `generate` in a process that imports `{module}`: servers that do not know π-Attention cannot
+load it, or compute dense attention in its place."""
 
 
 class WithCard:

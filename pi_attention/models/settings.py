@@ -33,6 +33,7 @@ def check_settings(given: dict[str, Any]) -> None:
             raise TypeError(f"{name} must be True or False, got {given[name]!r}.")
     for name, least in (("rms_norm_eps", 0.0), ("initializer_range", 0.0)):
         _need_number(name, given[name], least)
+    _check_layer_patterns(given["layer_patterns"], given["num_hidden_layers"])
     parameters = given["rope_parameters"]
     if given["rope_theta"] is not None:
         _need_number("rope_theta", given["rope_theta"], math.ulp(0.0))
@@ -45,6 +46,19 @@ def check_settings(given: dict[str, Any]) -> None:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
         raise ValueError(f"rope_type={kind!r} is unknown: use one of {sorted({'default', *ROPE_INIT_FUNCTIONS})}.")
+
+
+def _check_layer_patterns(kinds: Any, layers: int) -> None:
+    if kinds is None:
+        return
+    if not isinstance(kinds, list | tuple):
+        raise TypeError(f'layer_patterns must be a list such as ["local", "dense"], got {kinds!r}.')
+    if len(kinds) > layers:
+        warnings.warn(
+            f"layer_patterns has {len(kinds)} entries, and num_hidden_layers={layers}: the last {len(kinds) - layers} "
+            "are not used. Give as many layers, or a multiple.",
+            stacklevel=4,
+        )
 
 
 def warn_of_unknown(names: list[str], init: Callable[..., None]) -> None:

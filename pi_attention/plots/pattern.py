@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from pi_attention.describe import by_layers, is_dense
 from pi_attention.pattern import Band, PiPattern
 from pi_attention.plots.style import HEADS, LOCAL, PAPER, PIXELS, SINKS, figure_of
 from pi_attention.receptive_field import joint_coverage
@@ -70,7 +72,7 @@ def _label(pattern: PiPattern, band: Band, heads: list[int], *, few: int = 3) ->
     return f"{who}: {', '.join(what)}"
 
 
-def _mask_axis(axis: Any, pattern: PiPattern, length: int) -> None:
+def _mask_axis(axis: Any, pattern: PiPattern, length: int, whose: str) -> None:
     """Queries by keys of one layer, all heads together."""
     cell = -(-length // PIXELS)  # or most of the thin diagonals would fall between pixels
     cells = -(-length // cell)
@@ -87,7 +89,7 @@ def _mask_axis(axis: Any, pattern: PiPattern, length: int) -> None:
         axis.tick_params(which="minor", length=0)
     axis.grid(visible=False, which="major")
     axis.set(xlim=(0, length), ylim=(length, 0), xlabel="key position", ylabel="query position")
-    axis.set_title("one layer, all heads", fontsize=9)
+    axis.set_title(f"{whose}, all heads", fontsize=9)
 
 
 def _lags_axis(axis: Any, pattern: PiPattern, length: int, *, most: int = 16) -> None:
@@ -147,7 +149,15 @@ def _strip(axis: Any, place: float, colours: Tensor, near: Tensor, skip: Tensor,
         axis.vlines(range(1, bins), place - 0.4, place + 0.4, color=PAPER, linewidth=0.8)
 
 
-def pattern_picture(pattern: PiPattern, length: int) -> Figure:
+def stack_picture(patterns: Sequence[PiPattern], context: int) -> Figure:
+    """`pattern_picture` of the first layer that is not dense, if there is one, named with the layers like it."""
+    layers = by_layers(patterns)
+    shown = next((pattern for pattern in layers if not is_dense(pattern, context)), patterns[0])
+    whose = "one layer" if len(layers) == 1 else f"{layers[shown]} of {len(patterns)}"
+    return pattern_picture(shown, telling_length(shown, context), whose)
+
+
+def pattern_picture(pattern: PiPattern, length: int, whose: str = "one layer") -> Figure:
     """The keys that the queries of `length` tokens see in one layer: window, skips in the colour of their head, sinks.
 
     Left: queries by keys, all heads together. Right: the lags of each kind of head, and what they see together.
@@ -155,7 +165,7 @@ def pattern_picture(pattern: PiPattern, length: int) -> Figure:
     heads = heads_alike(pattern)
     height = max(4.1, 1.6 + 0.36 * min(len(heads), 16))
     figure, axes = figure_of(10, height, ncols=2, width_ratios=[height - 1, 10.4 - height])
-    _mask_axis(axes[0], pattern, length)
+    _mask_axis(axes[0], pattern, length, whose)
     _lags_axis(axes[1], pattern, length)
     count = "all" if pattern.skips is None else f"{pattern.skips:,}"
     entries = {f"window: the last {pattern.window:,} keys" if pattern.causal else f"window {pattern.window:,}": LOCAL}

@@ -8,6 +8,7 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from pi_attention.describe import is_dense
 from pi_attention.pattern import PiPattern
 from pi_attention.plots.lines import curves
 from pi_attention.plots.style import COLOURS, LOCAL, PAPER, figure_of
@@ -25,8 +26,9 @@ def density_picture(patterns: dict[str, PiPattern], context: int) -> Figure:
         octaves = [(first, last, float(density)) for first, last, density in key_density(pattern, context)]
         edges = [max(first, 1) for first, _, _ in octaves] + [context]
         axes.stairs([density or float("nan") for *_, density in octaves], edges, baseline=None, label=label, **look)
-    widest = max(pattern.window for pattern in patterns.values())
-    axes.plot([widest, context], [1, widest / context], color="#808890", linestyle=":", label="∝ 1/lag")
+    windows = [pattern.window for pattern in patterns.values() if not is_dense(pattern, context)]
+    if windows:
+        axes.plot([max(windows), context], [1, max(windows) / context], color="#808890", linestyle=":", label="∝ 1/lag")
     axes.set(
         xlabel="lag (tokens back)",
         ylabel="keys a lag, mean of heads",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_attention import plots
+from pi_attention.describe import is_dense
 from pi_attention.models.card import write_card
 from pi_attention.pattern import PiPattern
 from pi_attention.training.config import TrainConfig
@@ -40,8 +41,7 @@ def write_run_card(folder: Path, config: Any, settings: TrainConfig, summary: di
 
 def save_picture(folder: Path, patterns: list[PiPattern], context: int) -> str:
     """The picture of the first pattern that is not dense, in the folder; its name, or nothing where all are dense."""
-    sparse = [pattern for pattern in patterns if pattern.skips != 0 or pattern.window < context]
-    if not sparse:
+    if all(is_dense(pattern, context) for pattern in patterns):
         return ""
-    plots.save(plots.pattern_picture(sparse[0], plots.telling_length(sparse[0], context)), folder / PICTURE)
+    plots.save(plots.stack_picture(patterns, context), folder / PICTURE)
     return PICTURE

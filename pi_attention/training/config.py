@@ -199,6 +199,12 @@ class TrainConfig:
             (skips or model.skips == 0, ("skips",), of_skips),
             (kinds != {"dense"}, ("window", "sinks"), "a window, and all layers are dense: leave it out"),
         )
+        entries = len(model.layer_patterns)
+        if entries > model.layers:
+            raise ValueError(
+                f"layer_patterns has {entries} entries, and layers={model.layers}: the last ones would not be used. "
+                "Give as many layers, or a multiple."
+            )
         for used, names, of in settings:
             for name in names:
                 if not used and getattr(model, name) != getattr(default, name):

@@ -40,8 +40,8 @@ def write_report(
     model.eval()
     metrics = read_metrics(out)
     plots.save(plots.loss_curve(metrics), out / "loss.png")
-    pattern = model.config.pattern
-    plots.save(plots.pattern_picture(pattern, plots.telling_length(pattern, config.data.context)), out / "pattern.png")
+    patterns = model.config.patterns()
+    plots.save(plots.stack_picture(patterns, config.data.context), out / "pattern.png")
     block = validation[0]
     with record_aux(model) as aux:
         model(
@@ -50,7 +50,9 @@ def write_report(
             use_cache=False,
         )
     gates = [calls[0].gate[0].float().cpu() for calls in aux.values()]
-    plots.save(plots.gate_picture(gates), out / "gate.png")
+    gates = [gate for gate, pattern in zip(gates, patterns, strict=True) if pattern.skips != 0]
+    if gates:
+        plots.save(plots.gate_picture(gates), out / "gate.png")
 
     write_text(out / "sample.txt", _sample(model, tokenizer, block["input_ids"], config.run.seed))
     last = {key: value for line in metrics for key, value in line.items() if key in ("loss", "eval_loss", "step")}

@@ -1,0 +1,46 @@
+"""The patterns of a stack of layers in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pi_attention.pattern import PiPattern
+
+EVERYTHING = 2**30
+"""A window from which on a layer is called dense, whatever the context."""
+
+
+def is_dense(pattern: PiPattern, context: int = EVERYTHING) -> bool:
+    """Whether a query sees every token of the context, by its window."""
+    return pattern.window >= context
+
+
+def by_layers(patterns: Sequence[PiPattern]) -> dict[PiPattern, str]:
+    """The patterns of a stack that differ, each with its layers: "layer 3", "layers 0, 1"."""
+    found = {}
+    for pattern in dict.fromkeys(patterns):
+        layers = [str(layer) for layer, other in enumerate(patterns) if other == pattern]
+        found[pattern] = f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+    return found
+
+
+def in_words(pattern: PiPattern, context: int = EVERYTHING) -> str:
+    """What a query sees: "the last 16 tokens, 64 keys at multiples of 4 beyond them"."""
+    if is_dense(pattern, context):
+        return "every token up to itself" if pattern.causal else "every token"
+    side = "the last" if pattern.causal else "on each side the nearest"
+    words = [f"{side} {pattern.window:,} tokens"]
+    if pattern.skips != 0:
+        count = "every" if pattern.skips is None else f"{pattern.skips}"
+        lags = f"multiples of {_of_heads(pattern.period, 'period')}"
+        if any(pattern.phases):
+            lags += f" plus {_of_heads(pattern.phase, 'phase')}"
+        words.append(f"{count} key{'' if pattern.skips is None else 's'} at {lags} beyond them")
+    if pattern.sinks:
+        words.append(f"the first {pattern.sinks}")
+    return ", ".join(words)
+
+
+def _of_heads(value: int | tuple[int, ...], name: str) -> str:
+    """A period or a phase in words, whether one for all heads or one a head."""
+    return f"{', '.join(map(str, value))} (one {name} a head)" if isinstance(value, tuple) else str(value)
