@@ -15,13 +15,18 @@ def is_dense(pattern: PiPattern, context: int = EVERYTHING) -> bool:
     return pattern.window >= context
 
 
-def by_layers(patterns: Sequence[PiPattern]) -> dict[PiPattern, str]:
-    """The patterns of a stack that differ, each with its layers: "layer 3", "layers 0, 1"."""
-    found = {}
-    for pattern in dict.fromkeys(patterns):
-        layers = [str(layer) for layer, other in enumerate(patterns) if other == pattern]
-        found[pattern] = f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+def layers_alike(patterns: Sequence[PiPattern]) -> dict[PiPattern, list[int]]:
+    """The patterns of a stack that differ, each with its layers."""
+    found: dict[PiPattern, list[int]] = {}
+    for layer, pattern in enumerate(patterns):
+        found.setdefault(pattern, []).append(layer)
     return found
+
+
+def by_layers(patterns: Sequence[PiPattern]) -> dict[PiPattern, str]:
+    """The same in words: "layer 3", "layers 0, 1"."""
+    alike = layers_alike(patterns).items()
+    return {pattern: f"layer{'s' if layers[1:] else ''} {', '.join(map(str, layers))}" for pattern, layers in alike}
 
 
 def in_words(pattern: PiPattern, context: int = EVERYTHING) -> str:

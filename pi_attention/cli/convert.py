@@ -81,9 +81,7 @@ class Convert:
         if self.finetune_steps and self.part == "lora":
             need_peft()
         config = need_decoder(self.model)
-        layers = (
-            None if self.layers is None else need_layers(list(self.layers), getattr(config, "num_hidden_layers", 0))
-        )
+        layers = need_layers(self.layers, config)
         if hasattr(config, "num_attention_heads"):
             pattern.check_heads(config.num_attention_heads)
         tokenizer = load_tokenizer_of(self.model)

@@ -87,12 +87,15 @@ class PiConvertedConfig(PretrainedConfig):
         return [layer_pattern(config, layer, window) for layer, window in enumerate(windows)]
 
 
-def need_layers(layers: Any, count: int) -> list[int]:
-    """The layers to convert, each once and in order.
+def need_layers(layers: Any, config: Any) -> list[int] | None:
+    """The layers of a model to convert, each once and in order; None for all that attend to everything.
 
     Raises:
         TypeError, ValueError: they are no list of whole numbers, none, or not of the model.
     """
+    if layers is None:
+        return None
+    count = getattr(config, "num_hidden_layers", 0)
     entries = layers.tolist() if isinstance(layers, Tensor) else layers
     if not isinstance(entries, list | tuple | range | set) or not all(type(layer) is int for layer in entries):
         raise TypeError(f"layers={layers!r} must be a list of indices of layers, such as [0, 2], or None for all.")

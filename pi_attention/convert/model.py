@@ -224,7 +224,7 @@ def convert(
     """
     _check(model, pattern, gate)
     config = model.config
-    layers = None if layers is None else need_layers(layers, getattr(config, "num_hidden_layers", 0))
+    layers = need_layers(layers, config)
     register_names()
     with undone_on_failure(model):
         setattr(config, SETTINGS, settings_of(pattern, layers))

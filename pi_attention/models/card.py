@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pi_attention.describe import by_layers, is_dense
+from pi_attention.describe import by_layers, is_dense, layers_alike
 from pi_attention.files import PARTIAL, write_text
 from pi_attention.pattern import PiPattern
 
@@ -82,7 +82,8 @@ def _cell(text: str) -> str:
 
 def _table_of_patterns(patterns: Sequence[PiPattern]) -> str:
     lines = ["| layers | window | period | phase | skips | sinks | keys a query | reach |", "| --- " * 8 + "|"]
-    for pattern, layers in _numbers(patterns):
+    for pattern, alike in layers_alike(patterns).items():
+        layers = ", ".join(map(str, alike))
         if is_dense(pattern):
             lines.append(f"| {layers} | dense | | | | | all | everything before |")
             continue
@@ -93,11 +94,6 @@ def _table_of_patterns(patterns: Sequence[PiPattern]) -> str:
         cells = (layers, f"{pattern.window:,}", period, phase, skips, str(pattern.sinks), keys, reach)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _numbers(patterns: Sequence[PiPattern]) -> list[tuple[PiPattern, str]]:
-    """The patterns that differ, each with the numbers of its layers."""
-    return [(pattern, words.partition(" ")[2]) for pattern, words in by_layers(patterns).items()]
 
 
 def _of_heads(value: int | tuple[int, ...]) -> str:

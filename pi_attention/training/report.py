@@ -49,8 +49,8 @@ def write_report(
             segment_ids=block["segment_ids"][None].to(model.device),
             use_cache=False,
         )
-    gates = [calls[0].gate[0].float().cpu() for calls in aux.values()]
-    gates = [gate for gate, pattern in zip(gates, patterns, strict=True) if pattern.skips != 0]
+    records = zip(aux.values(), patterns, strict=True)
+    gates = [calls[0].gate[0].float().cpu() for calls, pattern in records if pattern.skips != 0]
     if gates:
         plots.save(plots.gate_picture(gates), out / "gate.png")
 

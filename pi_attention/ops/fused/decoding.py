@@ -12,7 +12,8 @@ from triton import cdiv
 
 from pi_attention.ops.fused.compiled import Constants, Kernel, Step
 from pi_attention.ops.fused.kernels.decode import decode_kernel, join_kernel
-from pi_attention.ops.fused.launch import LOG2E, empty_as, on_device, one_a_head, rows_like, table_of
+from pi_attention.ops.fused.launch import LOG2E, on_device, one_a_head, rows_like, table_of
+from pi_attention.ops.fused.layout import empty_as
 from pi_attention.ops.fused.tiling import Problem, heads_differ, most_lags, multiprocessors, padded, skip_lags
 from pi_attention.pattern import PiPattern
 

@@ -23,7 +23,7 @@ from pi_attention.ops.fused.kernels.backward import (
 from pi_attention.ops.fused.kernels.forward import band_forward_kernel
 from pi_attention.ops.fused.kernels.one_pass import skip_backward_kernel
 from pi_attention.ops.fused.kernels.sinks import sink_backward_kernel, sink_sum_kernel
-from pi_attention.ops.fused.layout import dense_strides, empty_result, laid_out
+from pi_attention.ops.fused.layout import dense_strides, empty_as, empty_result, laid_out
 from pi_attention.ops.fused.tiling import (
     INTERPRETED,
     Problem,
@@ -32,6 +32,7 @@ from pi_attention.ops.fused.tiling import (
     described,
     heads_differ,
     key_classes,
+    key_layout,
     member_table,
     one_pass_rows,
     padded,
@@ -151,11 +152,6 @@ def one_a_head(sink_logit: Tensor | None) -> tuple[Tensor, ...]:
     return () if sink_logit is None else (sink_logit.to(torch.float32).contiguous(),)
 
 
-def empty_as(x: Tensor) -> Tensor:
-    """Contiguous, as the kernels write; `empty_like` takes half the host time of `empty`."""
-    return torch.empty_like(x) if x.is_contiguous() else torch.empty(*x.shape, dtype=x.dtype, device=x.device)
-
-
 class BackwardPlan(NamedTuple):
     """The launches of a backward pass, in order."""
 
@@ -247,8 +243,7 @@ def sink_steps(problem: Problem, strides: tuple[int, ...]) -> tuple[tuple[Step, 
     programs = chunks * cdiv(problem.sinks, size) * batch * groups
     window = row_lags(problem.pattern, False, 0, keys)[3]
     shared = {"D": dim, "BD": padded(dim)}
-    _, *of_keys = problem.grads_by_token
-    layout = dict(zip(("K_BY_TOKEN", "V_BY_TOKEN"), of_keys, strict=True))
+    layout = key_layout(problem)
     constants = Constants(
         {"num_warps": 4, "num_stages": 1 if small else 2},
         **{"GROUP": problem.group, **shared, "BM": rows, "BS": size, "CHUNK": chunk, **layout},

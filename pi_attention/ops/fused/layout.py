@@ -30,8 +30,13 @@ def dense_strides(shape: tuple[int, ...], by_token: bool) -> tuple[int, ...]:
     return (of_batch, dim, heads * dim, 1) if by_token else (of_batch, length * dim, dim, 1)
 
 
+def empty_as(x: Tensor) -> Tensor:
+    """Contiguous memory like x; `empty_like` takes half the host time of `empty`."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(*x.shape, dtype=x.dtype, device=x.device)
+
+
 def empty_result(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Memory for a result of the shape, dtype and device of x; `empty_like` takes half the host time."""
+    """The same with these strides."""
     if x.stride() == strides:
         return torch.empty_like(x)
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)

@@ -187,6 +187,12 @@ def sink_tile(problem: Problem) -> int:
     return min(padded(problem.sinks), 16 if small else 64)
 
 
+def key_layout(problem: Problem) -> dict[str, bool]:
+    """How the gradients of keys and values lie, as constants of the kernels that write them."""
+    _, of_key, of_value = problem.grads_by_token
+    return {"K_BY_TOKEN": of_key, "V_BY_TOKEN": of_value}
+
+
 class TilePlan(NamedTuple):
     """How one kernel serves one band."""
 
@@ -212,13 +218,12 @@ def plan_tiles(kernel: str, problem: Problem, skip: bool, **flags: bool) -> Tile
     residues = [period if of_key else min(period, length) for period in periods]
     count = max(r * cdiv(cdiv(length, period), tiles.rows) for r, period in zip(residues, periods, strict=True))
     sizes: dict[str, Any] = {"GROUP": heads // groups, "D": dim, "BD": padded(dim), "BM": tiles.rows, "BN": tiles.step}
-    of_grads = dict(zip(("Q_BY_TOKEN", "K_BY_TOKEN", "V_BY_TOKEN"), problem.grads_by_token, strict=True))
     if of_key:
-        sizes |= {name: of_grads[name] for name in ("K_BY_TOKEN", "V_BY_TOKEN")}
+        sizes |= key_layout(problem)
     else:
         sizes |= {"BS": 0 if skip else sink_tile(problem), "BY_TOKEN": not skip and problem.out_by_token}
     if kernel == "backward query":
-        sizes["Q_BY_TOKEN"] = of_grads["Q_BY_TOKEN"]
+        sizes["Q_BY_TOKEN"] = problem.grads_by_token[0]
     if kernel != "forward":
         flags = {"SKIP": skip} | flags
     constants = Constants(
