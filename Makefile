@@ -4,6 +4,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 RUN ?= runs/demo
+WORKERS ?= 8
 
 .PHONY: demo test test-oldest test-newest test-all test-gpu test-vllm experiments-smoke lint docs build test-wheel clean
 
@@ -31,7 +32,7 @@ test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto -m "not gpu" --cov=pi_attention --cov-report=term
 
 test-gpu:  # on a machine with a GPU, in an environment of its own: the semantics of the kernels, and the rest
-	$(PYTHON) -m pytest -n 8 tests/test_semantics.py tests/test_compile.py tests/test_operator_checks.py \
+	$(PYTHON) -m pytest -n $(WORKERS) tests/test_semantics.py tests/test_compile.py tests/test_operator_checks.py \
 		tests/test_paged.py tests/test_gpu.py tests/test_hopper.py
 
 test-vllm: $(VLLM_VENV)/installed  # the plugin for vLLM, in an environment of its own, on a CPU (about 1 GB, minutes)
