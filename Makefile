@@ -32,8 +32,8 @@ test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto -m "not gpu" --cov=pi_attention --cov-report=term
 
 test-gpu:  # on a machine with a GPU, in an environment of its own: the semantics of the kernels, and the rest
-	$(PYTHON) -m pytest -n $(WORKERS) tests/test_semantics.py tests/test_compile.py tests/test_operator_checks.py \
-		tests/test_paged.py tests/test_gpu.py tests/test_hopper.py
+	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal tests/test_semantics.py tests/test_compile.py \
+		tests/test_operator_checks.py tests/test_paged.py tests/test_gpu.py tests/test_hopper.py
 
 test-vllm: $(VLLM_VENV)/installed  # the plugin for vLLM, in an environment of its own, on a CPU (about 1 GB, minutes)
 	cd integrations/vllm && $(abspath $(VLLM_VENV))/bin/python -m pytest

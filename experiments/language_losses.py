@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from experiments.data import need
 from experiments.texts import bpe, hub
 from experiments.training import DEVICE, products
 from pi_attention.models import PiForCausalLM
+from pi_attention.models.loss import cross_entropy
 from pi_attention.nn import record_aux
 
 BUCKETS = 8
@@ -36,8 +36,7 @@ def losses(model: PiForCausalLM, held_out: Tensor) -> Tensor:
     """The loss of predicting each token [N, length − 1] of blocks [N, length]."""
 
     def losses_of(ids: Tensor) -> Tensor:
-        logits = model(ids, use_cache=False).logits[:, :-1]
-        return F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+        return cross_entropy(model(ids, use_cache=False).logits[:, :-1], ids[:, 1:], "none")
 
     return over_blocks(losses_of, held_out)
 

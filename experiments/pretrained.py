@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +29,7 @@ from experiments.training import DEVICE, Batch, Pace, fit
 from pi_attention.convert import convert
 from pi_attention.data.tokenizers import beginning
 from pi_attention.models.configuration_pi import DENSE
+from pi_attention.models.loss import cross_entropy
 from pi_attention.pattern import PiPattern, coordinated_heads
 
 SINKS = 4
@@ -140,7 +140,7 @@ class Sliced(nn.Module):
         head = self.model.get_output_embeddings()
 
         def loss(hidden: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy(head(hidden).float().transpose(1, 2), target, reduction="none")
+            return cross_entropy(head(hidden), target, "none")
 
         parts = zip(out.hidden_states[-1][:, :-1].split(SLICE, 1), input_ids[:, 1:].split(SLICE, 1), strict=True)
         found = [checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]

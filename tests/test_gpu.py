@@ -134,6 +134,32 @@ def test_cuda_graph_capture_of_a_step():
     assert all(torch.equal(got, want) for got, want in zip(grads, step(), strict=True))
 
 
+def test_cuda_graph_capture_of_a_converted_model_with_sinks():
+    transformers = pytest.importorskip("transformers")
+    from pi_attention.convert import convert
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=99, num_key_value_heads=2, max_position_embeddings=512, **sizes)
+    pattern = coordinated_heads(16, 32, 4, sinks=4)
+    model = convert(transformers.LlamaForCausalLM(config), pattern).cuda().train()
+    ids = torch.randint(99, (1, 512), device="cuda")
+
+    def loss_and_gradients():
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss, *torch.autograd.grad(loss, list(model.parameters()))
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        loss_and_gradients()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = loss_and_gradients()
+    ids.random_(99)
+    graph.replay()
+    for got, want in zip(captured, loss_and_gradients(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_a_new_length_compiles_nothing():
     from pi_attention.ops.fused.kernels.forward import band_forward_kernel
 

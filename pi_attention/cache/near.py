@@ -68,4 +68,4 @@ class NearSinks:
 def sinks_among(position: Tensor, start: Tensor | int, pattern: PiPattern) -> Tensor:
     """Which keys are sinks of their segment, bool: positions [B or 1, S]; starts like them, −1 for padding."""
     number = position - start
-    return (number >= 0) & (number < pattern.sinks) & (torch.as_tensor(start, device=position.device) >= 0)
+    return (number >= 0) & (number < pattern.sinks) & (start >= 0)
