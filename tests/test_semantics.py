@@ -152,9 +152,8 @@ def test_a_window_over_everything_is_dense(impl):
 @pytest.mark.parametrize("length", [1, 5, 63])
 @pytest.mark.parametrize("packed", [False, True])
 def test_auto_takes_dense_attention_where_the_window_covers_everything(length, causal, packed):
-    segments = tuple((0,) * (length // 2) + (1,) * (length - length // 2) for _ in range(2)) if packed else None
-    case = Case(PiPattern(63, 7, 5, causal=causal), T=length, S=63, segments=None)
-    case = replace(case, segments=((-1,) * 5 + (0,) * 30 + (1,) * 28,) * 2 if segments else None)
+    segments = ((-1,) * 5 + (0,) * 30 + (1,) * 28,) * 2 if packed else None
+    case = Case(PiPattern(63, 7, 5, causal=causal), T=length, S=63, segments=segments)
     inputs = case.tensors(grad=False)
     assert_close(case.run("auto", inputs), case.run("reference", inputs))
 

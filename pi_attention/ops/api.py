@@ -17,7 +17,7 @@ from pi_attention.ops.checks import (
     check_softcap,
     refuse_context_parallel,
 )
-from pi_attention.ops.dense import covers_everything, dense_attention
+from pi_attention.ops.dense import covers_everything, dense_attention, needs_mask
 from pi_attention.ops.fused.attention import fused_attention, why_not_auto, why_not_triton
 from pi_attention.ops.fused.fallback import note_failure
 from pi_attention.ops.fusion import beside_gate, gate_values
@@ -151,7 +151,8 @@ def pi_attention(
     fusion = "mass" if gate is None else fusion
 
     plain = sink_logit is None and softcap is None  # what scaled_dot_product_attention computes
-    if impl == "auto" and plain and not return_aux and not transforming() and covers_everything(pattern, key.shape[2]):
+    whole = plain and not return_aux and not transforming() and covers_everything(pattern, key.shape[2])
+    if impl == "auto" and whole and not (needs_mask(query, key, pattern, starts) and why_not_auto(query) is None):
         return beside_gate(dense_attention(query, key, value, pattern, starts, scale), gate)
     attend = _implementation(impl, query)
     of_scores: Any = {"scale": scale, "sink_logit": sink_logit, "softcap": softcap}

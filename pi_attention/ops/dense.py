@@ -1,4 +1,4 @@
-"""The case where the window covers every key: ordinary attention, which PyTorch's own kernels serve best."""
+"""The case where the window covers every key: ordinary attention, by PyTorch's own kernels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pi_attention.masks import dense_masks
 from pi_attention.pattern import PiPattern
 
+MASKED = 1 << 25
+"""Elements of a mask that exists at a time."""
+
 
 def covers_everything(pattern: PiPattern, key_length: int) -> bool:
     """True when the local band of each query holds all the keys that it may see, so that no skip key is left."""
     return pattern.window >= key_length
+
+
+def needs_mask(query: Tensor, key: Tensor, pattern: PiPattern, starts: Tensor | None) -> bool:
+    """Whether PyTorch's kernels take a mask for the call, which makes them several times as slow."""
+    length = query.shape[2]
+    return starts is not None or (pattern.causal and length != 1 and length != key.shape[2])
 
 
 def dense_attention(
@@ -33,12 +42,27 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, pattern: PiPattern, starts: Tensor | None, scale: float
 ) -> Tensor:
     length, key_length = query.shape[2], key.shape[2]
-    grouped = query.shape[1] != key.shape[1]
-    if starts is None and (not pattern.causal or length == 1 or length == key_length):
+    if not needs_mask(query, key, pattern, starts):
         causal = pattern.causal and length > 1
+        grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
-    visible, _ = dense_masks(pattern, length, key_length, starts=starts, device=query.device)
+    if not pattern.causal or torch.compiler.is_compiling():
+        return _masked(query, key, value, pattern, starts, scale)
+    rows = max(1, MASKED // (query.shape[0] * key_length))
+    outs: list[Tensor] = []
+    for part in query.split(rows, dim=2):  # queries of a part, and the keys up to the last of them
+        seen = key_length - length + sum(out.shape[2] for out in outs) + part.shape[2]
+        ids = None if starts is None else starts[:, :seen]
+        outs.append(_masked(part, key[:, :, :seen], value[:, :, :seen], pattern, ids, scale))
+    return torch.cat(outs, dim=2)
+
+
+def _masked(
+    query: Tensor, key: Tensor, value: Tensor, pattern: PiPattern, starts: Tensor | None, scale: float
+) -> Tensor:
+    visible, _ = dense_masks(pattern, query.shape[2], key.shape[2], starts=starts, device=query.device)
     empty = ~visible.any(dim=-1, keepdim=True)
+    grouped = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, visible | empty, scale=scale, enable_gqa=grouped)
     return out.masked_fill(empty, 0.0)
 
