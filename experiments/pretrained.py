@@ -28,9 +28,9 @@ from experiments.texts import Documents, blocks, corpus, encoded, file_name, spl
 from experiments.training import DEVICE, Batch, Pace, fit
 from pi_attention.convert import convert
 from pi_attention.data.tokenizers import beginning
-from pi_attention.models.configuration_pi import DENSE
 from pi_attention.models.loss import cross_entropy
 from pi_attention.pattern import PiPattern, coordinated_heads
+from pi_attention.stack import DENSE
 
 SINKS = 4
 SLICE = 2048

@@ -32,7 +32,7 @@ from experiments.variants import (
 )
 from pi_attention import PiPattern
 from pi_attention.models import PiForCausalLM
-from pi_attention.models.configuration_pi import DENSE
+from pi_attention.stack import DENSE
 from report import gains
 
 OWN = ("pi", "coordinated 4", "coordinated heads + sinks")

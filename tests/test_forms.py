@@ -14,7 +14,7 @@ from experiments.recurrence import by_recurrence, recurrence
 from experiments.training import PROBED, Pace, fit, fit_by_length, steps_within
 from experiments.variants import config
 from pi_attention.models import PiForCausalLM
-from pi_attention.models.configuration_pi import DENSE
+from pi_attention.stack import DENSE
 
 SIZES = {"hidden": 64, "layers": 12, "heads": 8, "keys": 40, "context": 1024}
 

@@ -9,7 +9,7 @@ from experiments import pass_keys, pretrained
 from experiments.decoders import decoder_of, tokenizer_of
 from experiments.pass_keys import DEPTHS, asked, needles
 from experiments.pretrained import ALIKE, VARIANTS, Sliced, decoder, forms, neighbours
-from pi_attention.models.configuration_pi import DENSE
+from pi_attention.stack import DENSE
 
 LONGEST = "coordinated heads, all skips"
 

@@ -13,7 +13,7 @@ from pi_attention.cli.main import parse
 from pi_attention.cli.runs import load_run
 from pi_attention.convert import PiConvertedForCausalLM
 from pi_attention.models import PiForCausalLM
-from pi_attention.models.configuration_pi import DENSE
+from pi_attention.stack import DENSE
 from pi_attention.training.config import TrainConfig, load_yaml, save_yaml
 from pi_attention.training.resume import settings_to_resume
 from pi_attention.training.train import model_config

@@ -15,6 +15,7 @@ from pi_attention.describe import by_layers, in_words, is_dense
 from pi_attention.paths import need_folder
 from pi_attention.pattern import PiPattern, pattern_for
 from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density, keys_read, receptive_field
+from pi_attention.stack import DENSE, Kind, stacked
 from pi_attention.training.config import fields_of_pattern
 from pi_attention.units import counted, in_flops
 
@@ -47,8 +48,11 @@ class Inspect:
     """Key/value heads; as many as heads by default."""
     head_dim: int = 64
     """Features of a head."""
-    layers: int = 1
-    """Layers of the model, for what they see together."""
+    layers: int | None = None
+    """Layers of the model, for what they see together; as many as layer_patterns names by default."""
+    layer_patterns: tuple[Kind, ...] = ("pi",)
+    """What each layer attends to, repeated over the layers: pi (the pattern above), local (its window alone), all-skips
+    (its window and every skip back to the start), or dense (everything)."""
     out: Path | None = None
     """Folder of the pictures; the run's folder, or the current one, by default."""
     html: bool = False
@@ -75,6 +79,8 @@ class Inspect:
         layers = by_layers(stack)
         for pattern, title in layers.items():
             console.print(self._table(pattern, title, context, heads, kv_heads, head_dim))
+        if len(layers) > 1:
+            console.print(_cost_of_the_stack(stack, context, heads, kv_heads, head_dim))
         field = receptive_field(stack, context)
         console.print(_of_the_stack(field, alike=len(layers) == 1))
         pictures = {
@@ -139,8 +145,11 @@ class Inspect:
         if self.run is None:
             pattern = pattern_for(self.heads, fields_of_pattern(self))
             pattern.check_heads(self.heads)
+            kinds, layers = self.layer_patterns, len(self.layer_patterns) if self.layers is None else self.layers
+            if not kinds or len(kinds) > layers:
+                raise ValueError(f"layer_patterns has {len(kinds)} entries, and layers={layers}: give as many layers.")
             kv_heads = self.kv_heads or self.heads
-            return [pattern] * self.layers, self.context, self.heads, kv_heads, self.head_dim
+            return stacked(kinds, pattern, layers), self.context, self.heads, kv_heads, self.head_dim
         from transformers import AutoConfig
 
         import pi_attention.convert  # noqa: F401  registers our configurations
@@ -199,6 +208,25 @@ def _of_one_layer(pattern: PiPattern, context: int) -> list[tuple[str, str]]:
         ("heads together see", f"every lag below {covered.stretch:,} in one layer; {count}{first}"),
         ("keys a lag", f"{octaves}{', none beyond' if beyond else ''} (mean of heads)"),
     ]
+
+
+def _cost_of_the_stack(stack: list[PiPattern], context: int, heads: int, kv_heads: int, head_dim: int) -> Table:
+    """What all layers cost together, beside as many dense ones."""
+    from pi_attention.accounting import attention_flops, cache_bytes, dense_flops
+
+    flops = sum(attention_flops(pattern, context, heads=heads, head_dim=head_dim) for pattern in stack)
+    dense = len(stack) * dense_flops(context, heads=heads, head_dim=head_dim, causal=stack[0].causal)
+    table = Table(title=f"all {counted(len(stack), 'layer')}", show_header=False)
+    table.add_row("attention FLOPs", f"{in_flops(flops)} forward, {flops / dense:.2%} of dense")
+    if stack[0].causal:
+        sizes = {"kv_heads": kv_heads, "head_dim": head_dim}
+        held = sum(cache_bytes(pattern, context, **sizes) for pattern in stack)
+        whole = len(stack) * cache_bytes(DENSE, context, **sizes)
+        table.add_row("decoding cache", f"{held / 2**20:,.2f} MiB in 16 bits, {held / whole:.2%} of dense")
+        read = sum(keys_read(pattern, context, heads=heads, kv_heads=kv_heads) for pattern in stack) / kv_heads
+        share = read / len(stack) / context
+        table.add_row("a decoded token reads", f"{read:,.0f} keys a key head, {share:.2%} of dense")
+    return table
 
 
 def _of_the_stack(field: ReceptiveField, alike: bool) -> Table:

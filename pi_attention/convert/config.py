@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pi_attention.models.configuration_pi import DENSE
 from pi_attention.pattern import PiPattern
+from pi_attention.stack import DENSE
 
 SETTINGS = "pi_attention"
 """Attribute of a model's config: a dict of `PiPattern` fields, and "layers", the indices of the layers that get it."""

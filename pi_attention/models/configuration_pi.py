@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -14,9 +14,7 @@ from pi_attention.nn.gate import GATE_WIDTH
 from pi_attention.ops.api import Fusion
 from pi_attention.ops.checks import FUSIONS, check_softcap
 from pi_attention.pattern import PiPattern, pattern_for
-
-DENSE = PiPattern(window=2**40, period=1, skips=0)
-"""A window over any context: dense causal attention."""
+from pi_attention.stack import DENSE, stacked
 
 
 class PiConfig(PretrainedConfig):
@@ -33,7 +31,8 @@ class PiConfig(PretrainedConfig):
             their number), with phases from 0 upwards. With one, the phase is 0 unless given; so it is in an entry of
             layer_patterns.
         layer_patterns: what each layer attends to, repeated over the layers: "pi" (the pattern above), "local" (its
-            window alone), "dense", or a dict of pattern fields to change, e.g. {"period": 64} or {"phase": [0, 2]}.
+            window alone), "all-skips" (its window and every skip back to the start), "dense", or a dict of pattern
+            fields to change, e.g. {"period": 64} or {"phase": [0, 2]}.
         causal: False sees both sides, for masked language modelling and encoders; there is no cache then.
         ring: positions wrap (see `PiPattern`; causal=False only).
         gate: learn a fusion gate, as in the paper; False is one softmax over both bands, which was as good.
@@ -202,22 +201,10 @@ class PiConfig(PretrainedConfig):
             TypeError, ValueError: an entry of layer_patterns is unknown or contradicts itself, or a pattern does not
                 fit the number of heads.
         """
-        kinds = self.layer_patterns or ["pi"]
-        patterns = [self._pattern_of(kinds[layer % len(kinds)]) for layer in range(self.num_hidden_layers)]
+        patterns = stacked(self.layer_patterns or ["pi"], self.pattern, self.num_hidden_layers)
         for pattern in patterns:
             pattern.check_heads(self.num_attention_heads)
         return patterns
-
-    def _pattern_of(self, kind: str | dict[str, Any]) -> PiPattern:
-        if isinstance(kind, dict):
-            return PiPattern.from_dict(self.pattern.to_dict() | kind)
-        if kind == "pi":
-            return self.pattern
-        if kind == "local":
-            return replace(self.pattern, period=1, skips=0, phase=0)
-        if kind == "dense":
-            return replace(DENSE, causal=self.causal)
-        raise ValueError(f'layer_patterns holds {kind!r}: use "pi", "local", "dense", or a dict of pattern fields.')
 
 
 def _rotary(theta: float | None, parameters: dict[str, Any] | None) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from transformers.cache_utils import Cache
 
 from pi_attention.cache.contract import RaggedKeys
 from pi_attention.models.caching import BoundedCache
-from pi_attention.models.configuration_pi import DENSE
 from pi_attention.nn.sources import Operator
 from pi_attention.ops.paged import Pages
 from pi_attention.pattern import PiPattern
+from pi_attention.stack import DENSE
 
 
 class Bounded(NamedTuple):

@@ -13,6 +13,7 @@ import yaml
 from pi_attention.files import write_text
 from pi_attention.paths import need_file
 from pi_attention.pattern import PiPattern, pattern_for
+from pi_attention.stack import Kind, stacked
 from pi_attention.training.values import as_kind
 
 
@@ -56,8 +57,9 @@ class ModelSettings:
     phase: tuple[int, ...] | None = None
     """Tokens that skips stand off multiples of the period, one for all heads or one per head. None: 0 where a period is
     given; where none is, each head's own."""
-    layer_patterns: tuple[Literal["pi", "local", "dense"], ...] = ("pi",)
-    """What each layer attends to, repeated over the layers."""
+    layer_patterns: tuple[Kind, ...] = ("pi",)
+    """What each layer attends to, repeated over the layers: pi (the pattern above), local (its window alone), all-skips
+    (its window and every skip back to the start), or dense (everything)."""
     gate: bool = False
     """Learn a fusion gate per token and head, as in the paper. Without it, one softmax covers both bands."""
     fusion: Literal["gate", "mass"] = "gate"
@@ -186,17 +188,21 @@ class TrainConfig:
                 f"hidden_size={model.hidden_size} over heads={model.heads} must be even: rotary embeddings turn pairs. "
                 "Change one."
             )
-        model.pattern().check_heads(model.heads)
+        pattern = model.pattern()
+        pattern.check_heads(model.heads)
+        stacked(model.layer_patterns, pattern, model.layers)
 
     def check_unused(self) -> None:
         """Raise ValueError for settings of a gate, of skips or of a window that no layer has: they change nothing."""
         model, default, kinds = self.model, ModelSettings(), set(self.model.layer_patterns)
-        skips = "pi" in kinds and model.skips != 0
+        counted = "pi" in kinds and model.skips != 0
+        skips = counted or "all-skips" in kinds
         of_skips = "skips, and no layer has any: leave it out, or give skips to a layer"
         settings = (
             (model.gate, ("fusion", "gate_features"), "a gate, and gate=False: add --gate, or leave it out"),
             (skips, ("period", "phase", "gate"), of_skips),
             (skips or model.skips == 0, ("skips",), of_skips),
+            (counted or not skips, ("skips",), 'a "pi" layer, and there is none: leave it out'),
             (kinds != {"dense"}, ("window", "sinks"), "a window, and all layers are dense: leave it out"),
         )
         entries = len(model.layer_patterns)

@@ -1,0 +1,49 @@
+"""The patterns of a stack of layers, by the kind of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+from pi_attention.pattern import PiPattern
+
+Kind = Literal["pi", "local", "all-skips", "dense"]
+"""The pattern of the model, its window alone, its window with every skip back to the start, or everything."""
+
+DENSE = PiPattern(window=2**40, period=1, skips=0)
+"""A window over any context: dense causal attention."""
+
+
+def stacked(kinds: Sequence[str | dict[str, Any]], pattern: PiPattern, layers: int) -> list[PiPattern]:
+    """The pattern of every layer.
+
+    Args:
+        kinds: of the layers, repeated over them: each a `Kind`, or a dict of fields in which it differs from `pattern`.
+        pattern: of the model.
+        layers: how many.
+
+    Raises:
+        TypeError, ValueError: a kind is unknown or contradicts itself, or "all-skips" has none.
+
+    >>> [layer.skips for layer in stacked(["local", "pi", {"skips": 3}], PiPattern(4, 4, 2), 4)]
+    [0, 2, 3, 0]
+    """
+    return [_of_kind(kinds[layer % len(kinds)], pattern) for layer in range(layers)]
+
+
+def _of_kind(kind: str | dict[str, Any], pattern: PiPattern) -> PiPattern:
+    if isinstance(kind, dict):
+        return PiPattern.from_dict(pattern.to_dict() | kind)
+    if kind == "pi":
+        return pattern
+    if kind == "local":
+        return replace(pattern, period=1, skips=0, phase=0)
+    if kind == "all-skips":
+        if pattern.skips == 0:
+            raise ValueError('layer_patterns holds "all-skips", and skips=0: leave skips out, or give another number.')
+        return replace(pattern, skips=None)
+    if kind == "dense":
+        return replace(DENSE, causal=pattern.causal)
+    known = ", ".join(f'"{name}"' for name in get_args(Kind))
+    raise ValueError(f"layer_patterns holds {kind!r}: use {known}, or a dict of pattern fields.")

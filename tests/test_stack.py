@@ -1,0 +1,71 @@
+"""The patterns of a stack of layers: by kind, in a configuration, in a run, and what they cost together."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from pi_attention import PiPattern, coordinated_heads
+from pi_attention.accounting import attention_flops, dense_flops
+from pi_attention.cli.inspect import Inspect, _cost_of_the_stack
+from pi_attention.models import PiConfig
+from pi_attention.stack import DENSE, stacked
+from pi_attention.training.config import ModelSettings, TrainConfig
+
+PATTERN = coordinated_heads(16, 64, 4, sinks=2)
+WINDOWS = ["local"] * 3
+
+
+def test_kinds_are_repeated_over_the_layers():
+    found = stacked(["pi", "local", "all-skips", "dense", {"skips": 3}], PATTERN, 7)
+    alone = PiPattern(16, 1, 0, sinks=2)
+    assert found[:4] == [PATTERN, alone, coordinated_heads(16, None, 4, sinks=2), DENSE]
+    assert found[4:] == [coordinated_heads(16, 3, 4, sinks=2), PATTERN, alone]
+
+
+def test_unknown_kinds_and_skips_that_are_not_there_are_errors():
+    with pytest.raises(ValueError, match='holds \'every\': use "pi", "local", "all-skips", "dense", or a dict'):
+        stacked(["every"], PATTERN, 2)
+    with pytest.raises(ValueError, match=r'holds "all-skips", and skips=0'):
+        stacked(["local", "all-skips"], PiPattern(4, 1, 0), 2)
+
+
+def test_a_configuration_with_all_skips_in_one_layer():
+    sizes = {"num_hidden_layers": 6, "num_attention_heads": 8, "window": 80}
+    config = PiConfig(**sizes, layer_patterns=[*WINDOWS, "all-skips", "local", "local"])
+    assert config.patterns()[3] == coordinated_heads(80, None, 8)
+    assert config.layer_types[2:4] == ["sliding_attention", "full_attention"]
+    measured = PiConfig(**sizes, layer_patterns=[*WINDOWS, {"window": 16, "skips": None}, "local", "local"])
+    assert measured.patterns()[3] == coordinated_heads(16, None, 8, 4)
+
+
+def test_a_run_with_all_skips_refuses_a_number_of_them():
+    model = ModelSettings(window=80, layer_patterns=("local", "all-skips"), gate=True)
+    config = TrainConfig(model=model)
+    config.check()
+    config.check_unused()
+    model.skips = 9
+    with pytest.raises(ValueError, match='skips=9 is of a "pi" layer, and there is none: leave it out'):
+        config.check_unused()
+    model.skips = 0
+    with pytest.raises(ValueError, match='"all-skips", and skips=0'):
+        config.check()
+
+
+def test_what_a_hybrid_costs_beside_dense_layers():
+    stack, *_ = Inspect(window=80, heads=4, layer_patterns=("local", "dense", "local"))._describe()
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(_cost_of_the_stack(stack, 2048, 4, 2, 64))
+    shares = [float(share) for share in re.findall(r"([\d.]+)% of dense", console.export_text())]
+    flops = sum(attention_flops(pattern, 2048, heads=4, head_dim=64) for pattern in stack)
+    products = flops / dense_flops(2048, heads=4, head_dim=64) / 3
+    kept, read = (2 * 79 + 2048) / 3 / 2048, (2 * 80 + 2048) / 3 / 2048
+    assert shares == pytest.approx([100 * products, 100 * kept, 100 * read], abs=0.005)
+
+
+def test_inspect_has_as_many_layers_as_kinds_unless_it_is_told():
+    assert len(Inspect(layer_patterns=("local", "dense"))._describe()[0]) == 2
+    assert len(Inspect(layer_patterns=("local", "dense"), layers=5)._describe()[0]) == 5
+    with pytest.raises(ValueError, match="layer_patterns has 2 entries, and layers=1"):
+        Inspect(layer_patterns=("local", "dense"), layers=1)._describe()
