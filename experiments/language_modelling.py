@@ -14,7 +14,7 @@ from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.language_losses import BUCKETS, by_document, gates, is_transferred, losses, wikitext
 from experiments.recurrence import by_recurrence
 from experiments.texts import Documents, blocks, bpe, documents, windows
-from experiments.training import DEVICE, Batch, fit_by_length, steps_within
+from experiments.training import DEVICE, Batch, fit_by_length, shares, steps_within
 from experiments.variants import (
     BASELINE,
     COORDINATED,
@@ -41,12 +41,6 @@ SIZES: dict[Scale, Settings] = {
 LONGER: Settings = SIZES["small"] | {"corpus": "prose", "hidden": 512, "layers": 8, "heads": 8}
 LONG: Settings = SIZES["small"] | {"steps": 4000}
 LARGE: Settings = SIZES["small"] | {"hidden": 768, "layers": 14, "heads": 12, "steps": 1000}
-
-
-def shares(settings: Settings) -> dict[int, float]:
-    """The share of training at each length: half at the first of those "shorter first", the rest split evenly."""
-    first, *others = [*settings.get("shorter first", []), settings["context"]]
-    return {first: 0.5} | dict.fromkeys(others, 0.5 / len(others)) if others else {first: 1.0}
 
 
 def train(model: PiForCausalLM, settings: Settings, pieces: Documents) -> Result:

@@ -8,6 +8,7 @@ once, so that no answer can be copied from an earlier question.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.forms import BASELINE
-from experiments.training import DEVICE, fit_by_length, products
+from experiments.training import DEVICE, fit_by_length, products, shares
 from experiments.variants import config
 from pi_attention.models import PiForCausalLM
 
@@ -111,7 +112,7 @@ def measure(settings: Settings, data: Path) -> Result:
             ids, labels = sequences(settings["tokens"] // length, length, settings, settings["asked"], generator)
             yield {"input_ids": ids, "labels": labels}
 
-    steps = dict.fromkeys(lengths, settings["steps"] // len(lengths))
+    steps = {length: round(share * settings["steps"]) for length, share in shares(settings).items()}
     last, _ = fit_by_length(model, batches, steps, rate=settings["rate"])
     grids = []
     for seed in (0, 1):  # the questions are the same for every variant
@@ -136,14 +137,19 @@ def measure(settings: Settings, data: Path) -> Result:
 
 
 TASKS: dict[str, Settings] = {
-    "16 pairs": {"statements": 16, "key": 1, "value": 1, "hops": 0, "asked": 8},
+    "16 pairs": {"statements": 16, "key": 1, "value": 1, "hops": 0, "asked": 16},
     "one needle": {"statements": 1, "key": 2, "value": 4, "hops": 0, "asked": 1},
     "64 pairs": {"statements": 64, "key": 1, "value": 1, "hops": 0, "asked": 16},
     "16 needles": {"statements": 16, "key": 2, "value": 4, "hops": 0, "asked": 4},
     "variables": {"statements": 4, "key": 1, "value": 1, "hops": 3, "asked": 4},
 }
-SHORTEST = 256
 HYBRIDS = tuple(f"{BASELINE} + {whole}, 1 in 6" for whole in ("dense", "coordinated 4", "coordinated 8"))
+
+
+def shortest(task: Settings) -> int:
+    """The first length of training: a power of two of which statements and questions fill more than half."""
+    size, count = 1 + task["key"] + task["value"], task["statements"] * (1 + task["hops"])
+    return 2 ** math.ceil(math.log2((count + 1 + task["asked"]) * size))
 
 
 def cells(scale: Scale) -> list[Settings]:
@@ -151,19 +157,16 @@ def cells(scale: Scale) -> list[Settings]:
     if scale == "laptop":
         return []
     sizes = {"keys": 80, "hidden": 128, "layers": 6, "heads": 8, "tokens": 32768, "tested": 128}
-    contexts, per_length, variants = (2048, 8192, 32768), 1000, ("coordinated 4", BASELINE, "dense", *HYBRIDS)
+    contexts, steps, variants = (2048, 8192, 32768), 24000, ("coordinated 4", BASELINE, "dense", *HYBRIDS)
     if scale == "smoke":
         sizes = {"keys": 20, "hidden": 32, "layers": 2, "heads": 4, "tokens": 1024, "tested": 2}
-        contexts, per_length, variants = (512,), 1, ("coordinated 4", BASELINE)
+        contexts, steps, variants = (512,), 16, ("coordinated 4", BASELINE)
     made = []
     for context in contexts:
-        lengths = [SHORTEST << power for power in range(8) if SHORTEST << power < context]
-        trained = {"context": context, "shorter first": lengths, "steps": per_length * (1 + len(lengths))}
-        made += [
-            {"variant": variant, "task": name, **sizes, **trained, **task}
-            for name, task in TASKS.items()
-            for variant in variants
-        ]
+        for name, task in TASKS.items():
+            lengths = [2**power for power in range(16) if shortest(task) <= 2**power < context]
+            trained = {"context": context, "shorter first": lengths, "steps": steps}
+            made += [{"variant": variant, "task": name, **sizes, **trained, **task} for variant in variants]
     return made
 
 
@@ -175,5 +178,5 @@ EXPERIMENT = Experiment(
     cells=cells,
     measure=measure,
     rates=(1e-3,),
-    seconds=lambda settings: 25 + settings["steps"] / 60,
+    seconds=lambda settings: 25 + settings["steps"] / 150,
 )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +168,12 @@ def fit(model: nn.Module, batches: Iterator[Batch], *, steps: int, rate: float, 
             pace.note(steps)
     model.eval()
     return loss.item()
+
+
+def shares(settings: dict[str, Any]) -> dict[int, float]:
+    """The share of training at each length: half at the first of those "shorter first", the rest split evenly."""
+    first, *others = [*settings.get("shorter first", []), settings["context"]]
+    return {first: 0.5} | dict.fromkeys(others, 0.5 / len(others)) if others else {first: 1.0}
 
 
 def fit_by_length(

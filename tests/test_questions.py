@@ -52,8 +52,9 @@ def test_statements_that_do_not_fit_are_refused():
         sequences(1, 128, TASKS["64 pairs"], 16, torch.Generator())
 
 
-def test_cells_end_at_their_context():
+def test_cells_begin_with_a_length_that_holds_their_statements_and_end_at_their_context():
     for cell in cells("small"):
+        sequences(1, cell["shorter first"][0], cell, cell["asked"], torch.Generator())
         assert (
             cell["shorter first"] == sorted(cell["shorter first"]) and cell["shorter first"][-1] * 2 == cell["context"]
         )

@@ -150,9 +150,8 @@ def pi_attention(
     starts = None if segment_ids is None else segment_starts(segment_ids)
     fusion = "mass" if gate is None else fusion
 
-    plain = sink_logit is None and softcap is None  # what scaled_dot_product_attention computes
-    whole = plain and not return_aux and not transforming() and covers_everything(pattern, key.shape[2])
-    if impl == "auto" and whole and not (needs_mask(query, key, pattern, starts) and why_not_auto(query) is None):
+    plain = sink_logit is None and softcap is None and scale > 0  # what scaled_dot_product_attention computes
+    if impl == "auto" and plain and not return_aux and not transforming() and _is_dense(query, key, pattern, starts):
         return beside_gate(dense_attention(query, key, value, pattern, starts, scale), gate)
     attend = _implementation(impl, query)
     of_scores: Any = {"scale": scale, "sink_logit": sink_logit, "softcap": softcap}
@@ -160,6 +159,13 @@ def pi_attention(
     if not return_aux:
         return out
     return out, PiAux(lse_local, lse_skip, gate_values(lse_local, lse_skip, gate, fusion))
+
+
+def _is_dense(query: Tensor, key: Tensor, pattern: PiPattern, starts: Tensor | None) -> bool:
+    """Whether PyTorch's kernels serve the call best: everything is seen, and they need no mask or ours cannot serve."""
+    if not covers_everything(pattern, key.shape[2]):
+        return False
+    return not needs_mask(query, key, pattern, starts) or why_not_auto(query) is not None
 
 
 def _under_autocast(query: Any) -> bool:

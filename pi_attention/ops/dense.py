@@ -13,7 +13,7 @@ from pi_attention.masks import dense_masks
 from pi_attention.pattern import PiPattern
 
 MASKED = 1 << 25
-"""Elements of a mask that exists at a time."""
+"""Elements of a causal mask that exist at a time, where nothing is compiled or differentiated."""
 
 
 def covers_everything(pattern: PiPattern, key_length: int) -> bool:
@@ -43,18 +43,19 @@ def _attend(
 ) -> Tensor:
     length, key_length = query.shape[2], key.shape[2]
     if not needs_mask(query, key, pattern, starts):
-        causal = pattern.causal and length > 1
-        grouped = query.shape[1] != key.shape[1]
+        causal, grouped = pattern.causal and _known(length == key_length), _grouped(query, key)
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
-    if not pattern.causal or torch.compiler.is_compiling():
+    differentiable = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if differentiable or not pattern.causal or torch.compiler.is_compiling():
         return _masked(query, key, value, pattern, starts, scale)
     rows = max(1, MASKED // (query.shape[0] * key_length))
-    outs: list[Tensor] = []
-    for part in query.split(rows, dim=2):  # queries of a part, and the keys up to the last of them
-        seen = key_length - length + sum(out.shape[2] for out in outs) + part.shape[2]
+    outs = []
+    for begin in range(0, length, rows):  # some queries, and the keys up to the last of them
+        part = query[:, :, begin : begin + rows]
+        seen = key_length - length + begin + part.shape[2]
         ids = None if starts is None else starts[:, :seen]
         outs.append(_masked(part, key[:, :, :seen], value[:, :, :seen], pattern, ids, scale))
-    return torch.cat(outs, dim=2)
+    return torch.cat(outs, dim=2) if outs[1:] else outs[0]
 
 
 def _masked(
@@ -62,9 +63,20 @@ def _masked(
 ) -> Tensor:
     visible, _ = dense_masks(pattern, query.shape[2], key.shape[2], starts=starts, device=query.device)
     empty = ~visible.any(dim=-1, keepdim=True)
-    grouped = query.shape[1] != key.shape[1]
+    grouped = _grouped(query, key)
     out = F.scaled_dot_product_attention(query, key, value, visible | empty, scale=scale, enable_gqa=grouped)
     return out.masked_fill(empty, 0.0)
+
+
+def _grouped(query: Tensor, key: Tensor) -> bool:
+    return _known(query.shape[1] != key.shape[1])
+
+
+def _known(condition: Any) -> bool:
+    """A comparison of sizes as a bool: in a compiled call it may be a symbol, on which a branch decides."""
+    if condition:  # noqa: SIM103
+        return True
+    return False
 
 
 class _Differentiable(torch.autograd.Function):

@@ -71,7 +71,13 @@ def is_decoding(
     differentiable = differentiable or (sink_logit is not None and sink_logit.requires_grad)
     if not pattern.causal or (differentiable and torch.is_grad_enabled()):
         return False
-    return query.shape[2] <= MAX_QUERIES and query.shape[1] // key.shape[1] * query.shape[2] <= MAX_ROWS
+    tokens: Any = query.shape[2]
+    few = tokens <= min(MAX_QUERIES, MAX_ROWS * key.shape[1] // query.shape[1])
+    if isinstance(few, torch.SymBool):  # exported for any length, which other kernels serve
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
+        return statically_known_true(few)
+    return bool(few)
 
 
 def fused_attention(
