@@ -13,7 +13,7 @@ from pi_attention.bill import MODELS, WAYS, bill
 from pi_attention.explorer import write_explorer
 from pi_attention.models import PiConfig
 from pi_attention.pattern import PiPattern, coordinated_heads
-from report import gains, law
+from report import gains, law, pareto
 from report.gains import Lines
 from report.multigpu_rows import latest, of_widest
 from report.pattern import labelled_pattern
@@ -65,6 +65,9 @@ def draw() -> None:
     lengths = law.points(law.measured())
     if lengths:
         plots.save(law.picture(lengths), FIGURES / "law.svg")
+    hybrids = pareto.measured()
+    if hybrids:
+        plots.save(pareto.picture(hybrids), FIGURES / "pareto.svg")
     write_explorer(DOCS / "explorer.html", PiPattern(64, 64, 8), heads=8, layers=6, context=8192)
     plots.save(plots.growth_picture(fields(32768)), FIGURES / "growth.svg")
     plots.save(plots.hops_picture(fields(8192)), FIGURES / "hops.svg")
