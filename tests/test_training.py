@@ -267,6 +267,9 @@ def test_generation_streams_and_reports_the_cache(finished):
 def test_inspection(finished, tmp_path):
     printed = run("inspect", str(finished[0])).stdout
     assert "the last 8 tokens, 3 keys at multiples of 8" in printed
+    assert (
+        "mean over 4,096 tokens" in run("inspect", str(finished[0]), "--context", "4096", "--out", str(tmp_path)).stdout
+    )
     flags = ["--window", "4", "--period", "5", "7", "--heads", "2", "--layers", "3", "--html", "--out", str(tmp_path)]
     printed = run("inspect", *flags).stdout
     assert "multiples of 5, 7 (one period a head) beyond" in printed and "through 3 layers" in printed

@@ -40,8 +40,8 @@ class Inspect:
     given; where none is, each head's own."""
     causal: bool = True
     """Only keys at or before the query."""
-    context: int = 8192
-    """Tokens of the sequence that costs are computed for."""
+    context: int | None = None
+    """Tokens of the sequence that costs are computed for; by default those that a run was trained for, or 8,192."""
     heads: int = 8
     """Query heads."""
     kv_heads: int | None = None
@@ -105,7 +105,8 @@ class Inspect:
         if self.run is None:
             return
         for field in fields(self):
-            value, own = getattr(self, field.name), field.name not in ("run", "out", "html", "empirical", "tokens")
+            value = getattr(self, field.name)
+            own = field.name not in ("run", "out", "html", "empirical", "tokens", "context")
             if own and value != field.default:
                 raise ValueError(
                     f"{field.name}={value!r} is given beside run={str(self.run)!r}, which has its own: leave one of "
@@ -149,7 +150,8 @@ class Inspect:
             if not kinds or len(kinds) > layers:
                 raise ValueError(f"layer_patterns has {len(kinds)} entries, and layers={layers}: give as many layers.")
             kv_heads = self.kv_heads or self.heads
-            return stacked(kinds, pattern, layers), self.context, self.heads, kv_heads, self.head_dim
+            context = 8192 if self.context is None else self.context
+            return stacked(kinds, pattern, layers), context, self.heads, kv_heads, self.head_dim
         from transformers import AutoConfig
 
         import pi_attention.convert  # noqa: F401  registers our configurations
@@ -158,7 +160,8 @@ class Inspect:
         config = AutoConfig.from_pretrained(model_folder(self.run), trust_remote_code=False)
         text, heads = config.get_text_config(), config.get_text_config().num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        return config.patterns(), text.max_position_embeddings, heads, text.num_key_value_heads, head_dim
+        context = text.max_position_embeddings if self.context is None else self.context
+        return config.patterns(), context, heads, text.num_key_value_heads, head_dim
 
     @staticmethod
     def _table(pattern: PiPattern, title: str, context: int, heads: int, kv_heads: int, head_dim: int) -> Table:
