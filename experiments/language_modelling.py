@@ -14,7 +14,7 @@ from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.language_losses import BUCKETS, by_document, gates, is_transferred, losses, wikitext
 from experiments.recurrence import by_recurrence
 from experiments.texts import Documents, blocks, bpe, documents, windows
-from experiments.training import DEVICE, Batch, fit_by_length, shares, steps_within
+from experiments.training import DEVICE, Batch, fit_by_length, shares, steps_by_length, steps_within
 from experiments.variants import (
     BASELINE,
     COORDINATED,
@@ -59,7 +59,7 @@ def train(model: PiForCausalLM, settings: Settings, pieces: Documents) -> Result
     elif isinstance(asked, list):
         steps = dict(zip(shares(settings), asked, strict=True))
     else:
-        steps = {length: round(share * asked) for length, share in shares(settings).items()}
+        steps = steps_by_length(settings)
     drawn = partial(batches, generator=torch.Generator().manual_seed(1 + settings["seed"]))
     last, pace = fit_by_length(model, drawn, steps, rate=settings["rate"])
     result = {"training loss": last, "steps": list(steps.values())}

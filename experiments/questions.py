@@ -18,7 +18,7 @@ from torch import Tensor
 
 from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.forms import BASELINE
-from experiments.training import DEVICE, fit_by_length, products, shares
+from experiments.training import DEVICE, fit_by_length, products, steps_by_length
 from experiments.variants import config
 from pi_attention.models import PiForCausalLM
 
@@ -112,8 +112,7 @@ def measure(settings: Settings, data: Path) -> Result:
             ids, labels = sequences(settings["tokens"] // length, length, settings, settings["asked"], generator)
             yield {"input_ids": ids, "labels": labels}
 
-    steps = {length: round(share * settings["steps"]) for length, share in shares(settings).items()}
-    last, _ = fit_by_length(model, batches, steps, rate=settings["rate"])
+    last, _ = fit_by_length(model, batches, steps_by_length(settings), rate=settings["rate"])
     grids = []
     for seed in (0, 1):  # the questions are the same for every variant
         drawn = torch.Generator().manual_seed(seed)

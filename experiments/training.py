@@ -176,6 +176,11 @@ def shares(settings: dict[str, Any]) -> dict[int, float]:
     return {first: 0.5} | dict.fromkeys(others, 0.5 / len(others)) if others else {first: 1.0}
 
 
+def steps_by_length(settings: dict[str, Any]) -> dict[int, int]:
+    """The steps of the settings, by their shares."""
+    return {length: round(share * settings["steps"]) for length, share in shares(settings).items()}
+
+
 def fit_by_length(
     model: nn.Module, batches: Callable[[int], Iterator[Batch]], steps: dict[int, int], *, rate: float
 ) -> tuple[float, float]:

@@ -15,11 +15,12 @@ DENSE = PiPattern(window=2**40, period=1, skips=0)
 """A window over any context: dense causal attention."""
 
 
-def stacked(kinds: Sequence[str | dict[str, Any]], pattern: PiPattern, layers: int) -> list[PiPattern]:
+def stacked(kinds: Sequence[str | dict[str, Any]] | None, pattern: PiPattern, layers: int) -> list[PiPattern]:
     """The pattern of every layer.
 
     Args:
         kinds: of the layers, repeated over them: each a `Kind`, or a dict of fields in which it differs from `pattern`.
+            "pi" where there are none.
         pattern: of the model.
         layers: how many.
 
@@ -29,7 +30,17 @@ def stacked(kinds: Sequence[str | dict[str, Any]], pattern: PiPattern, layers: i
     >>> [layer.skips for layer in stacked(["local", "pi", {"skips": 3}], PiPattern(4, 4, 2), 4)]
     [0, 2, 3, 0]
     """
+    kinds = kinds or ["pi"]
     return [_of_kind(kinds[layer % len(kinds)], pattern) for layer in range(layers)]
+
+
+def check_all_used(kinds: Sequence[str], layers: int) -> None:
+    """Raise ValueError if there are more kinds than layers."""
+    if len(kinds) > layers:
+        raise ValueError(
+            f"layer_patterns has {len(kinds)} entries, and layers={layers}: the last ones would not be used. "
+            "Give as many layers, or a multiple."
+        )
 
 
 def _of_kind(kind: str | dict[str, Any], pattern: PiPattern) -> PiPattern:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -10,12 +9,13 @@ from matplotlib.figure import Figure
 
 from benchmarks.intervals import interval
 from experiments.experiment import Settings
-from experiments.forms import BASELINE, forms
+from experiments.forms import BASELINE
 from experiments.registry import EXPERIMENTS
-from pi_attention.accounting import attention_flops, cache_tokens
+from pi_attention.accounting import attention_flops, cache_tokens, dense_flops
 from pi_attention.plots.style import COLOURS, figure_of
-from pi_attention.stack import DENSE
 from report.cells import Cell, measured_cells
+from report.keys import patterns
+from report.language_models import percent
 
 LENGTH = 131072
 """Tokens of the prompt."""
@@ -33,20 +33,18 @@ class Point:
 
 def shares(cell: Settings) -> tuple[float, float]:
     """The products of a prompt's attention and the kept tokens of a cell's layers, as shares of dense attention's."""
-    cycle = forms(cell["keys"], cell["heads"], LENGTH)[cell["variant"]]
-    layers = [cycle[layer % len(cycle)] for layer in range(cell["layers"])]
-    products = [attention_flops(pattern, LENGTH, heads=cell["heads"], head_dim=1) for pattern in (*layers, DENSE)]
-    kept = [cache_tokens(pattern, LENGTH) for pattern in (*layers, DENSE)]
-    return fmean(products[:-1]) / products[-1], fmean(kept[:-1]) / kept[-1]
+    sizes = {"heads": cell["heads"], "head_dim": 1}
+    layers = patterns("hybrids", {**cell, "context": LENGTH})
+    products = fmean(attention_flops(pattern, LENGTH, **sizes) for pattern in layers)
+    kept = fmean(cache_tokens(pattern, LENGTH) for pattern in layers)
+    return products / dense_flops(LENGTH, **sizes), kept / LENGTH
 
 
-def points(cells: Iterable[Cell]) -> list[Point]:
+def points(cells: list[Cell]) -> list[Point]:
     """The forms that have rows of the same seeds as dense attention."""
-    of_seed = [(cell, {row["settings"]["seed"]: row["result"]["test"] for row in rows}) for cell, rows in cells]
-    base = next((tests for cell, tests in of_seed if cell["variant"] == "dense"), {})
     found = []
-    for cell, tests in of_seed:
-        gaps = tuple(100 * (tests[seed] / base[seed] - 1) for seed in sorted(tests) if seed in base)
+    for cell, _ in cells:
+        gaps = tuple(percent(cells, cell["variant"], "dense"))
         if gaps:
             found.append(Point(cell["variant"].replace(BASELINE, "window"), gaps, *shares(cell)))
     return found

@@ -112,6 +112,17 @@ def test_cuda_graph_capture():
     assert torch.equal(out, pi_attention(*inputs, pattern))
 
 
+def captured(step):
+    """A CUDA graph of a step with gradients, which ran once before, and the tensors that it writes."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        results = step()
+    return graph, results
+
+
 def test_cuda_graph_capture_of_a_step():
     """As large as the Hopper kernels want it, which serve both bands."""
     inputs = [*qkv(1, 16, 1 << 14, 128), torch.randn(1, 16, 1 << 14, device="cuda", requires_grad=True)]
@@ -122,12 +133,7 @@ def test_cuda_graph_capture_of_a_step():
         out = pi_attention(*inputs[:3], pattern, gate=inputs[3])
         return torch.autograd.grad(out, inputs, grad)
 
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        grads = step()
+    graph, grads = captured(step)
     with torch.no_grad():
         inputs[0].normal_()
     graph.replay()
@@ -148,15 +154,10 @@ def test_cuda_graph_capture_of_a_converted_model_with_sinks():
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         return loss, *torch.autograd.grad(loss, list(model.parameters()))
 
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        loss_and_gradients()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        captured = loss_and_gradients()
+    graph, results = captured(loss_and_gradients)
     ids.random_(99)
     graph.replay()
-    for got, want in zip(captured, loss_and_gradients(), strict=True):
+    for got, want in zip(results, loss_and_gradients(), strict=True):
         torch.testing.assert_close(got, want)
 
 

@@ -201,7 +201,7 @@ class PiConfig(PretrainedConfig):
             TypeError, ValueError: an entry of layer_patterns is unknown or contradicts itself, or a pattern does not
                 fit the number of heads.
         """
-        patterns = stacked(self.layer_patterns or ["pi"], self.pattern, self.num_hidden_layers)
+        patterns = stacked(self.layer_patterns, self.pattern, self.num_hidden_layers)
         for pattern in patterns:
             pattern.check_heads(self.num_attention_heads)
         return patterns

@@ -13,7 +13,7 @@ import yaml
 from pi_attention.files import write_text
 from pi_attention.paths import need_file
 from pi_attention.pattern import PiPattern, pattern_for
-from pi_attention.stack import Kind, stacked
+from pi_attention.stack import Kind, check_all_used, stacked
 from pi_attention.training.values import as_kind
 
 
@@ -205,12 +205,7 @@ class TrainConfig:
             (counted or not skips, ("skips",), 'a "pi" layer, and there is none: leave it out'),
             (kinds != {"dense"}, ("window", "sinks"), "a window, and all layers are dense: leave it out"),
         )
-        entries = len(model.layer_patterns)
-        if entries > model.layers:
-            raise ValueError(
-                f"layer_patterns has {entries} entries, and layers={model.layers}: the last ones would not be used. "
-                "Give as many layers, or a multiple."
-            )
+        check_all_used(model.layer_patterns, model.layers)
         for used, names, of in settings:
             for name in names:
                 if not used and getattr(model, name) != getattr(default, name):
