@@ -19,27 +19,39 @@ PAD = 0
 
 
 class Classifier(nn.Module):
-    """A bidirectional PiModel with a linear head on a token put before the sequence, as in the Long Range Arena."""
+    """A bidirectional PiModel with a linear head on a token put before the sequence, as in the Long Range Arena.
 
-    def __init__(self, config: PiConfig, classes: int) -> None:
+    With `mean`, the head reads the mean over all tokens instead.
+    """
+
+    def __init__(self, config: PiConfig, classes: int, *, mean: bool = False) -> None:
         super().__init__()
         self.body = PiModel(config)
         self.head = nn.Linear(config.hidden_size, classes)
         self.first = config.vocab_size - 1
+        self.mean = mean
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
         """Loss and logits [B, classes] of input_ids [B, T], PAD on the right, and labels [B]."""
         ids = F.pad(input_ids, (1, 0), value=self.first)
-        hidden = self.body(ids, segment_ids=segments(ids != PAD)).last_hidden_state
-        logits = self.head(hidden[:, 0])
+        present = ids != PAD
+        hidden = self.body(ids, segment_ids=segments(present)).last_hidden_state
+        logits = self.head(mean_of(hidden, present) if self.mean else hidden[:, 0])
         return SimpleNamespace(loss=F.cross_entropy(logits.float(), labels), logits=logits)
+
+
+def mean_of(hidden: Tensor, present: Tensor) -> Tensor:
+    """Mean [B, D] of hidden states [B, T, D] over the tokens of a mask [B, T]."""
+    weight = present.to(hidden.dtype)
+    return (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
 
 
 def classify(settings: Settings, arrays: dict[str, np.ndarray], *, vocabulary: int, classes: int) -> Result:
     """Train a bidirectional classifier of one variant; "validation" and "test" are accuracies.
 
     Args:
-        settings: of the row; "batch", "steps", "rate", "seed" beside those of `config`.
+        settings: of the row; "batch", "steps", "rate", "seed" beside those of `config`. Where "pooling" is "mean",
+            the classifier reads the mean over all tokens.
         arrays: "training ids" [N, T], padded on the right with PAD, and "training classes" [N]; the same for
             "validation" and "test".
         vocabulary: number of ids.
@@ -48,7 +60,8 @@ def classify(settings: Settings, arrays: dict[str, np.ndarray], *, vocabulary: i
     torch.manual_seed(settings["seed"])
     generator = torch.Generator().manual_seed(1 + settings["seed"])
     made = config(settings, vocab_size=vocabulary + 1, pad_token_id=PAD, causal=False)
-    model = specialise(Classifier(made, classes).to(DEVICE), settings)
+    mean = settings.get("pooling") == "mean"
+    model = specialise(Classifier(made, classes, mean=mean).to(DEVICE), settings)
 
     def batch_of(part: str, rows: Tensor) -> dict[str, Tensor]:
         ids = torch.from_numpy(arrays[f"{part} ids"][rows.numpy()]).long()

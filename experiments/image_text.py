@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.classification import mean_of
 from experiments.data import IMAGES
 from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.training import DEVICE, fit, products, segments
-from experiments.variants import MAIN, config, specialise
+from experiments.variants import CLAIMED, config, specialise
 from pi_attention.models import PiConfig, PiModel
 
 CAPTION = 64  # bytes
@@ -34,8 +35,7 @@ class Tower(nn.Module):
         """[B, T, …] with a mask [B, T] of what is no padding -> [B, WIDTH]."""
         ids = None if mask is None else segments(mask)
         hidden = self.body(inputs_embeds=self.embed(inputs), segment_ids=ids).last_hidden_state
-        weight = torch.ones_like(hidden[..., 0]) if mask is None else mask.to(hidden.dtype)
-        mean = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+        mean = hidden.mean(1) if mask is None else mean_of(hidden, mask)
         return F.normalize(self.project(mean).float(), dim=-1)
 
 
@@ -126,7 +126,7 @@ def measure(settings: Settings, data: Path) -> Result:
 
 
 def cells(scale: Scale) -> list[Settings]:
-    """The main variants; 1,024 patches of an image."""
+    """The main variants and coordinated heads; 1,024 patches of an image."""
     if scale == "laptop":
         return []
     sizes = {"hidden": 192, "layers": 4, "heads": 4, "context": 1024, "patch": 2, "batch": 128, "steps": 500,
@@ -134,7 +134,7 @@ def cells(scale: Scale) -> list[Settings]:
     if scale == "smoke":
         sizes |= {"hidden": 16, "layers": 1, "heads": 2, "context": 64, "patch": 8, "batch": 4, "steps": 2}
         sizes |= {"held out": 16, "window": 8, "period": 8, "skips": 4}
-    return [{"images": images, "variant": variant, **sizes} for images in IMAGES for variant in MAIN]
+    return [{"images": images, "variant": variant, **sizes} for images in IMAGES for variant in CLAIMED]
 
 
 EXPERIMENT = Experiment(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from experiments.classification import classify
 from experiments.data import need, prepared
 from experiments.experiment import Experiment, Result, Scale, Settings
-from experiments.variants import MAIN
+from experiments.variants import BASELINE, CLAIMED, COORDINATED_HEADS, ONE_DENSE
 
 VOCABULARY = 257  # padding, then bytes
 CLASSES = {"text": 2, "image": 10}
@@ -70,7 +71,7 @@ def measure(settings: Settings, data: Path) -> Result:
 
 
 def cells(scale: Scale) -> list[Settings]:
-    """The main variants on both tasks."""
+    """The main variants, coordinated heads and a dense layer among windows, on both tasks."""
     if scale == "laptop":
         return []
     sizes = {"hidden": 128, "layers": 4, "heads": 4}
@@ -84,7 +85,17 @@ def cells(scale: Scale) -> list[Settings]:
         sizes = {"hidden": 16, "layers": 1, "heads": 2, "batch": 2, "steps": 2, "examples": 8, "held out": 2}
         sizes |= {"window": 28, "period": 28, "skips": 4}
         tasks = {"text": {"context": 64}, "image": {"context": 784}}
-    return [{"task": task, "variant": variant, **sizes, **more} for task, more in tasks.items() for variant in MAIN]
+    return [
+        {"task": task, "variant": variant, **sizes, **more}
+        for task, more in tasks.items()
+        for variant in (*CLAIMED, ONE_DENSE)
+    ]
+
+
+def pooled_cells(scale: Scale) -> list[Settings]:
+    """The classifier reads the mean over all tokens, so that no pattern has to gather the input in one of them."""
+    variants = ("dense", BASELINE, "pi", COORDINATED_HEADS)
+    return [{**cell, "pooling": "mean"} for cell in cells(scale) if cell["variant"] in variants]
 
 
 EXPERIMENT = Experiment(
@@ -96,4 +107,11 @@ EXPERIMENT = Experiment(
     measure=measure,
     rates=(3e-4, 1e-3, 3e-3),
     prepare=dataset,
+)
+
+POOLED_EXPERIMENT = replace(
+    EXPERIMENT,
+    name="lra_pooled",
+    title="Long Range Arena: text and image, by the mean of the tokens",
+    cells=pooled_cells,
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.questions import distinct
 from experiments.training import DEVICE, fit_by_length, products
-from experiments.variants import MAIN, PLANNED, VARIANTS, config, specialise
+from experiments.variants import COORDINATED_HEADS, MAIN, ONE_DENSE, PLANNED, VARIANTS, config, specialise
 from pi_attention.models import PiForCausalLM
 from pi_attention.receptive_field import receptive_field
 
@@ -122,6 +122,10 @@ def lags(context: int, window: int, period: int) -> dict[str, list[int]]:
     }
 
 
+CONTROLS = (COORDINATED_HEADS, ONE_DENSE, "ring-local + coordinated global layer")
+"""The best form of language models, and windows with one layer that sees everything."""
+
+
 def cells(scale: Scale) -> list[Settings]:
     """Every variant where four layers cover the context and where they leave holes; passkeys in longer contexts."""
     if scale == "laptop":
@@ -135,16 +139,16 @@ def cells(scale: Scale) -> list[Settings]:
     else:
         recall = {"context": 512, "pairs": 4, "asks": 7, "batch": 64, "steps": 1500}
         shapes = [
-            (16, 16, 8, recall, (*VARIANTS, PLANNED)),
-            (4, 64, 4, recall, (*MAIN, "pi, geometric heads", PLANNED)),
+            (16, 16, 8, recall, (*VARIANTS, PLANNED, *CONTROLS)),
+            (4, 64, 4, recall, (*MAIN, "pi, geometric heads", PLANNED, *CONTROLS)),
         ]
         passkey = {"context": 1024, "pairs": 1, "asks": 31, "batch": 32, "steps": 1000}
         for more in ({}, {"layers": 2}, {"layers": 8}):
-            shapes.append((64, 64, 16, passkey | more, (*MAIN, "pi, geometric heads", PLANNED)))
+            shapes.append((64, 64, 16, passkey | more, (*MAIN, "pi, geometric heads", PLANNED, *CONTROLS)))
         for context, shorter in ((8192, [1024, 2048, 4096]), (32768, [1024, 2048, 4096, 8192, 16384])):
             longer = {"context": context, "asks": context // 32 - 1, "batch": 32768 // context}
             by_length = {"steps": 1000 * (len(shorter) + 1), "shorter first": shorter}
-            shapes.append((64, 64, 16, passkey | longer | by_length, (*MAIN, PLANNED)))
+            shapes.append((64, 64, 16, passkey | longer | by_length, (*MAIN, PLANNED, *CONTROLS)))
     return [
         {"variant": variant, "window": w, "period": period, "skips": m, **common, **task}
         | {"lags": lags(task["context"], w, period)}

@@ -31,6 +31,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         questions.EXPERIMENT,
         listops.EXPERIMENT,
         lra.EXPERIMENT,
+        lra.POOLED_EXPERIMENT,
         retrieval_qa.EXPERIMENT,
         pretrained.EXPERIMENT,
         image_text.EXPERIMENT,

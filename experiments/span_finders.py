@@ -16,7 +16,7 @@ from experiments.decoders import decoder_of, tokenizer_of
 from experiments.experiment import Settings
 from experiments.texts import bpe, documents, windows
 from experiments.training import DEVICE, fit
-from experiments.variants import COORDINATED_HEADS, MAIN, attention, config, specialise
+from experiments.variants import CLAIMED, COORDINATED_HEADS_AND_SINKS, attention, config, specialise
 from pi_attention.convert import convert
 from pi_attention.models import PiForCausalLM, PiForQuestionAnswering
 from pi_attention.pattern import PiPattern
@@ -65,7 +65,13 @@ class CausalSpanFinder(nn.Module):
         return QuestionAnsweringModelOutput(loss=loss, start_logits=first, end_logits=last)
 
 
-CONVERTIBLE = (*MAIN, COORDINATED_HEADS, "window + sinks", "pi + sinks", "pi, coprime heads + sinks")
+CONVERTIBLE = (
+    *CLAIMED,
+    "window + sinks",
+    "pi + sinks",
+    "pi, coprime heads + sinks",
+    COORDINATED_HEADS_AND_SINKS,
+)
 """The variants that a pretrained model can be given."""
 
 
@@ -83,8 +89,8 @@ def pattern_of(settings: Settings, heads: int) -> PiPattern | None:
 def from_pretrained(settings: Settings, data: Path) -> tuple[CausalSpanFinder, Tokenizer]:
     """A pretrained causal model from `data/PRETRAINED`, converted."""
     model, tokenizer = decoder_of(settings["pretrained"], data), tokenizer_of(settings["pretrained"], data)
-    hidden = model.config.hidden_size
-    pattern = pattern_of(settings, model.config.num_attention_heads)
+    hidden, heads = model.config.hidden_size, model.config.num_attention_heads
+    pattern = pattern_of(settings, heads)
     if pattern is not None:
-        model = convert(model, pattern, gate=True)
+        model = convert(model, pattern, gate=attention({**settings, "heads": heads})["gate"])
     return CausalSpanFinder(model, hidden).to(DEVICE), tokenizer.backend_tokenizer

@@ -49,6 +49,7 @@ PLANNED = "pi, planned"
 """The periods that the planner chooses for the context, the layers and the keys."""
 COORDINATED_HEADS = "pi, coordinated heads"
 """A quarter of the window; what it saves goes to skips of period 4, with phases over the heads; one softmax."""
+COORDINATED_HEADS_AND_SINKS = f"{COORDINATED_HEADS} + sinks"
 COORDINATED = (
     COORDINATED_HEADS,
     "pi, coordinated heads, mass gate",
@@ -57,8 +58,10 @@ COORDINATED = (
     "pi, dilated heads, no gate",
 )
 """Heads that share the distance, by every fusion, with half of the window, and beside dilated heads without a gate."""
+ONE_DENSE = "ring-local + dense layer"
+"""What one would use where a decision needs the whole input: windows, and a layer that sees everything."""
 HYBRIDS = (
-    "ring-local + dense layer",
+    ONE_DENSE,
     "coordinated + dense layer",
     "dilated + dense layer",
     "ring-local + coordinated global layer",
@@ -69,6 +72,8 @@ RANDOM_BLOCKS = "window + sinks + random blocks"
 """As in BigBird (arXiv 2007.14062): a window, the first keys, and blocks of earlier keys drawn at random."""
 MAIN = ("dense", BASELINE, "pi", "pi, coprime heads")
 """The variants of experiments that do not study the gate."""
+CLAIMED = (*MAIN, COORDINATED_HEADS)
+"""Those, and the best form of language models."""
 
 
 def attention(settings: Settings) -> dict[str, Any]:
@@ -113,6 +118,7 @@ def attention(settings: Settings) -> dict[str, Any]:
         "window + sinks": (replace(local, window=w + m - sinks, sinks=sinks), plain),
         "pi + sinks": (replace(pi, **with_sinks), {}),
         "pi, coprime heads + sinks": (replace(coprime, **with_sinks), {}),
+        COORDINATED_HEADS_AND_SINKS: (replace(coordinated, skips=coordinated.skips - sinks, sinks=sinks), plain),
         "dilated": (dilated_heads(1, w + m - 1, heads, context), plain),
         DILATED_HEADS: (dilated, {}),
         "pi, dilated heads, no gate": (dilated, plain),
@@ -120,7 +126,7 @@ def attention(settings: Settings) -> dict[str, Any]:
         "pi, coordinated heads, mass gate": (coordinated, {"fusion": "mass"}),
         "pi, coordinated heads, gate": (coordinated, {"fusion": "gate"}),
         "pi, coordinated heads, half window": (wider, plain),
-        "ring-local + dense layer": (local, dense_layer),
+        ONE_DENSE: (local, dense_layer),
         "coordinated + dense layer": (coordinated, dense_layer),
         "dilated + dense layer": (dilated, dense_layer),
         "ring-local + coordinated global layer": (local, global_layer),

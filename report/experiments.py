@@ -115,6 +115,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "questions": lambda: compared("questions", digits=2),
     "listops": lambda: compared("listops"),
     "lra": lambda: compared("lra"),
+    "lra_pooled": lambda: compared("lra_pooled"),
     "retrieval_qa": retrieval_qa,
     "pretrained": pretrained,
     "image_text": lambda: compared("image_text", {"R@1 / 5 / 10 to text; to image": _ways}),

@@ -16,7 +16,7 @@ from report.markdown import table
 
 PRETRAINED: Settings = {"hidden": 576, "layers": 30, "heads": 9}
 """SmolLM2-135M, of which the settings name no sizes."""
-BIDIRECTIONAL = ("listops", "lra", "image_text")
+BIDIRECTIONAL = ("listops", "lra", "lra_pooled", "image_text")
 CLASSIFIED = ("ACSF1", "PLAID")
 """Series that are classified, and so read both ways."""
 PLANNED = "pi, planned"

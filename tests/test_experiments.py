@@ -94,6 +94,7 @@ def test_sinks_take_the_place_of_skips_or_of_the_window():
         ("window + sinks", 18, 0),
         ("pi + sinks", 16, 2),
         ("pi, coprime heads + sinks", 16, 2),
+        ("pi, coordinated heads + sinks", 4, 14),
     ):
         pattern = config({"variant": variant, **settings}).patterns()[0]
         assert (pattern.window, pattern.skips, pattern.sinks) == (window, skips, 6), variant

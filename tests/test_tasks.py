@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments import (
+    classification,
     corpora,
     data,
     image_text,
@@ -27,6 +28,7 @@ from experiments import (
     texts,
 )
 from experiments.experiment import on_dataset
+from pi_attention.models import PiConfig
 
 
 def test_recall_sequences_ask_for_what_was_shown():
@@ -302,6 +304,21 @@ def test_reviews_and_images_are_read(made_up):
     assert len(np.unique(np.concatenate([arrays["training ids"], arrays["test ids"]]), axis=0)) <= 35
     with pytest.raises(ValueError, match="more than the 40"):
         lra.dataset(settings | {"examples": 36}, made_up)
+
+
+def test_a_classifier_by_the_mean_reads_all_tokens_but_the_padding():
+    made = PiConfig(vocab_size=9, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, window=4, causal=False)
+    torch.manual_seed(0)
+    by_mean, by_first = (classification.Classifier(made, 3, mean=mean).eval() for mean in (True, False))
+    by_first.load_state_dict(by_mean.state_dict())
+    ids, label = torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([2])
+    padded = torch.nn.functional.pad(ids, (0, 4), value=classification.PAD)
+    logits = by_mean(ids, label).logits
+    assert torch.allclose(logits, by_mean(padded, label).logits, atol=1e-6)
+    first = torch.tensor([[made.vocab_size - 1]])
+    hidden = by_mean.body(torch.cat([first, ids], dim=1)).last_hidden_state
+    assert torch.allclose(logits, by_mean.head(hidden.mean(1)), atol=1e-6)
+    assert torch.allclose(by_first(ids, label).logits, by_mean.head(hidden[:, 0]), atol=1e-6)
 
 
 def test_emoji_have_labels_on_white(made_up):
