@@ -79,6 +79,23 @@ def cache_bytes(pattern: PiPattern, length: int, *, kv_heads: int, head_dim: int
     return 2 * cache_tokens(pattern, length) * kv_heads * head_dim * element_bytes
 
 
+def stack_cost(
+    patterns: Sequence[PiPattern], length: int, *, heads: int, kv_heads: int, head_dim: int, element_bytes: int = 2
+) -> dict[str, int]:
+    """Operations of the attention of all layers, and bytes of their caches, each beside dense attention in all layers.
+
+    The operations are of one forward pass; the dense cache holds every token.
+    """
+    sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "element_bytes": element_bytes}
+    layers, causal = len(patterns), patterns[0].causal
+    return {
+        "flops": sum(attention_flops(pattern, length, heads=heads, head_dim=head_dim) for pattern in patterns),
+        "dense flops": layers * dense_flops(length, heads=heads, head_dim=head_dim, causal=causal),
+        "cache bytes": sum(cache_bytes(pattern, length, **sizes) for pattern in patterns),
+        "dense cache bytes": layers * 2 * length * kv_heads * head_dim * element_bytes,
+    }
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The sizes of a decoder that its cost depends on (names as in `PiConfig`).

@@ -16,6 +16,7 @@ ORDER = [
     "pattern",
     "stack",
     "describe",
+    "recommended",
     "accounting",
     "receptive_field",
     "planner",
@@ -147,6 +148,7 @@ STANDARD_LIBRARY_ONLY = [
     "describe",
     "accounting",
     "receptive_field",
+    "recommended",
     "planner",
     "devices",
 ]

@@ -4,10 +4,12 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pi_attention import PiPattern
+from pi_attention.accounting import cache_bytes, stack_cost
 from pi_attention.bill import MODELS, bill
 from pi_attention.cli.main import main
 from pi_attention.cli.train import Train
@@ -16,6 +18,8 @@ from pi_attention.models import PiConfig
 from pi_attention.pattern import coordinated_heads
 from pi_attention.planner import fewest_keys, longest_stretch, plan
 from pi_attention.receptive_field import joint_coverage, receptive_field
+from pi_attention.recommended import Goal, recommended
+from pi_attention.stack import stacked
 from pi_attention.training.config import load_yaml
 
 
@@ -141,7 +145,7 @@ def test_command_prints_a_plan_that_loads_as_a_config(monkeypatch, capsys, tmp_p
     assert made.model.pattern() == PiPattern.from_dict(found["pattern"])
     assert (made.model.window, made.model.layers, made.model.heads, made.data.context) == (config.window, 6, 4, 4096)
     code, printed = run(monkeypatch, capsys, *sizes, "--budget", "64")
-    assert code == 0 and "of 6 layers" in printed.out and "--coordinated" in printed.out
+    assert code == 0 and "of 6 layers" in printed.out and "--goal" in printed.out
     arguments = re.search(r"PiConfig\((window=.*, period=.*, skips=.*, sinks=0, phase=0)\)", printed.out)
     assert arguments and eval(f"PiConfig({arguments[1]})").pattern.reach
     code, printed = run(monkeypatch, capsys, "--layers", "0")
@@ -186,6 +190,57 @@ def test_command_prints_a_coordinated_plan(monkeypatch, capsys, tmp_path):
     assert code == 2 and "hops=2 asks for another plan than coordinated=True" in printed.err
     code, printed = run(monkeypatch, capsys, *sizes, "--budget", "8")
     assert code == 2 and "least_window=16 is more than budget=8" in printed.err
+
+
+@pytest.mark.parametrize("goal", get_args(Goal))
+def test_the_settings_of_a_goal_make_its_patterns(goal):
+    for layers, heads, keys, sinks in ((12, 8, 80, 0), (6, 6, 320, 4), (5, 3, 7, 1), (1, 1, 2, 0)):
+        form = recommended(goal, keys=keys, heads=heads, layers=layers, sinks=sinks)
+        sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": 16 * heads}
+        assert PiConfig(**form.settings, **sizes).patterns() == form.patterns(layers)
+        near = [pattern for pattern in form.patterns(layers) if pattern.reach and pattern.reach < 2**20]
+        assert len(near) == layers - (layers + 5) // 6 * (goal in ("quality", "few-products")) or layers < 6
+        assert all(pattern.window + pattern.skips == keys and pattern.sinks == sinks for pattern in near)
+    with pytest.raises(ValueError, match="keys must be at least 2, got 1"):
+        recommended(goal, keys=1, heads=4)
+
+
+def test_goals_cost_less_from_the_best_to_the_cheapest():
+    costs = [
+        stack_cost(recommended(goal, keys=320, heads=8).patterns(12), 131072, heads=8, kv_heads=8, head_dim=64)
+        for goal in get_args(Goal)
+    ]
+    products = [cost["flops"] / cost["dense flops"] for cost in costs]
+    caches = [cost["cache bytes"] / cost["dense cache bytes"] for cost in costs]
+    assert 1 / 6 < products[0] < 0.18 and 1 / 24 < products[1] < 0.05 and max(products[2:]) < 0.005
+    assert caches[0] == caches[1] > 1 / 6 and caches == sorted(caches, reverse=True) and caches[3] < 0.01
+    with pytest.raises(ValueError, match="goal='speed' is unknown: use one of"):
+        recommended("speed", keys=320, heads=8)
+
+
+def test_command_takes_the_form_of_a_goal(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "plan.yaml"
+    sizes = ["--context", "4096", "--layers", "6", "--heads", "4", "--budget", "80"]
+    code, printed = run(monkeypatch, capsys, *sizes, "--goal", "few-products", "--out", str(out))
+    form = recommended("few-products", keys=80, heads=4, layers=6)
+    assert code == 0 and "few-products (chosen)" in printed.out and form.measured in printed.out
+    model = load_yaml(Train, out).model
+    assert stacked(model.layer_patterns, model.pattern(), 6) == form.patterns(6)
+    arguments = re.search(r"PiConfig\((.*)\)", printed.out)
+    assert arguments and eval(f"PiConfig({arguments[1]}, num_hidden_layers=6)").layer_patterns == list(form.kinds)
+    code, printed = run(monkeypatch, capsys, *sizes, "--goal", "quality", "--json")
+    found = json.loads(printed.out)
+    assert found["settings"] == {"window": 80, "skips": 0, "layer_patterns": ["local"] * 3 + ["dense"] + ["local"] * 2}
+    assert found["costs"]["least"]["cache bytes"] == 6 * cache_bytes(
+        PiPattern(80, 1, 0), 4096, kv_heads=4, head_dim=128
+    )
+    for more, said in (
+        (["--hops", "2"], "hops=2 is of plans without a goal"),
+        (["--device", "h200"], "device='h200' is of plans without a goal"),
+        (["--budget", "1"], "budget=1 must be at least 2"),
+    ):
+        code, printed = run(monkeypatch, capsys, "--goal", "least", *more)
+        assert code == 2 and said in printed.err
 
 
 def test_devices_are_those_of_the_committed_benchmarks():

@@ -15,7 +15,7 @@ from pi_attention.describe import by_layers, in_words, is_dense
 from pi_attention.paths import need_folder
 from pi_attention.pattern import PiPattern, pattern_for
 from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density, keys_read, receptive_field
-from pi_attention.stack import DENSE, Kind, check_all_used, stacked
+from pi_attention.stack import Kind, check_all_used, stacked
 from pi_attention.training.config import fields_of_pattern
 from pi_attention.units import counted, in_flops
 
@@ -214,16 +214,14 @@ def _of_one_layer(pattern: PiPattern, context: int) -> list[tuple[str, str]]:
 
 def _cost_of_the_stack(stack: list[PiPattern], context: int, heads: int, kv_heads: int, head_dim: int) -> Table:
     """What all layers cost together, beside as many dense ones."""
-    from pi_attention.accounting import attention_flops, cache_bytes, dense_flops
+    from pi_attention.accounting import stack_cost
 
-    flops = sum(attention_flops(pattern, context, heads=heads, head_dim=head_dim) for pattern in stack)
-    dense = len(stack) * dense_flops(context, heads=heads, head_dim=head_dim, causal=stack[0].causal)
+    cost = stack_cost(stack, context, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     table = Table(title=f"all {counted(len(stack), 'layer')}", show_header=False)
-    table.add_row("attention FLOPs", f"{in_flops(flops)} forward, {flops / dense:.2%} of dense")
+    share = cost["flops"] / cost["dense flops"]
+    table.add_row("attention FLOPs", f"{in_flops(cost['flops'])} forward, {share:.2%} of dense")
     if stack[0].causal:
-        sizes = {"kv_heads": kv_heads, "head_dim": head_dim}
-        held = sum(cache_bytes(pattern, context, **sizes) for pattern in stack)
-        whole = len(stack) * cache_bytes(DENSE, context, **sizes)
+        held, whole = cost["cache bytes"], cost["dense cache bytes"]
         table.add_row("decoding cache", f"{held / 2**20:,.2f} MiB in 16 bits, {held / whole:.2%} of dense")
         read = sum(keys_read(pattern, context, heads=heads, kv_heads=kv_heads) for pattern in stack) / kv_heads
         share = read / len(stack) / context

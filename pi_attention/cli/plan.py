@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from rich.console import Console
@@ -18,20 +18,23 @@ from pi_attention.accounting import (
     cache_tokens,
     dense_flops,
     roofline_seconds,
+    stack_cost,
 )
+from pi_attention.cli.goals import form_in_words, table_of_goals
 from pi_attention.devices import DEVICES
 from pi_attention.files import write_text
 from pi_attention.paths import need_new_file
 from pi_attention.planner import Plan as Found
 from pi_attention.planner import longest_stretch, plan
 from pi_attention.receptive_field import receptive_field
+from pi_attention.recommended import Goal, recommended
 from pi_attention.training.config import ModelSettings
 from pi_attention.units import counted, in_flops
 
 
 @dataclass
 class Plan:
-    """Choose the cheapest pattern that covers a context, and say what it costs."""
+    """Choose a pattern, for a context or for a goal, and say what it costs."""
 
     context: int = 131072
     """Tokens that the last layer must see."""
@@ -43,8 +46,12 @@ class Plan:
     """Key/value heads; as many as heads by default."""
     head_dim: int = 128
     """Features of a head."""
+    goal: Goal | None = None
+    """Take the form that language models measured best for this, and compare what those of all goals cost: quality;
+    few-products, for long prompts; bounded-cache, where no layer may keep everything; least, for the lowest cost."""
     budget: int | None = None
-    """Most keys of a query. The pattern covers the context in the fewest layers. 256 unless --hops is given."""
+    """Most keys of a query. The pattern covers the context in the fewest layers. 256 unless --hops is given. With
+    --goal: those of a query in the layers that do not see everything."""
     hops: int | None = None
     """Layers through which every token is seen. The pattern has the fewest keys for that."""
     head_schedule: bool = False
@@ -82,6 +89,8 @@ class Plan:
                     f"head_dim={self.head_dim} must be even in the settings of a training run, whose rotary embeddings "
                     "turn pairs: change it, or leave out --out."
                 )
+        if self.goal is not None:
+            return self._for_goal(self.goal, console)
         found = self.found()
         figures = self.figures(found)
         words = {name: value for name, value in figures["pattern"].items() if hasattr(ModelSettings, name)}
@@ -97,6 +106,35 @@ class Plan:
         arguments = ", ".join(f"{name}={value}" for name, value in words.items())
         console.print(f"PiConfig({arguments})", highlight=False, soft_wrap=True)
         console.print(self._measured(), highlight=False, soft_wrap=True)
+        self._say_written(console)
+        return 0
+
+    def _for_goal(self, goal: Goal, console: Console) -> int:
+        """Run the command for a goal of language models."""
+        for name in ("hops", "head_schedule", "coordinated", "device"):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is of plans without a goal: leave out one of them.")
+        keys = 256 if self.budget is None else self.budget
+        if keys < 2:
+            raise ValueError(f"budget={keys} must be at least 2: a window and a skip are two keys.")
+        forms = {
+            name: recommended(name, keys=keys, heads=self.heads, layers=self.layers, sinks=self.sinks)
+            for name in get_args(Goal)
+        }
+        shape = {"heads": self.heads, "kv_heads": self.kv_heads or self.heads, "head_dim": self.head_dim}
+        costs = {name: stack_cost(form.patterns(self.layers), self.context, **shape) for name, form in forms.items()}
+        if self.out is not None:
+            self._write(self.out, forms[goal].settings)
+        if self.json:
+            console.print_json(json.dumps({"goal": goal, "settings": forms[goal].settings, "costs": costs}))
+            return 0
+        title = f"{counted(self.context, 'token')}, {counted(self.layers, 'layer')}: one forward pass"
+        console.print(table_of_goals(title, costs, goal))
+        console.print(form_in_words(forms[goal]), highlight=False, soft_wrap=True)
+        self._say_written(console)
+        return 0
+
+    def _say_written(self, console: Console) -> None:
         if self.out is not None:
             console.print(
                 f"written: {self.out}, for a model of {counted(self.layers, 'layer')} and "
@@ -104,7 +142,6 @@ class Plan:
                 f"Next: pi-attention train --config {self.out}",
                 soft_wrap=True,
             )
-        return 0
 
     def _measured(self) -> str:
         """What plans of this kind were measured to be good for."""
@@ -114,7 +151,7 @@ class Plan:
             said = "Such plans find a key anywhere in the context. In language models a window was better"
         else:
             said = "One period finds far keys less often than --head-schedule. In language models it was never better "
-            said += "than a window; --coordinated was"
+            said += "than a window; --goal takes forms that were"
         return f"{said} (docs/results.md)."
 
     def _write(self, path: Path, pattern: dict[str, Any]) -> None:
