@@ -70,10 +70,19 @@ def heading(common: Settings, members: list[Cell]) -> str:
     return f"{said}. {measured_on([row for _, rows in members for row in rows])}."
 
 
-def by_seed(members: list[Cell], variant: str, part: str = "test") -> dict[int, float]:
-    """The metric of a variant of a group on one part of the data; empty if it has no row."""
-    rows = next((rows for cell, rows in members if cell.get("variant") == variant), [])
+def of_seeds(rows: list[Row], part: str = "test") -> dict[int, float]:
+    """The metric on one part of the data, by seed."""
     return {row["settings"]["seed"]: row["result"][part] for row in rows}
+
+
+def by_seed(members: list[Cell], variant: str, part: str = "test") -> dict[int, float]:
+    """The metric of a variant of a group; empty if it has no row."""
+    return of_seeds(next((rows for cell, rows in members if cell.get("variant") == variant), []), part)
+
+
+def percent_above(ours: dict[int, float], others: dict[int, float]) -> list[float]:
+    """By how many percent metrics are above others, for each seed of both."""
+    return [100 * (ours[seed] / others[seed] - 1) for seed in sorted(ours) if seed in others]
 
 
 def compared(

@@ -12,7 +12,7 @@ from experiments.experiment import Result, Settings
 from experiments.registry import EXPERIMENTS
 from experiments.variants import BASELINE, COORDINATED_HEADS, DILATED_HEADS
 from pi_attention import plots
-from report.cells import grouped, measured_cells
+from report.cells import grouped, measured_cells, of_seeds, percent_above
 from report.language_models import is_too_early
 
 Lines = dict[str, list[tuple[float, float]]]
@@ -56,10 +56,9 @@ def gains(
         if name.startswith("language_modelling"):
             group = next(members for common, members in grouped(name) if chosen.items() <= common.items())
             label += " †" if is_too_early(group) else ""
-        base = {row["settings"]["seed"]: row["result"]["test"] for row in rows[BASELINE]}
+        base = of_seeds(rows[BASELINE])
         for variant in (variant for variant in variants if variant in rows):
-            test = {row["settings"]["seed"]: row["result"]["test"] for row in rows[variant]}
-            better = [100 * sign * (test[seed] / base[seed] - 1) for seed in test if seed in base]
+            better = [sign * gap for gap in percent_above(of_seeds(rows[variant]), base)]
             found.setdefault(label, {})[variant] = interval(better)
     return found
 

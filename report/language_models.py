@@ -9,7 +9,7 @@ from experiments.experiment import Result
 from experiments.registry import EXPERIMENTS
 from experiments.rows import Row
 from experiments.variants import BASELINE, COORDINATED_HEADS, DILATED_HEADS
-from report.cells import Cell, by_seed, grouped, heading, mean_of, measured_cells, shown
+from report.cells import Cell, by_seed, grouped, heading, mean_of, measured_cells, percent_above, shown
 from report.keys import mean_keys
 from report.markdown import NOTHING, table
 
@@ -24,8 +24,7 @@ def is_too_early(members: list[Cell]) -> bool:
 
 def percent(members: list[Cell], variant: str, other: str, part: str = "test") -> list[float]:
     """By how many percent the perplexity of a variant is above that of another, for each seed of both."""
-    ours, base = by_seed(members, variant, part), by_seed(members, other, part)
-    return [100 * (ours[seed] / base[seed] - 1) for seed in ours if seed in base]
+    return percent_above(by_seed(members, variant, part), by_seed(members, other, part))
 
 
 def _gap_closed(members: list[Cell], variant: str) -> list[float]:

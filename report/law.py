@@ -15,7 +15,7 @@ from experiments.experiment import Settings, without
 from experiments.forms import BASELINE
 from experiments.registry import EXPERIMENTS
 from pi_attention.plots.style import COLOURS, figure_of
-from report.cells import Cell, measured_cells, shown
+from report.cells import Cell, measured_cells, of_seeds, percent_above, shown
 from report.markdown import NOTHING, table
 
 FORM, HEADS = "coordinated 4", 4
@@ -49,16 +49,16 @@ def measured() -> list[Cell]:
 
 def points(cells: list[Cell], part: str = "test") -> list[Point]:
     """The points of all cells that have rows of the form and of the window with the same seed."""
-    rows = {_key(cell): {row["settings"]["seed"]: row["result"][part] for row in rows} for cell, rows in cells}
+    metrics = {_key(cell): of_seeds(rows, part) for cell, rows in cells}
 
     def below(variant: str, cell: Settings, base: dict[int, float]) -> tuple[float, ...]:
-        found = rows.get(_key({**cell, "variant": variant}), {})
-        return tuple(100 * (1 - found[seed] / base[seed]) for seed in sorted(found) if seed in base)
+        found = metrics.get(_key({**cell, "variant": variant}), {})
+        return tuple(-gap for gap in percent_above(found, base))
 
     made = []
     for cell, _ in cells:
         if cell["variant"] == BASELINE:
-            gains, dense = (below(variant, cell, rows[_key(cell)]) for variant in (FORM, "dense"))
+            gains, dense = (below(variant, cell, metrics[_key(cell)]) for variant in (FORM, "dense"))
             if gains:
                 made.append(Point(cell["context"], cell["keys"], cell["steps"] * cell["tokens"], gains, dense))
     return sorted(made, key=lambda point: (point.context, point.keys, point.tokens))

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from experiments.forms import BASELINE
 from experiments.rows import Row
-from report.cells import shown
+from report.cells import of_seeds, percent_above, shown
 from report.gains import rows_of
 from report.keys import PLANNED
 from report.law import FORM
@@ -22,8 +22,7 @@ LANGUAGE = {2048: "forms", 8192: "law"}
 
 def _against(rows: list[Row], others: list[Row]) -> str:
     """By how many percent the perplexity differs, over paired seeds."""
-    base = {row["settings"]["seed"]: row["result"]["test"] for row in others}
-    gaps = [100 * (row["result"]["test"] / base[row["settings"]["seed"]] - 1) for row in rows]
+    gaps = percent_above(of_seeds(rows), of_seeds(others))
     sign, side = (1, "higher") if fmean(gaps) > 0 else (-1, "lower")
     return f"perplexity {shown([sign * gap for gap in gaps], 1)} % {side}"
 
