@@ -22,6 +22,10 @@ def test_each_is_what_transformers_asks_for():
     patterns = make().config.patterns()
     assert isinstance(PiCache(patterns), DynamicCache)
     assert isinstance(PiStaticCache(patterns, 20), StaticCache)
+    for made, rest in ((PiCache, ()), (PiStaticCache, (20,))):
+        for wrong in (make().config, patterns[0], [make().config]):
+            with pytest.raises(TypeError, match=r"one PiPattern a layer, got .*: pass config\.patterns\(\)"):
+                made(wrong, *rest)
 
 
 @pytest.mark.parametrize("name", SINKS)

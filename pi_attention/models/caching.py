@@ -199,6 +199,14 @@ class BoundedCache:
         return sum(layer.storage.nbytes for layer in self.layers)
 
 
+def need_patterns(patterns: Any) -> None:
+    """Raise TypeError for what is no list of patterns, such as a configuration."""
+    if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, PiPattern) for pattern in patterns):
+        raise TypeError(
+            f"patterns must be a list, one PiPattern a layer, got {type(patterns).__name__}: pass config.patterns()."
+        )
+
+
 class PiCache(BoundedCache, DynamicCache):
     """The decoding cache of a model: for each layer what its pattern can still see.
 
@@ -206,11 +214,15 @@ class PiCache(BoundedCache, DynamicCache):
 
     Args:
         patterns: of the layers, `config.patterns()`.
+
+    Raises:
+        TypeError: patterns is something else, such as the configuration.
     """
 
     moves_sinks = True
 
     def __init__(self, patterns: list[PiPattern]) -> None:
+        need_patterns(patterns)
         alike = {pattern: Once() for pattern in patterns}
         Cache.__init__(self, layers=[PiCacheLayer(pattern, alike[pattern]) for pattern in patterns])
 
@@ -241,11 +253,15 @@ class PiStaticCache(BoundedCache, StaticCache):
     Args:
         patterns: of the layers, `config.patterns()`.
         max_cache_len: tokens that will come at most; beyond them the oldest are forgotten, seen or not.
+
+    Raises:
+        TypeError: patterns is something else, such as the configuration.
     """
 
     moves_sinks = False
 
     def __init__(self, patterns: list[PiPattern], max_cache_len: int) -> None:
+        need_patterns(patterns)
         first: dict[PiPattern, StaticLayerCache] = {}
         storages: list[StaticLayerCache] = []
         for pattern in patterns:
