@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.questions import ASK, IGNORE, KEYS, SAY, TASKS, cells, sequences
+from experiments.questions import ASK, FEWEST, IGNORE, KEYS, SAY, TASKS, cells, sequences, shortest, within
 
 
 def read(row, task):
@@ -52,9 +52,21 @@ def test_statements_that_do_not_fit_are_refused():
         sequences(1, 128, TASKS["64 pairs"], 16, torch.Generator())
 
 
-def test_cells_begin_with_a_length_that_holds_their_statements_and_end_at_their_context():
+def test_short_texts_have_fewer_statements():
+    for task in TASKS.values():
+        assert within(task, 2048) == task
+        fewest, whole = within(task, 1), shortest(task)
+        assert fewest["statements"] * (1 + fewest["hops"]) <= FEWEST
+        assert within(task, whole // 2) != task or task["statements"] == 1
+        for length in (2**power for power in range(5, 12)):
+            fitted = within(task, length)
+            assert fitted["asked"] <= fitted["statements"] <= task["statements"]
+            if length >= shortest(fewest):
+                sequences(2, length, fitted, fitted["asked"], torch.Generator())  # fits
+
+
+def test_cells_begin_with_the_shortest_text_and_end_at_their_context():
     for cell in cells("small"):
-        sequences(1, cell["shorter first"][0], cell, cell["asked"], torch.Generator())
-        assert (
-            cell["shorter first"] == sorted(cell["shorter first"]) and cell["shorter first"][-1] * 2 == cell["context"]
-        )
+        assert cell["shorter first"][0] == shortest(within(cell, 1)) <= 64
+        assert cell["shorter first"] == sorted(cell["shorter first"])
+        assert cell["shorter first"][-1] * 2 == cell["context"]
