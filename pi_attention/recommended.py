@@ -32,6 +32,8 @@ class Form:
     @property
     def settings(self) -> dict[str, Any]:
         """The fields of `PiConfig` or of `train` that say it; heads that share the distance are their default."""
+        if self.kinds == ("dense",):
+            return {"layer_patterns": ["dense"]}
         fields: dict[str, Any] = {"window": self.pattern.window}
         if "all-skips" not in self.kinds:
             fields["skips"] = self.pattern.skips

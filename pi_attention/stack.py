@@ -20,7 +20,7 @@ def stacked(kinds: Sequence[str | dict[str, Any]] | None, pattern: PiPattern, la
 
     Args:
         kinds: of the layers, repeated over them: each a `Kind`, or a dict of fields in which it differs from `pattern`.
-            "pi" where there are none.
+            With a period it has the phase 0 unless one is given. "pi" where there are none.
         pattern: of the model.
         layers: how many.
 
@@ -45,7 +45,8 @@ def check_all_used(kinds: Sequence[str], layers: int) -> None:
 
 def _of_kind(kind: str | dict[str, Any], pattern: PiPattern) -> PiPattern:
     if isinstance(kind, dict):
-        return PiPattern.from_dict(pattern.to_dict() | kind)
+        of_period = {"phase": 0} if "period" in kind else {}
+        return PiPattern.from_dict(pattern.to_dict() | of_period | kind)
     if kind == "pi":
         return pattern
     if kind == "local":

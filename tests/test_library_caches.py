@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from small_models import SIZES
 from test_models import make, prompt
 from test_static_cache import compile_on_the_cpu
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from pi_attention.models import PiCache, PiStaticCache
+from pi_attention.models import PiCache, PiConfig, PiForCausalLM, PiStaticCache
 
 SINKS = ["pi", "mixed"]
 
@@ -26,6 +27,22 @@ def test_each_is_what_transformers_asks_for():
         for wrong in (make().config, patterns[0], [make().config]):
             with pytest.raises(TypeError, match=r"one PiPattern a layer, got .*: pass config\.patterns\(\)"):
                 made(wrong, *rest)
+
+
+def test_a_refused_crop_changes_no_layer():
+    layers = {"num_hidden_layers": 2, "layer_patterns": ["dense", "local"]}
+    model = PiForCausalLM(PiConfig(**SIZES | layers, window=4, skips=0))
+    ids, cache = torch.randint(model.config.vocab_size, (1, 12)), model.new_cache()
+    with torch.no_grad():
+        for part in ids.split([10, 2], dim=1):
+            model(part, past_key_values=cache)
+        with pytest.raises(RuntimeError, match="activate_past_recording"):
+            cache.crop(-3)
+        assert [layer.get_seq_length() for layer in cache.layers] == [12, 12]
+        after = torch.randint(model.config.vocab_size, (1, 3))
+        found = model(after, past_key_values=cache).logits
+        whole = model(torch.cat([ids, after], dim=1), use_cache=False).logits[:, -3:]
+    assert torch.allclose(found, whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SINKS)

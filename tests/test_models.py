@@ -265,7 +265,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="phase=4 must be smaller than the period of its head, 4"):
         PiConfig(**SIZES, period=4, phase=4)
     with pytest.raises(ValueError, match=r"phase\[2\]=2 must be smaller"):
-        PiConfig(**SIZES, period=4, phase=[0, 1, 2, 3], layer_patterns=[{"period": 2}])
+        PiConfig(**SIZES, period=4, layer_patterns=[{"period": 2, "phase": [0, 1, 2, 3]}])
     with pytest.raises(ValueError, match="'periods' is no field of a pattern"):
         PiConfig(**SIZES, layer_patterns=[{"periods": 2}])
     with pytest.raises(ValueError, match="fusion"):

@@ -229,8 +229,14 @@ def test_command_takes_the_form_of_a_goal(monkeypatch, capsys, tmp_path):
     arguments = re.search(r"PiConfig\((.*)\)", printed.out)
     assert arguments and eval(f"PiConfig({arguments[1]}, num_hidden_layers=6)").layer_patterns == list(form.kinds)
     code, printed = run(monkeypatch, capsys, *sizes, "--goal", "quality", "--json")
+    code, _ = run(monkeypatch, capsys, "--layers", "1", "--goal", "quality", "--out", str(tmp_path / "one.yaml"))
+    load_yaml(Train, tmp_path / "one.yaml").check_unused()  # a window would be of no layer
     found = json.loads(printed.out)
-    assert found["settings"] == {"window": 80, "skips": 0, "layer_patterns": ["local"] * 3 + ["dense"] + ["local"] * 2}
+    assert code == 0 and found["settings"] == {
+        "window": 80,
+        "skips": 0,
+        "layer_patterns": ["local"] * 3 + ["dense"] + ["local"] * 2,
+    }
     assert found["costs"]["least"]["cache bytes"] == 6 * cache_bytes(
         PiPattern(80, 1, 0), 4096, kv_heads=4, head_dim=128
     )

@@ -69,3 +69,48 @@ def test_inspect_has_as_many_layers_as_kinds_unless_it_is_told():
     assert len(Inspect(layer_patterns=("local", "dense"), layers=5)._describe()[0]) == 5
     with pytest.raises(ValueError, match="layer_patterns has 2 entries, and layers=1"):
         Inspect(layer_patterns=("local", "dense"), layers=1)._describe()
+
+
+def test_what_the_library_reads_follows_from_changed_settings(tmp_path):
+    PiConfig(window=4, num_hidden_layers=2, layer_patterns=["local", "dense"]).save_pretrained(tmp_path)
+
+    def words(config):
+        return config.layer_types, config.sliding_window
+
+    slides, full = "sliding_attention", "full_attention"
+    for changes, types, window in (
+        ({"layer_patterns": ["dense"]}, [full, full], None),
+        ({"window": 10}, [slides, full], 10),
+        ({"num_hidden_layers": 4}, [slides, full, slides, full], 4),
+        ({"sinks": 1}, [full, full], None),
+    ):
+        loaded, unused = PiConfig.from_pretrained(tmp_path, **changes, other=1, return_unused_kwargs=True)
+        assert words(loaded) == (types, window) and unused == {"other": 1}
+        changed = PiConfig.from_pretrained(tmp_path)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        assert words(changed) == (types, window)
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        PiConfig.from_pretrained(tmp_path, window=0)
+
+
+def test_an_entry_with_a_period_has_no_phase_unless_given(tmp_path):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4}
+    entries = {"layer_patterns": [{"period": 9}]}
+    PiConfig(**sizes).save_pretrained(tmp_path)
+    made, loaded = PiConfig(**sizes, **entries), PiConfig.from_pretrained(tmp_path, **entries)
+    assert made.patterns() == loaded.patterns() == [PiPattern(32, 9, 112)]
+    assert PiConfig.from_pretrained(tmp_path, period=9).pattern == PiPattern(32, 9, 112)
+    assert PiConfig.from_pretrained(tmp_path, period=9, phase=[1, 2, 3, 4]).pattern.phases == (1, 2, 3, 4)
+    assert PiConfig.from_pretrained(tmp_path, window=8).pattern == coordinated_heads(8, 112, 4)
+    assert stacked([{"period": 2}], PiPattern(4, 3, 2, phase=(0, 2)), 1) == [PiPattern(4, 2, 2)]
+
+
+def test_an_entry_that_brings_skips_to_a_model_without_has_coordinated_heads(tmp_path):
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "window": 4, "skips": 0}
+    entries = ["local", {"skips": None}, {"skips": 8, "period": 3}, {"window": 9}]
+    config = PiConfig(**sizes, layer_patterns=entries)
+    config.save_pretrained(tmp_path)
+    expected = [PiPattern(4, 1, 0), coordinated_heads(4, None, 4), PiPattern(4, 3, 8), PiPattern(9, 1, 0)]
+    assert config.patterns() == PiConfig.from_pretrained(tmp_path).patterns() == expected
+    assert PiConfig(**sizes, period=1, layer_patterns=[{"skips": 3}]).patterns()[0] == PiPattern(4, 1, 3)

@@ -202,18 +202,13 @@ class LayerCache:
         if not one_segment:
             self._starts, self._slots_since = what.starts, what.length if sinks else 0
 
-    def crop(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens.
-
-        Raises:
-            ValueError: tokens that the pattern sees from there are gone; call `record` before the updates.
-        """
+    def check_crop(self, tokens: int) -> None:
+        """Raise ValueError where `crop` would."""
+        if tokens == self.length:
+            return
         reach, kept = self._reach, self._end - self._first if self._prompt is None else self.length
         left = self.length - tokens
         needed = left if reach is None else min(left, reach)
-        if tokens == self.length:
-            self.reset()
-            return
         if not 0 <= tokens <= self.length or kept - tokens < needed:
             raise ValueError(
                 f"cannot forget the last {tokens} of {self.length} tokens: {kept} are kept, and {needed} must be left. "
@@ -224,7 +219,18 @@ class LayerCache:
                 f"cannot forget the last {tokens} of {self.length} tokens: with segments, sinks before token "
                 f"{self._slots_since} are gone. Call record() before the tokens that may be taken back."
             )
-        self.length = left
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens.
+
+        Raises:
+            ValueError: tokens that the pattern sees from there are gone; call `record` before the updates.
+        """
+        self.check_crop(tokens)
+        if tokens == self.length:
+            self.reset()
+            return
+        self.length = left = self.length - tokens
         if self._prompt is not None:
             key, value, starts = self._prompt
             starts = None if starts is None else self._once(without_last, starts, tokens)

@@ -101,19 +101,23 @@ class PiCacheLayer(StorageLayer):
             ValueError: the number is positive.
             RuntimeError: tokens that the pattern sees from there are gone, because nothing was recorded.
         """
+        tokens = self.check_crop(tokens_to_remove)
+        if tokens and self.is_initialized:
+            self.storage.crop(tokens)
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` would forget; it raises what that would."""
         tokens = -int(tokens_to_remove)  # a tensor from transformers 5.17
         if tokens < 0:
             raise ValueError(
                 f"crop({-tokens}) is not supported: a negative number, such as {tokens}, removes so many tokens."
             )
-        if tokens >= self.storage.length:
-            if tokens and self.is_initialized:
-                self.storage.reset()
-            return
+        tokens = min(tokens, self.storage.length)
         try:
-            self.storage.crop(tokens)
+            self.storage.check_crop(tokens)
         except ValueError as error:
             raise RuntimeError(f"{error} Here: activate_past_recording().") from error
+        return tokens
 
     def offload(self) -> None:
         self.storage.to("cpu")
@@ -230,6 +234,12 @@ class PiCache(BoundedCache, DynamicCache):
     def is_initialized(self) -> bool:
         """Whether every layer holds keys."""
         return all(layer.is_initialized for layer in self.layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As of transformers' caches; where a layer refuses, all layers stay as they are."""
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def keep_sinks_near(self, most: int, frequencies: list[Tensor | None]) -> None:
         """Let sinks move along, so that none is `most` tokens or more before the newest token.

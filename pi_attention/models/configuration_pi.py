@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import fields
+from inspect import signature
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -13,8 +15,11 @@ from pi_attention.models.settings import check_settings, warn_of_unknown
 from pi_attention.nn.gate import GATE_WIDTH
 from pi_attention.ops.api import Fusion
 from pi_attention.ops.checks import FUSIONS, check_softcap
-from pi_attention.pattern import PiPattern, pattern_for
+from pi_attention.pattern import PiPattern, coordinated_heads, pattern_for
 from pi_attention.stack import DENSE, stacked
+
+OF_LAYERS = {field.name for field in fields(PiPattern)} | {"layer_patterns", "num_hidden_layers"}
+"""Settings that the patterns of the layers follow from."""
 
 
 class PiConfig(PretrainedConfig):
@@ -99,8 +104,8 @@ class PiConfig(PretrainedConfig):
         self.head_dim = head_dim or hidden_size // num_attention_heads
         given = {"window": window, "period": period, "skips": skips, "sinks": sinks, "phase": phase}
         pattern = pattern_for(num_attention_heads, given | {"causal": causal, "ring": ring})
-        if period is None and layer_patterns is not None:  # the phases are those of the period that was not given
-            layer_patterns = [{"phase": 0} | x if isinstance(x, dict) and "period" in x else x for x in layer_patterns]
+        if skips == 0 and period is None and layer_patterns is not None:
+            layer_patterns = [_coordinated(entry, num_attention_heads) for entry in layer_patterns]
         for name, setting in pattern.to_dict().items():  # checked, and as JSON has it
             setattr(self, name, setting)
         self.layer_patterns = layer_patterns
@@ -112,7 +117,7 @@ class PiConfig(PretrainedConfig):
         self.rms_norm_eps, self.initializer_range = rms_norm_eps, initializer_range
         self.use_cache = use_cache and causal
         self._check(head_dim)
-        self.sliding_window, self.layer_types = _words_of_the_library(self.patterns())
+        self.sliding_window, self.layer_types = _words_of_the_library(self.patterns())  # from here on, see __setattr__
         for derived in ("sliding_window", "layer_types"):
             kwargs.pop(derived, None)
         self.base_model_tp_plan = self._tensor_parallel_plan()  # 5.17 extends it in super().__init__ when tied
@@ -123,6 +128,13 @@ class PiConfig(PretrainedConfig):
             eos_token_id=eos_token_id,
             **kwargs,
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of `PretrainedConfig`; `sliding_window` and `layer_types` follow from the patterns of the layers."""
+        super().__setattr__(name, value)
+        if name in OF_LAYERS and "layer_types" in self.__dict__:
+            with suppress(TypeError, ValueError):  # patterns that the next assignment may make whole
+                self.sliding_window, self.layer_types = _words_of_the_library(self.patterns())
 
     def _check(self, head_dim: int | None) -> None:
         if head_dim is None and self.hidden_size % self.num_attention_heads:
@@ -151,10 +163,13 @@ class PiConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As of `PretrainedConfig`; a changed scaling of the rotary embedding keeps the base, unless it is changed too.
+        """As of `PretrainedConfig`; changes are checked, and what follows from them is made anew.
+
+        A changed scaling of the rotary embedding keeps the base, and a changed period no phase, unless they are changed
+        too.
 
         Raises:
-            ValueError: the changes name two bases.
+            TypeError, ValueError: a change is wrong, or the changes name two bases.
         """
         changes = {name: kwargs.pop(name, None) for name in ("rope_theta", "rope_parameters", "rope_scaling")}
         given = changes["rope_parameters"] or changes["rope_scaling"]
@@ -164,7 +179,9 @@ class PiConfig(PretrainedConfig):
             base = base or saved.get("rope_theta") or config_dict.get("rope_theta")
             parameters = (saved if given is None else given) | ({} if base is None else {"rope_theta": base})
             config_dict = {k: v for k, v in config_dict.items() if k not in changes} | {"rope_parameters": parameters}
-        return super().from_dict(config_dict, **kwargs)
+        changed = {name: kwargs.pop(name) for name in signature(cls.__init__).parameters if name in kwargs}
+        kept = config_dict if "period" not in changed else {k: v for k, v in config_dict.items() if k != "phase"}
+        return super().from_dict(kept | changed, **kwargs)
 
     @property
     def rope_theta(self) -> float:
@@ -205,6 +222,14 @@ class PiConfig(PretrainedConfig):
         for pattern in patterns:
             pattern.check_heads(self.num_attention_heads)
         return patterns
+
+
+def _coordinated(entry: str | dict[str, Any], heads: int) -> str | dict[str, Any]:
+    """An entry of layer_patterns of a model without skips: one that brings some, without a period, is coordinated."""
+    if not isinstance(entry, dict) or "period" in entry or entry.get("skips", 0) == 0:
+        return entry
+    alike = coordinated_heads(1, 1, heads).to_dict()
+    return {"period": alike["period"], "phase": alike["phase"]} | entry
 
 
 def _rotary(theta: float | None, parameters: dict[str, Any] | None) -> dict[str, Any]:
