@@ -48,6 +48,12 @@ def _ways(results: list[Result]) -> str:
     )
 
 
+def _by_depth(results: list[Result]) -> str:
+    """The mean over seeds at each depth of the longest text."""
+    longest = [r["by length and depth"][max(r["by length and depth"], key=int)] for r in results]
+    return ", ".join(f"{fmean(of_seed[depth] for of_seed in longest):.2f}" for depth in longest[0])
+
+
 def pretrained() -> str:
     """Perplexity before and after the training, that of short texts after it, and the pass keys found, by length."""
 
@@ -112,7 +118,7 @@ TABLES: dict[str, Callable[[], str]] = {
             "context seen": mean_of("coverage", 2),
         },
     ),
-    "questions": lambda: compared("questions", digits=2),
+    "questions": lambda: compared("questions", {"by depth, from the beginning to the end": _by_depth}, digits=2),
     "listops": lambda: compared("listops"),
     "lra": lambda: compared("lra"),
     "lra_pooled": lambda: compared("lra_pooled"),
