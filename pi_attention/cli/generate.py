@@ -52,7 +52,9 @@ class Generate:
         )
         most = max(cache_tokens(pattern, 10**9) for pattern in model.config.patterns())
         bound = (
-            f"never more than {most:,} tokens a layer are kept" if most < 10**9 else "a dense layer keeps every token"
+            f"never more than {most:,} tokens a layer are kept"
+            if most < 10**9
+            else "a layer that sees everything keeps every token"
         )
         console.print(
             f"\n{counted(result.new_tokens, 'token')}, {result.new_tokens / result.seconds:.1f} tokens/s, "
