@@ -71,8 +71,8 @@ def recommended(goal: Goal, *, keys: int, heads: int, layers: int = EVERY, sinks
     count = min(EVERY, layers)
     local: tuple[Kind, ...] = ("local",)
     before, after = local * (count // 2), local * (count - count // 2 - 1)
-    small = "Measured with 80 keys at 2,048 tokens, in models of 14 M parameters"
-    both = "Measured with 80 keys at 2,048 tokens, and with 320 at 8,192, in models of up to {} M parameters"
+    scale = "Measured with 80 keys at 2,048 tokens and {} M parameters"
+    both = f"{scale.format('up to 34')}, and with 320 keys at 8,192 tokens and 9 M"
     window = PiPattern(keys, 1, 0, sinks=sinks)
     forms = {
         "quality": lambda: Form(
@@ -80,22 +80,22 @@ def recommended(goal: Goal, *, keys: int, heads: int, layers: int = EVERY, sinks
             (*before, "dense", *after),
             "Windows with one dense layer in six were as good as dense attention after as many steps, and "
             "better after equal time",
-            both.format(14),
+            f"{scale.format('up to 14')}; equal time with 320 keys at 8,192 tokens and 9 M, too",
         ),
         "few-products": lambda: Form(
             coordinated_heads(keys, None, heads, sinks=sinks),
             (*before, "all-skips", *after),
             "Windows with one layer in six of coordinated heads that see everything had 3 % more perplexity than dense "
             "attention",
-            small,
+            f"{scale.format(14)}, where that layer had a window of 16",
         ),
         "bounded-cache": lambda: Form(
             coordinated_heads(max(1, keys // 5), keys - max(1, keys // 5), heads, sinks=sinks),
             ("pi",),
-            "Coordinated heads stood about half of the way from a window of as many keys to dense attention",
-            both.format(34),
+            "Coordinated heads stood half to two thirds of the way from a window of as many keys to dense attention",
+            both,
         ),
-        "least": lambda: Form(window, ("pi",), "A window had the highest perplexity of these forms", both.format(34)),
+        "least": lambda: Form(window, ("pi",), "A window had the highest perplexity of these forms", both),
     }
     if goal not in forms:
         raise ValueError(f"goal={goal!r} is unknown: use one of {list(get_args(Goal))}.")

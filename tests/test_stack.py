@@ -92,6 +92,12 @@ def test_what_the_library_reads_follows_from_changed_settings(tmp_path):
         assert words(changed) == (types, window)
     with pytest.raises(ValueError, match="window must be at least 1"):
         PiConfig.from_pretrained(tmp_path, window=0)
+    with pytest.raises(ValueError, match="sliding_window=3 follows from the patterns: change window"):
+        PiConfig.from_pretrained(tmp_path, sliding_window=3)
+    config = PiConfig(num_attention_heads=8, window=4, skips=0, num_hidden_layers=2)
+    config.phase, config.period, config.skips = [0] * 4, [1, 2, 3, 4], None  # of four heads
+    config.num_attention_heads = 4
+    assert words(config) == ([full, full], None)
 
 
 def test_an_entry_with_a_period_has_no_phase_unless_given(tmp_path):
@@ -114,3 +120,8 @@ def test_an_entry_that_brings_skips_to_a_model_without_has_coordinated_heads(tmp
     expected = [PiPattern(4, 1, 0), coordinated_heads(4, None, 4), PiPattern(4, 3, 8), PiPattern(9, 1, 0)]
     assert config.patterns() == PiConfig.from_pretrained(tmp_path).patterns() == expected
     assert PiConfig(**sizes, period=1, layer_patterns=[{"skips": 3}]).patterns()[0] == PiPattern(4, 1, 3)
+    PiConfig(**sizes).save_pretrained(tmp_path / "window")
+    for changes in ({"layer_patterns": [{"skips": None}]}, {"skips": 8}, {"skips": 8, "layer_patterns": ["all-skips"]}):
+        loaded, made = PiConfig.from_pretrained(tmp_path / "window", **changes), PiConfig(**sizes | changes)
+        assert loaded.patterns() == made.patterns() and loaded.patterns()[0].period == 4
+    assert PiConfig.from_pretrained(tmp_path / "window", sinks=1).patterns()[0] == PiPattern(4, 1, 0, sinks=1)

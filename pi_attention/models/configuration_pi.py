@@ -18,8 +18,10 @@ from pi_attention.ops.checks import FUSIONS, check_softcap
 from pi_attention.pattern import PiPattern, coordinated_heads, pattern_for
 from pi_attention.stack import DENSE, stacked
 
-OF_LAYERS = {field.name for field in fields(PiPattern)} | {"layer_patterns", "num_hidden_layers"}
+OF_LAYERS = {field.name for field in fields(PiPattern)} | {"layer_patterns", "num_hidden_layers", "num_attention_heads"}
 """Settings that the patterns of the layers follow from."""
+DERIVED = ("sliding_window", "layer_types")
+"""Settings that follow from the patterns."""
 
 
 class PiConfig(PretrainedConfig):
@@ -118,7 +120,7 @@ class PiConfig(PretrainedConfig):
         self.use_cache = use_cache and causal
         self._check(head_dim)
         self.sliding_window, self.layer_types = _words_of_the_library(self.patterns())  # from here on, see __setattr__
-        for derived in ("sliding_window", "layer_types"):
+        for derived in DERIVED:
             kwargs.pop(derived, None)
         self.base_model_tp_plan = self._tensor_parallel_plan()  # 5.17 extends it in super().__init__ when tied
         super().__init__(
@@ -163,14 +165,17 @@ class PiConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As of `PretrainedConfig`; changes are checked, and what follows from them is made anew.
+        """As of `PretrainedConfig`; changes are checked as by the constructor.
 
         A changed scaling of the rotary embedding keeps the base, and a changed period no phase, unless they are changed
-        too.
+        too. A model without skips and with the period 1 forgets that period where the changes may bring skips.
 
         Raises:
-            TypeError, ValueError: a change is wrong, or the changes name two bases.
+            TypeError, ValueError: a change is wrong, or the changes name two bases, or what follows from the patterns.
         """
+        for derived in DERIVED:
+            if derived in kwargs:
+                raise ValueError(f"{derived}={kwargs[derived]!r} follows from the patterns: change window or skips.")
         changes = {name: kwargs.pop(name, None) for name in ("rope_theta", "rope_parameters", "rope_scaling")}
         given = changes["rope_parameters"] or changes["rope_scaling"]
         base = _base(changes["rope_theta"], given)
@@ -180,8 +185,10 @@ class PiConfig(PretrainedConfig):
             parameters = (saved if given is None else given) | ({} if base is None else {"rope_theta": base})
             config_dict = {k: v for k, v in config_dict.items() if k not in changes} | {"rope_parameters": parameters}
         changed = {name: kwargs.pop(name) for name in signature(cls.__init__).parameters if name in kwargs}
-        kept = config_dict if "period" not in changed else {k: v for k, v in config_dict.items() if k != "phase"}
-        return super().from_dict(kept | changed, **kwargs)
+        window_alone = config_dict.get("skips") == 0 and config_dict.get("period") == 1
+        if "period" in changed or (window_alone and changed.keys() & {"skips", "layer_patterns"}):
+            config_dict = {name: value for name, value in config_dict.items() if name not in ("period", "phase")}
+        return super().from_dict(config_dict | changed, **kwargs)
 
     @property
     def rope_theta(self) -> float:
