@@ -109,26 +109,22 @@ def measure(settings: Settings, data: Path) -> Result:
     lengths = [*settings["shorter first"], settings["context"]]
 
     def batches(length: int) -> Iterator[dict[str, Tensor]]:
+        task = within(settings, length)
         while True:
-            task = within(settings, length)
             ids, labels = sequences(settings["tokens"] // length, length, task, task["asked"], generator)
             yield {"input_ids": ids, "labels": labels}
 
     last, _ = fit_by_length(model, batches, steps_by_length(settings), rate=settings["rate"])
+
+    def by_depth(length: int, drawn: torch.Generator) -> dict[str, float]:
+        task = within(settings, length)
+        depths = DEPTHS if settings["hops"] == 0 else (None,)
+        return {str(d): accuracy(model, *sequences(settings["tested"], length, task, 1, drawn, d)) for d in depths}
+
     grids = []
     for seed in (0, 1):  # the questions are the same for every variant
         drawn = torch.Generator().manual_seed(seed)
-        grids.append(
-            {
-                str(length): {
-                    str(depth): accuracy(
-                        model, *sequences(settings["tested"], length, within(settings, length), 1, drawn, depth)
-                    )
-                    for depth in (DEPTHS if settings["hops"] == 0 else (None,))
-                }
-                for length in lengths
-            }
-        )
+        grids.append({str(length): by_depth(length, drawn) for length in lengths})
     validation, test = (statistics.fmean(grid[str(settings["context"])].values()) for grid in grids)
     return {
         "validation": validation,

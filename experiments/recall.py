@@ -17,7 +17,7 @@ from torch import Tensor
 from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.questions import distinct
 from experiments.training import DEVICE, fit_by_length, products
-from experiments.variants import COORDINATED_HEADS, MAIN, ONE_DENSE, PLANNED, VARIANTS, config, specialise
+from experiments.variants import COORDINATED_HEADS, MAIN, ONE_DENSE, ONE_GLOBAL, PLANNED, VARIANTS, config, specialise
 from pi_attention.models import PiForCausalLM
 from pi_attention.receptive_field import receptive_field
 
@@ -122,7 +122,7 @@ def lags(context: int, window: int, period: int) -> dict[str, list[int]]:
     }
 
 
-CONTROLS = (COORDINATED_HEADS, ONE_DENSE, "ring-local + coordinated global layer")
+CONTROLS = (COORDINATED_HEADS, ONE_DENSE, ONE_GLOBAL)
 """The best form of language models, and windows with one layer that sees everything."""
 
 

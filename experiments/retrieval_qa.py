@@ -24,7 +24,7 @@ from experiments.experiment import Experiment, Result, Scale, Settings
 from experiments.span_finders import from_language_model, from_pretrained
 from experiments.texts import documents
 from experiments.training import DEVICE, fit, products, segments
-from experiments.variants import COORDINATED_HEADS_AND_SINKS, MAIN
+from experiments.variants import MAIN, WITH_SINKS
 
 TRAINING = ("new_wiki_v1.0", "nyt_v1.0", "reddit_v1.0")
 TEST = "squaddev_v1.1"
@@ -189,9 +189,8 @@ def cells(scale: Scale) -> list[Settings]:
                  "context": 512, "batch": 2, "steps": 2, "articles": 3, "held out": 2, "window": 16, "period": 16,
                  "skips": 4}  # fmt: skip
         return [{"variant": variant, **sizes} for variant in MAIN]
-    with_sinks = ("window + sinks", "pi + sinks", "pi, coprime heads + sinks", COORDINATED_HEADS_AND_SINKS)
     return [{"variant": variant, **sizes} for variant in MAIN] + [
-        {"variant": variant, **sizes, "sinks": QUESTION} for variant in with_sinks
+        {"variant": variant, **sizes, "sinks": QUESTION} for variant in WITH_SINKS
     ]
 
 

@@ -16,7 +16,7 @@ from experiments.decoders import decoder_of, tokenizer_of
 from experiments.experiment import Settings
 from experiments.texts import bpe, documents, windows
 from experiments.training import DEVICE, fit
-from experiments.variants import CLAIMED, COORDINATED_HEADS_AND_SINKS, attention, config, specialise
+from experiments.variants import CLAIMED, WITH_SINKS, attention, config, specialise
 from pi_attention.convert import convert
 from pi_attention.models import PiForCausalLM, PiForQuestionAnswering
 from pi_attention.pattern import PiPattern
@@ -65,13 +65,7 @@ class CausalSpanFinder(nn.Module):
         return QuestionAnsweringModelOutput(loss=loss, start_logits=first, end_logits=last)
 
 
-CONVERTIBLE = (
-    *CLAIMED,
-    "window + sinks",
-    "pi + sinks",
-    "pi, coprime heads + sinks",
-    COORDINATED_HEADS_AND_SINKS,
-)
+CONVERTIBLE = (*CLAIMED, *WITH_SINKS)
 """The variants that a pretrained model can be given."""
 
 

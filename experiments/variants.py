@@ -49,7 +49,6 @@ PLANNED = "pi, planned"
 """The periods that the planner chooses for the context, the layers and the keys."""
 COORDINATED_HEADS = "pi, coordinated heads"
 """A quarter of the window; what it saves goes to skips of period 4, with phases over the heads; one softmax."""
-COORDINATED_HEADS_AND_SINKS = f"{COORDINATED_HEADS} + sinks"
 COORDINATED = (
     COORDINATED_HEADS,
     "pi, coordinated heads, mass gate",
@@ -60,11 +59,13 @@ COORDINATED = (
 """Heads that share the distance, by every fusion, with half of the window, and beside dilated heads without a gate."""
 ONE_DENSE = "ring-local + dense layer"
 """What one would use where a decision needs the whole input: windows, and a layer that sees everything."""
+ONE_GLOBAL = "ring-local + coordinated global layer"
+"""The same, where that layer has coordinated heads with every skip."""
 HYBRIDS = (
     ONE_DENSE,
     "coordinated + dense layer",
     "dilated + dense layer",
-    "ring-local + coordinated global layer",
+    ONE_GLOBAL,
     "coordinated + coordinated global layer",
 )
 """The middle layer sees everything: by dense attention, or by coordinated heads with every skip, each a quarter."""
@@ -74,6 +75,8 @@ MAIN = ("dense", BASELINE, "pi", "pi, coprime heads")
 """The variants of experiments that do not study the gate."""
 CLAIMED = (*MAIN, COORDINATED_HEADS)
 """Those, and the best form of language models."""
+WITH_SINKS = ("window + sinks", "pi + sinks", "pi, coprime heads + sinks", "pi, coordinated heads + sinks")
+"""Variants whose first keys are sinks, in place of skips or of the window."""
 
 
 def attention(settings: Settings) -> dict[str, Any]:
@@ -118,7 +121,7 @@ def attention(settings: Settings) -> dict[str, Any]:
         "window + sinks": (replace(local, window=w + m - sinks, sinks=sinks), plain),
         "pi + sinks": (replace(pi, **with_sinks), {}),
         "pi, coprime heads + sinks": (replace(coprime, **with_sinks), {}),
-        COORDINATED_HEADS_AND_SINKS: (replace(coordinated, skips=coordinated.skips - sinks, sinks=sinks), plain),
+        "pi, coordinated heads + sinks": (replace(coordinated, skips=coordinated.skips - sinks, sinks=sinks), plain),
         "dilated": (dilated_heads(1, w + m - 1, heads, context), plain),
         DILATED_HEADS: (dilated, {}),
         "pi, dilated heads, no gate": (dilated, plain),
@@ -129,7 +132,7 @@ def attention(settings: Settings) -> dict[str, Any]:
         ONE_DENSE: (local, dense_layer),
         "coordinated + dense layer": (coordinated, dense_layer),
         "dilated + dense layer": (dilated, dense_layer),
-        "ring-local + coordinated global layer": (local, global_layer),
+        ONE_GLOBAL: (local, global_layer),
         "coordinated + coordinated global layer": (coordinated, global_layer),
     }
     if variant == PLANNED:

@@ -73,7 +73,7 @@ def recommended(goal: Goal, *, keys: int, heads: int, layers: int = EVERY, sinks
     before, after = local * (count // 2), local * (count - count // 2 - 1)
     scale = "Measured with 80 keys at 2,048 tokens and {} M parameters"
     both = f"{scale.format('up to 34')}, and with 320 keys at 8,192 tokens and 9 M"
-    window = PiPattern(keys, 1, 0, sinks=sinks)
+    window, fifth = PiPattern(keys, 1, 0, sinks=sinks), max(1, keys // 5)
     forms = {
         "quality": lambda: Form(
             window,
@@ -90,7 +90,7 @@ def recommended(goal: Goal, *, keys: int, heads: int, layers: int = EVERY, sinks
             f"{scale.format(14)}, where that layer had a window of 16",
         ),
         "bounded-cache": lambda: Form(
-            coordinated_heads(max(1, keys // 5), keys - max(1, keys // 5), heads, sinks=sinks),
+            coordinated_heads(fifth, keys - fifth, heads, sinks=sinks),
             ("pi",),
             "Coordinated heads stood half to two thirds of the way from a window of as many keys to dense attention",
             both,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
 
 from benchmarks.intervals import interval
 from experiments.experiment import Experiment, Result, Settings, best_rate, without
@@ -70,19 +72,24 @@ def heading(common: Settings, members: list[Cell]) -> str:
     return f"{said}. {measured_on([row for _, rows in members for row in rows])}."
 
 
-def of_seeds(rows: list[Row], part: str = "test") -> dict[int, float]:
-    """The metric on one part of the data, by seed."""
-    return {row["settings"]["seed"]: row["result"][part] for row in rows}
+def of_seeds(rows: list[Row], read: Callable[[Result], Any] = itemgetter("test")) -> dict[int, Any]:
+    """What is read of each result, by seed: the metric on the test part unless told."""
+    return {row["settings"]["seed"]: read(row["result"]) for row in rows}
 
 
 def by_seed(members: list[Cell], variant: str, part: str = "test") -> dict[int, float]:
     """The metric of a variant of a group; empty if it has no row."""
-    return of_seeds(next((rows for cell, rows in members if cell.get("variant") == variant), []), part)
+    return of_seeds(next((rows for cell, rows in members if cell.get("variant") == variant), []), itemgetter(part))
+
+
+def paired(ours: dict[int, Any], others: dict[int, Any]) -> list[tuple[Any, Any]]:
+    """What two have for each seed of both."""
+    return [(ours[seed], others[seed]) for seed in sorted(ours) if seed in others]
 
 
 def percent_above(ours: dict[int, float], others: dict[int, float]) -> list[float]:
     """By how many percent metrics are above others, for each seed of both."""
-    return [100 * (ours[seed] / others[seed] - 1) for seed in sorted(ours) if seed in others]
+    return [100 * (value / other - 1) for value, other in paired(ours, others)]
 
 
 def compared(
@@ -100,7 +107,7 @@ def compared(
         lines = []
         for cell, rows in members:
             results = [row["result"] for row in rows]
-            gaps = [r["result"]["test"] - base[r["settings"]["seed"]] for r in rows if r["settings"]["seed"] in base]
+            gaps = [value - other for value, other in paired(of_seeds(rows), base)]
             line = [*(str(cell.get(name, "–")) for name in by), f"{mean_keys(name, cell):,.1f}"]
             line.append(shown([r["test"] for r in results], digits))
             if base:

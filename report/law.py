@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -49,7 +50,7 @@ def measured() -> list[Cell]:
 
 def points(cells: list[Cell], part: str = "test") -> list[Point]:
     """The points of all cells that have rows of the form and of the window with the same seed."""
-    metrics = {_key(cell): of_seeds(rows, part) for cell, rows in cells}
+    metrics = {_key(cell): of_seeds(rows, itemgetter(part)) for cell, rows in cells}
 
     def below(variant: str, cell: Settings, base: dict[int, float]) -> tuple[float, ...]:
         found = metrics.get(_key({**cell, "variant": variant}), {})

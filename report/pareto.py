@@ -11,7 +11,7 @@ from benchmarks.intervals import interval
 from experiments.experiment import Settings
 from experiments.forms import BASELINE
 from experiments.registry import EXPERIMENTS
-from pi_attention.accounting import attention_flops, cache_tokens, dense_flops
+from pi_attention.accounting import stack_cost
 from pi_attention.plots.style import COLOURS, figure_of
 from report.cells import Cell, measured_cells
 from report.keys import patterns
@@ -33,11 +33,9 @@ class Point:
 
 def shares(cell: Settings) -> tuple[float, float]:
     """The products of a prompt's attention and the kept tokens of a cell's layers, as shares of dense attention's."""
-    sizes = {"heads": cell["heads"], "head_dim": 1}
     layers = patterns("hybrids", {**cell, "context": LENGTH})
-    products = fmean(attention_flops(pattern, LENGTH, **sizes) for pattern in layers)
-    kept = fmean(cache_tokens(pattern, LENGTH) for pattern in layers)
-    return products / dense_flops(LENGTH, **sizes), kept / LENGTH
+    cost = stack_cost(layers, LENGTH, heads=cell["heads"], kv_heads=1, head_dim=1)
+    return cost["flops"] / cost["dense flops"], cost["cache bytes"] / cost["dense cache bytes"]
 
 
 def points(cells: list[Cell]) -> list[Point]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from statistics import fmean
 
-from experiments.experiment import Result
 from experiments.forms import BASELINE
 from experiments.rows import Row
-from report.cells import Cell, grouped, heading, shown
+from report.cells import Cell, grouped, heading, of_seeds, paired, shown
 from report.markdown import NOTHING, table
 
 KINDS = ("new", "within", "within, repeated", "beyond", "beyond, repeated")
@@ -16,24 +15,18 @@ KINDS = ("new", "within", "within, repeated", "beyond", "beyond, repeated")
 
 def over_documents(rows: list[Row], base: list[Row], part: str = "test") -> list[float]:
     """By how many percent the perplexity of each document is above the baseline's, in the mean over paired seeds."""
-    losses = {row["settings"]["seed"]: row["result"]["loss by document"][part] for row in base}
-    paired = [
-        [100 * math.expm1(loss - other) for loss, other in zip(found, losses[row["settings"]["seed"]], strict=True)]
-        for row in rows
-        if row["settings"]["seed"] in losses
-        for found in [row["result"]["loss by document"][part]]
+    ours, others = (of_seeds(of, lambda result: result["loss by document"][part]) for of in (rows, base))
+    gaps = [
+        [100 * math.expm1(loss - other) for loss, other in zip(*of_seed, strict=True)]
+        for of_seed in paired(ours, others)
     ]
-    return [fmean(of_document) for of_document in zip(*paired, strict=True)]
+    return [fmean(of_document) for of_document in zip(*gaps, strict=True)]
 
 
 def by_recurrence(rows: list[Row], base: list[Row], kind: str) -> list[float]:
     """By how many nats the loss of tokens of a kind is above the baseline's, for each paired seed."""
-
-    def loss(result: Result) -> float:
-        return result["by recurrence"][kind][0]
-
-    others = {row["settings"]["seed"]: loss(row["result"]) for row in base}
-    return [loss(row["result"]) - others[row["settings"]["seed"]] for row in rows if row["settings"]["seed"] in others]
+    ours, others = (of_seeds(of, lambda result: result["by recurrence"][kind][0]) for of in (rows, base))
+    return [loss - other for loss, other in paired(ours, others)]
 
 
 def slices(groups: list[tuple[dict[str, object], list[Cell]]]) -> str:

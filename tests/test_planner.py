@@ -229,8 +229,6 @@ def test_command_takes_the_form_of_a_goal(monkeypatch, capsys, tmp_path):
     arguments = re.search(r"PiConfig\((.*)\)", printed.out)
     assert arguments and eval(f"PiConfig({arguments[1]}, num_hidden_layers=6)").layer_patterns == list(form.kinds)
     code, printed = run(monkeypatch, capsys, *sizes, "--goal", "quality", "--json")
-    code, _ = run(monkeypatch, capsys, "--layers", "1", "--goal", "quality", "--out", str(tmp_path / "one.yaml"))
-    load_yaml(Train, tmp_path / "one.yaml").check_unused()  # a window would be of no layer
     found = json.loads(printed.out)
     assert code == 0 and found["settings"] == {
         "window": 80,
@@ -240,6 +238,9 @@ def test_command_takes_the_form_of_a_goal(monkeypatch, capsys, tmp_path):
     assert found["costs"]["least"]["cache bytes"] == 6 * cache_bytes(
         PiPattern(80, 1, 0), 4096, kv_heads=4, head_dim=128
     )
+    code, _ = run(monkeypatch, capsys, "--layers", "1", "--goal", "quality", "--out", str(tmp_path / "one.yaml"))
+    assert code == 0
+    load_yaml(Train, tmp_path / "one.yaml").check_unused()  # a window would be of no layer
     for more, said in (
         (["--hops", "2"], "hops=2 is of plans without a goal"),
         (["--device", "h200"], "device='h200' is of plans without a goal"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from pi_attention.recommended import Form
 from pi_attention.units import in_flops
 
 
@@ -26,9 +25,3 @@ def table_of_goals(title: str, costs: dict[str, dict[str, int]], chosen: str) ->
             f"{cost['cache bytes'] / cost['dense cache bytes']:.2%}",
         )
     return made
-
-
-def form_in_words(form: Form) -> str:
-    """The model of a form, and what was measured of it."""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in form.settings.items())
-    return f"PiConfig({arguments})\n{form.measured}. {form.scale}: docs/results.md."

@@ -20,7 +20,7 @@ from pi_attention.accounting import (
     roofline_seconds,
     stack_cost,
 )
-from pi_attention.cli.goals import form_in_words, table_of_goals
+from pi_attention.cli.goals import table_of_goals
 from pi_attention.devices import DEVICES
 from pi_attention.files import write_text
 from pi_attention.paths import need_new_file
@@ -103,10 +103,7 @@ class Plan:
         for name, value in self._rows(found, figures):
             table.add_row(name, value)
         console.print(table)
-        arguments = ", ".join(f"{name}={value}" for name, value in words.items())
-        console.print(f"PiConfig({arguments})", highlight=False, soft_wrap=True)
-        console.print(self._measured(), highlight=False, soft_wrap=True)
-        self._say_written(console)
+        self._say(words, self._measured(), console)
         return 0
 
     def _for_goal(self, goal: Goal, console: Console) -> int:
@@ -130,11 +127,15 @@ class Plan:
             return 0
         title = f"{counted(self.context, 'token')}, {counted(self.layers, 'layer')}: one forward pass"
         console.print(table_of_goals(title, costs, goal))
-        console.print(form_in_words(forms[goal]), highlight=False, soft_wrap=True)
-        self._say_written(console)
+        said = f"{forms[goal].measured}. {forms[goal].scale}: docs/results.md."
+        self._say(forms[goal].settings, said, console)
         return 0
 
-    def _say_written(self, console: Console) -> None:
+    def _say(self, settings: dict[str, Any], measured: str, console: Console) -> None:
+        """The model in Python, what was measured of it, and where its settings were written."""
+        arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        console.print(f"PiConfig({arguments})", highlight=False, soft_wrap=True)
+        console.print(measured, highlight=False, soft_wrap=True)
         if self.out is not None:
             console.print(
                 f"written: {self.out}, for a model of {counted(self.layers, 'layer')} and "

@@ -237,6 +237,7 @@ class PiCache(BoundedCache, DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """As of transformers' caches; where a layer refuses, all layers stay as they are."""
+        tokens_to_remove = int(tokens_to_remove)  # once: a tensor on a GPU waits for it
         for layer in self.layers:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
