@@ -34,13 +34,32 @@ def stacked(kinds: Sequence[str | dict[str, Any]] | None, pattern: PiPattern, la
     return [_of_kind(kinds[layer % len(kinds)], pattern) for layer in range(layers)]
 
 
-def check_all_used(kinds: Sequence[str], layers: int) -> None:
-    """Raise ValueError if there are more kinds than layers."""
-    if len(kinds) > layers:
+def check_used(settings: Any, layers: int) -> None:
+    """Raise ValueError for settings that no layer has: more kinds than layers, or numbers of skips or of a window.
+
+    Args:
+        settings: a dataclass with defaults, `layer_patterns`, and fields of a pattern.
+        layers: of the model.
+    """
+    kinds, default = set(settings.layer_patterns), type(settings)()
+    if len(settings.layer_patterns) > layers:
         raise ValueError(
-            f"layer_patterns has {len(kinds)} entries, and layers={layers}: the last ones would not be used. "
-            "Give as many layers, or a multiple."
+            f"layer_patterns has {len(settings.layer_patterns)} entries, and layers={layers}: the last ones would not "
+            "be used. Give as many layers, or a multiple."
         )
+    counted = "pi" in kinds and settings.skips != 0
+    skips = counted or "all-skips" in kinds
+    of_skips = "skips, and no layer has any: leave it out, or give skips to a layer"
+    for used, names, of in (
+        (skips, ("period", "phase", "gate"), of_skips),
+        (skips or settings.skips == 0, ("skips",), of_skips),
+        (counted or not skips, ("skips",), 'a "pi" layer, and there is none: leave it out'),
+        (kinds != {"dense"}, ("window", "sinks"), "a window, and all layers are dense: leave it out"),
+    ):
+        for name in names:
+            value = getattr(settings, name, None)
+            if not used and value != getattr(default, name, None):
+                raise ValueError(f"{name}={value!r} is of {of}.")
 
 
 def _of_kind(kind: str | dict[str, Any], pattern: PiPattern) -> PiPattern:

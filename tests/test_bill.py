@@ -17,6 +17,7 @@ from pi_attention.distributed.exchange import route
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.models.modeling_pi import PiDecoderLayer
 from pi_attention.ops.fused.attention import INTERPRETED
+from pi_attention.stack import DENSE
 
 PATTERN = PiPattern(256, 256, 16)
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -113,6 +114,20 @@ def test_a_loss_by_slices_halves_the_gpus_of_a_model_whose_logits_fill_them():
     assert bill(sizes, PATTERN, 4096, 4, loss_slice=4096).logits == bill(sizes, PATTERN, 4096, 4).logits
     fewest = [fewest_ranks(sizes, PATTERN, context, 80 << 30, "halo", size) for size in (None, 4096)]
     assert fewest == [32, 8]
+
+
+def test_layers_of_several_patterns_are_billed_each():
+    sizes, context = MODELS["1b"], 1 << 18
+    window = PiPattern(256, 1, 0)
+    stack = [window] * 9 + [DENSE] + [window] * 10
+    mixed, windows, dense = (bill(sizes, pattern, context, 8, loss_slice=4096) for pattern in (stack, window, DENSE))
+    assert (mixed.keys, mixed.received) == (dense.keys, dense.received) > (windows.keys, windows.received)
+    assert windows.bytes < mixed.bytes <= dense.bytes  # one layer's keys exist at a time
+    share = (mixed.flops - windows.flops) / (dense.flops - windows.flops)
+    assert share == pytest.approx(1 / 20, rel=1e-3)
+    assert bill(sizes, [PATTERN] * 20, context, 8) == bill(sizes, PATTERN, context, 8)
+    with pytest.raises(ValueError, match="pattern has 3 entries: give one for each of 20 layers"):
+        bill(sizes, [PATTERN] * 3, context, 8)
 
 
 def test_one_rank_receives_nothing_and_wrong_arguments_are_named():

@@ -19,7 +19,7 @@ from pi_attention.pattern import coordinated_heads
 from pi_attention.planner import fewest_keys, longest_stretch, plan
 from pi_attention.receptive_field import joint_coverage, receptive_field
 from pi_attention.recommended import Goal, recommended
-from pi_attention.stack import stacked
+from pi_attention.stack import DENSE, stacked
 from pi_attention.training.config import load_yaml
 
 
@@ -166,6 +166,14 @@ def test_command_prints_the_bill_of_a_pattern(monkeypatch, capsys):
     code, printed = run(monkeypatch, capsys, *asked, *layout, "--json", command="bill")
     found, made = json.loads(printed.out), bill(MODELS["1b"], PiPattern(128, 128, 8), 8192, 4, dp=2, tp=4, zero=2)
     assert code == 0 and found["halo"]["bytes"] == made.bytes and found["halo"]["fewest GPUs"] == 8
+    layers = ["--layer-patterns", *["local"] * 4, "dense"]
+    code, printed = run(monkeypatch, capsys, *asked, *layers, command="bill")
+    assert code == 2 and "period=(128,) is of skips, and no layer has any" in printed.err
+    code, printed = run(monkeypatch, capsys, *asked[:8], *layers, "--json", command="bill")
+    found, made = json.loads(printed.out), bill(MODELS["1b"], ([PiPattern(128, 1, 0)] * 4 + [DENSE]) * 4, 8192, 4)
+    assert code == 0 and found["halo"]["bytes"] == made.bytes and found["halo"]["received"] == made.received
+    code, printed = run(monkeypatch, capsys, *asked, "--layer-patterns", *["local"] * 21, command="bill")
+    assert code == 2 and "layer_patterns has 21 entries" in printed.err
     code, printed = run(monkeypatch, capsys, *asked, "--tp", "3", command="bill")
     assert code == 2 and "tp=3 must divide the 16 heads, 16 key heads" in printed.err
     code, printed = run(monkeypatch, capsys, "--context", "4", "--gpus", "5", command="bill")

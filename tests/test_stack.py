@@ -8,6 +8,7 @@ from rich.console import Console
 
 from pi_attention import PiPattern, coordinated_heads
 from pi_attention.accounting import attention_flops, dense_flops
+from pi_attention.cli.bill import Bill
 from pi_attention.cli.inspect import Inspect, _cost_of_the_stack
 from pi_attention.models import PiConfig
 from pi_attention.stack import DENSE, stacked
@@ -51,6 +52,20 @@ def test_a_run_with_all_skips_refuses_a_number_of_them():
     model.skips = 0
     with pytest.raises(ValueError, match='"all-skips", and skips=0'):
         config.check()
+
+
+@pytest.mark.parametrize("command", [Inspect, Bill])
+def test_commands_refuse_settings_that_no_layer_has(command):
+    console = Console(file=io.StringIO())
+    for settings, message in (
+        ({"layer_patterns": ("dense",), "window": 64}, "window=64 is of a window, and all layers are dense"),
+        ({"layer_patterns": ("local", "dense"), "skips": 9}, "skips=9 is of skips, and no layer has any"),
+        ({"layer_patterns": ("local", "all-skips"), "skips": 9}, 'skips=9 is of a "pi" layer, and there is none'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command(**settings).execute(console)
+    with pytest.raises(ValueError, match="layer_patterns has 81 entries"):
+        command(layer_patterns=("local",) * 81, **({"layers": 80} if command is Inspect else {})).execute(console)
 
 
 def test_what_a_hybrid_costs_beside_dense_layers():

@@ -7,6 +7,7 @@ compared: our halo, an all-gather, and dense Ring Attention (arXiv 2310.01889).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pi_attention.accounting import Sizes, model_flops
@@ -41,9 +42,9 @@ class Bill:
         layer: bytes of one layer's activations while its feed-forward network is differentiated.
         logits: bytes.
         keys: bytes of keys and values of other ranks in one layer, and of the gradients that go back to them, while
-            its attention is differentiated.
+            its attention is differentiated; of the layer that needs most.
         peaks: bytes at the peak of each part of the step, see `rank.Rank.peaks`.
-        received: bytes that a rank receives for one layer, forward and backward.
+        received: bytes that a rank receives for one layer, forward and backward; for the one that needs most.
         flops: operations of a step, the recomputation of the layers included.
     """
 
@@ -66,7 +67,7 @@ class Bill:
 
 def bill(
     sizes: Sizes,
-    pattern: PiPattern,
+    pattern: PiPattern | Sequence[PiPattern],
     context: int,
     ranks: int,
     way: Way = "halo",
@@ -80,7 +81,7 @@ def bill(
 
     Args:
         sizes: of the model.
-        pattern: of every layer; "dense ring" attends to everything instead.
+        pattern: of every layer, or a list with one for each; "dense ring" attends to everything instead.
         context: tokens of the sequence.
         ranks: that share it.
         way: how keys reach the ranks.
@@ -90,14 +91,18 @@ def bill(
         zero: 3; or 2, where the bf16 weights stay whole; or 1, where the sums of the gradients do, too, in fp32.
 
     Raises:
-        ValueError: ranks, way, loss_slice, dp, tp or zero are wrong.
+        ValueError: ranks, way, loss_slice, dp, tp or zero are wrong, or the model has another number of layers.
     """
     _check(sizes, context, ranks, way, loss_slice, dp, tp, zero)
+    patterns = [pattern] * sizes.num_hidden_layers if isinstance(pattern, PiPattern) else list(pattern)
+    if len(patterns) != sizes.num_hidden_layers:
+        raise ValueError(f"pattern has {len(patterns)} entries: give one for each of {sizes.num_hidden_layers} layers.")
+    if way == "dense ring":
+        patterns = [PiPattern(context, 1, 0)] * len(patterns)
     row = 2 * sizes.num_key_value_heads * sizes.head_dim * 2 // tp  # key and value in bf16
-    keys, tokens = keys_of_others(way, pattern, context, ranks, row), -(-context // ranks)
-    rank = Rank(sizes, tokens, dp * ranks, tp, zero, loss_slice, way == "dense ring", keys)
-    attended = PiPattern(context, 1, 0) if rank.ring else pattern
-    patterns = [attended] * sizes.num_hidden_layers
+    keys = {each: keys_of_others(way, each, context, ranks, row) for each in set(patterns)}
+    of_layers, tokens = tuple(keys[each] for each in patterns), -(-context // ranks)
+    rank = Rank(sizes, tokens, dp * ranks, tp, zero, loss_slice, way == "dense ring", of_layers)
     flops = sum(model_flops(patterns, context, sizes, backward=True).values())
     flops += sum(flops for part, flops in model_flops(patterns, context, sizes).items() if part != "head")
     return Bill(
@@ -105,11 +110,11 @@ def bill(
         gradients=rank.gradients,
         gathered=2 * (2 * rank.in_layer + rank.in_ends if zero == 3 else rank.weights),
         activations=sizes.num_hidden_layers * rank.hidden + rank.angles,
-        layer=rank.feed_forward - keys.kept,
+        layer=rank.feed_forward,
         logits=rank.logits,
-        keys=keys.held,
+        keys=max(layer.held for layer in of_layers),
         peaks=rank.peaks(),
-        received=keys.received,
+        received=max(layer.received for layer in of_layers),
         flops=flops // (ranks * tp),
     )
 
@@ -135,7 +140,13 @@ def _check(
 
 
 def fewest_ranks(
-    sizes: Sizes, pattern: PiPattern, context: int, memory: int, way: Way, loss_slice: int | None = None, **layout: int
+    sizes: Sizes,
+    pattern: PiPattern | Sequence[PiPattern],
+    context: int,
+    memory: int,
+    way: Way,
+    loss_slice: int | None = None,
+    **layout: int,
 ) -> int | None:
     """The fewest ranks that share a sequence, a power of two up to 4,096, on which the step fits.
 

@@ -68,7 +68,8 @@ class Rank:
     loss_slice: int | None
     ring: bool
     """Whether keys come by the dense ring."""
-    keys: Keys
+    keys: tuple[Keys, ...]
+    """Of other ranks, in each layer."""
 
     @property
     def in_layer(self) -> int:
@@ -127,7 +128,7 @@ class Rank:
 
     @property
     def feed_forward(self) -> int:
-        """Of a layer while its feed-forward network is differentiated.
+        """Of a layer while its feed-forward network is differentiated, without keys of other ranks.
 
         Kept for the backward pass: both norms' outputs, the sum between attention and feed-forward, `outputs`, keys
         and values. Then the layer's gradient, and at the product of the feed-forward both factors, the gate before
@@ -136,24 +137,23 @@ class Rank:
         """
         inner = 2 * self.tokens * self.sizes.intermediate_size // self.tp
         product = max(6 * inner, 2 * inner + 3 * self.hidden)
-        return 4 * self.hidden + self.outputs + 2 * self.key + product + self.keys.kept
+        return 4 * self.hidden + self.outputs + 2 * self.key + product
 
     @property
     def attention(self) -> int:
-        """Of a layer while its attention is differentiated.
+        """Of a layer while its attention is differentiated, without keys of other ranks.
 
         Left are the first norm's output and the gradient. Gradients of the output, the queries, keys and values are
         new. A ring has copies of three tensors by chunks, and sums its queries' in fp32.
         """
         of_ring = 7 * self.query if self.ring else 0
-        return 2 * self.hidden + self.outputs + 2 * self.query + 4 * self.key + of_ring + self.keys.held
+        return 2 * self.hidden + self.outputs + 2 * self.query + 4 * self.key + of_ring
 
     def peaks(self) -> dict[str, int]:
         """Bytes at the peaks of a step, all in the backward pass: of the loss, a layer's halves, and sums over ranks.
 
-        From the last layer to the first, hidden states are freed and gradients come into being. Both are linear in
-        the layers, so the peak is at the last one, at the one before, where the last one's sums are on their way, or
-        at the first.
+        From the last layer to the first, hidden states are freed and gradients come into being. While a layer is
+        differentiated, the sums of the one after it are on their way.
         """
         layers = self.sizes.num_hidden_layers
         whole = 2 * self.weights if self.zero < 3 else 0  # bf16, between forward and backward too
@@ -166,13 +166,13 @@ class Rank:
         if self.loss_slice:  # then the head is called within the model, whose ends FSDP keeps gathered
             loss += ends + (head if self.tokens > self.loss_slice else 0)
         feed_forward, attention, sums = 0, 0, 0
-        for left in {layers, max(1, layers - 1), 1}:
+        for left, keys in enumerate(self.keys, 1):
             done = layers - left
             base = stays + ends + head + left * self.hidden + 4 * done * self.in_layer // self.shards
             on_their_way = 4 * self.in_layer if done else 0
             in_layer = base + 2 * next_layer + on_their_way  # its own weights and the next one's
-            feed_forward = max(feed_forward, in_layer + self.feed_forward)
-            attention = max(attention, in_layer + self.attention)
+            feed_forward = max(feed_forward, in_layer + self.feed_forward + keys.kept)
+            attention = max(attention, in_layer + self.attention + keys.held)
             sums = max(sums, base + 2 * next_layer + summed)  # the next one's weights, and the buffer that brought them
         of_ends = stays + 4 * self.weights // self.shards + (2 + 4) * self.in_ends
         return {

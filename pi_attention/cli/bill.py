@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi_attention.bill import MODELS, WAYS, bill, fewest_ranks
+from pi_attention.stack import Kind, check_used, stacked
 from pi_attention.training.config import pattern_of
 
 LABELS = {
@@ -19,8 +20,8 @@ LABELS = {
     "activations": "hidden states between layers",
     "layer": "activations of one layer",
     "logits": "logits",
-    "keys": "keys of other GPUs, a layer",
-    "received": "received, a layer",
+    "keys": "keys of other GPUs, at most a layer",
+    "received": "received, at most a layer",
     "flops": "operations",
     "bytes": "memory at the peak of the step",
     "fewest GPUs": "fewest GPUs of {} GiB",
@@ -54,6 +55,9 @@ class Bill:
     """First tokens that every query sees."""
     phase: tuple[int, ...] = (0,)
     """Tokens by which skip keys stand off multiples of the period: one for all heads, or one per head."""
+    layer_patterns: tuple[Kind, ...] = ("pi",)
+    """What each layer attends to, repeated over the layers: pi (the pattern above), local (its window alone), all-skips
+    (its window and every skip back to the start), or dense (everything)."""
     loss_slice: int | None = None
     """Tokens whose logits exist together (`train --loss-slice`); by default all tokens of a GPU."""
     memory: int = 80
@@ -67,8 +71,8 @@ class Bill:
             raise ValueError(f"gpus must be from 1 to context={self.context}, got {self.gpus}.")
         if self.memory < 1:
             raise ValueError(f"memory must be at least 1 GiB, got {self.memory}.")
-        pattern = pattern_of(self)
-        pattern.check_heads(MODELS[self.model].num_attention_heads)
+        pattern_of(self).check_heads(MODELS[self.model].num_attention_heads)
+        check_used(self, MODELS[self.model].num_hidden_layers)
         figures = self.figures()
         if self.json:
             console.print_json(json.dumps(figures))
@@ -78,12 +82,13 @@ class Bill:
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """What a rank holds and receives for a training step, by the way that keys reach it."""
-        sizes, pattern, memory = MODELS[self.model], pattern_of(self), self.memory << 30
+        sizes, memory = MODELS[self.model], self.memory << 30
+        patterns = stacked(self.layer_patterns, pattern_of(self), sizes.num_hidden_layers)
         layout = {"dp": self.dp, "tp": self.tp, "zero": int(self.zero)}
         found: dict[str, dict[str, Any]] = {}
         for way in WAYS:
-            made = bill(sizes, pattern, self.context, self.gpus, way, self.loss_slice, **layout)
-            fewest = fewest_ranks(sizes, pattern, self.context, memory, way, self.loss_slice, **layout)
+            made = bill(sizes, patterns, self.context, self.gpus, way, self.loss_slice, **layout)
+            fewest = fewest_ranks(sizes, patterns, self.context, memory, way, self.loss_slice, **layout)
             parts = asdict(made)
             peaks = {f"peak of {part}": size for part, size in parts.pop("peaks").items()}
             found[way] = parts | peaks | {"bytes": made.bytes, "fewest GPUs": fewest and fewest * self.dp * self.tp}

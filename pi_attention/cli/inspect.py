@@ -15,7 +15,7 @@ from pi_attention.describe import by_layers, in_words, is_dense
 from pi_attention.paths import need_folder
 from pi_attention.pattern import PiPattern, pattern_for
 from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density, keys_read, receptive_field
-from pi_attention.stack import Kind, check_all_used, stacked
+from pi_attention.stack import Kind, check_used, stacked
 from pi_attention.training.config import fields_of_pattern
 from pi_attention.units import counted, in_flops
 
@@ -147,7 +147,7 @@ class Inspect:
             pattern = pattern_for(self.heads, fields_of_pattern(self))
             pattern.check_heads(self.heads)
             kinds, layers = self.layer_patterns, len(self.layer_patterns) if self.layers is None else self.layers
-            check_all_used(kinds, layers)
+            check_used(self, layers)
             kv_heads = self.kv_heads or self.heads
             context = 8192 if self.context is None else self.context
             return stacked(kinds, pattern, layers), context, self.heads, kv_heads, self.head_dim

@@ -13,7 +13,7 @@ import yaml
 from pi_attention.files import write_text
 from pi_attention.paths import need_file
 from pi_attention.pattern import PiPattern, pattern_for
-from pi_attention.stack import Kind, check_all_used, stacked
+from pi_attention.stack import Kind, check_used, stacked
 from pi_attention.training.values import as_kind
 
 
@@ -194,22 +194,12 @@ class TrainConfig:
 
     def check_unused(self) -> None:
         """Raise ValueError for settings of a gate, of skips or of a window that no layer has: they change nothing."""
-        model, default, kinds = self.model, ModelSettings(), set(self.model.layer_patterns)
-        counted = "pi" in kinds and model.skips != 0
-        skips = counted or "all-skips" in kinds
-        of_skips = "skips, and no layer has any: leave it out, or give skips to a layer"
-        settings = (
-            (model.gate, ("fusion", "gate_features"), "a gate, and gate=False: add --gate, or leave it out"),
-            (skips, ("period", "phase", "gate"), of_skips),
-            (skips or model.skips == 0, ("skips",), of_skips),
-            (counted or not skips, ("skips",), 'a "pi" layer, and there is none: leave it out'),
-            (kinds != {"dense"}, ("window", "sinks"), "a window, and all layers are dense: leave it out"),
-        )
-        check_all_used(model.layer_patterns, model.layers)
-        for used, names, of in settings:
-            for name in names:
-                if not used and getattr(model, name) != getattr(default, name):
-                    raise ValueError(f"{name}={getattr(model, name)!r} is of {of}.")
+        model, default = self.model, ModelSettings()
+        check_used(model, model.layers)
+        for name in ("fusion", "gate_features"):
+            if not model.gate and getattr(model, name) != getattr(default, name):
+                value = getattr(model, name)
+                raise ValueError(f"{name}={value!r} is of a gate, and gate=False: add --gate, or leave it out.")
 
 
 def pairs_of(name: str) -> int | None:
