@@ -7,10 +7,9 @@ from functools import partial
 from statistics import fmean
 
 from experiments.experiment import Result
-from experiments.pretrained import ALIKE
 from experiments.registry import EXPERIMENTS
 from experiments.rows import load
-from report import language_models, law, serving, slices
+from report import language_models, law, pretrained, serving, slices
 from report.cells import Column, compared, mean_of, measured_cells, shown
 from report.keys import planned
 from report.markdown import NOTHING, table
@@ -52,21 +51,6 @@ def _by_depth(results: list[Result]) -> str:
     """The mean over seeds at each depth of the longest text."""
     longest = [r["by length and depth"][max(r["by length and depth"], key=int)] for r in results]
     return ", ".join(f"{fmean(of_seed[depth] for of_seed in longest):.2f}" for depth in longest[0])
-
-
-def pretrained() -> str:
-    """Perplexity before and after the training, that of short texts after it, and the pass keys found, by length."""
-
-    def pass_keys(results: list[Result]) -> str:
-        lengths = results[0]["pass keys"]
-        return ", ".join(f"{fmean(fmean(r['pass keys'][n]) for r in results):.2f} at {int(n):,}" for n in lengths)
-
-    def short(results: list[Result]) -> str:
-        before, after = (fmean(r["short"][i] for r in results) for i in (0, 1))
-        return f"{before:.2f} → {after:.2f}"
-
-    columns = {"untrained": mean_of("untrained", 2), "short texts": short, "pass keys found": pass_keys}
-    return compared("pretrained", columns, digits=2, baseline=ALIKE)
 
 
 def cost() -> str:
@@ -123,7 +107,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lra": lambda: compared("lra"),
     "lra_pooled": lambda: compared("lra_pooled"),
     "retrieval_qa": retrieval_qa,
-    "pretrained": pretrained,
+    "pretrained": pretrained.trained_on,
     "image_text": lambda: compared("image_text", {"R@1 / 5 / 10 to text; to image": _ways}),
     "series": lambda: compared("series"),
     "cost": cost,

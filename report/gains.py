@@ -25,6 +25,7 @@ COMPARED: dict[str, tuple[str, Settings]] = {
     "prose, 8,192 tokens": ("language_modelling", {"corpus": "prose"}),
     "ListOps": ("listops", {}),
     "film reviews as bytes": ("lra", {"task": "text"}),
+    "film reviews, mean of tokens": ("lra_pooled", {"task": "text"}),
     "images as pixels": ("lra", {"task": "image"}),
     "emoji": ("image_text", {"images": "emoji"}),
     "Open Clip Art": ("image_text", {"images": "openclipart"}),

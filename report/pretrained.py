@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import fmean
 
+from experiments.experiment import Result
+from experiments.pretrained import ALIKE
+from experiments.rows import Row
+from report.cells import Cell, by_seed, grouped, heading, of_seeds, paired, percent_above, shown
+from report.keys import mean_keys
 from report.markdown import NOTHING, RESULTS, Measured, per_file, read, table, version
+from report.slices import by_recurrence
 
 
 def _conversion(result: Measured) -> str:
@@ -76,6 +83,63 @@ TIMES: dict[str, tuple[str, Callable[[float], str]]] = {
 def speed() -> str:
     """Prefill and decoding of a converted model beside the dense original."""
     return per_file("speed-*", _speed)
+
+
+def trained_on() -> str:
+    """Forms of a decoder after training: perplexity beside the window's, where the difference lies, pass keys found."""
+    return "\n\n".join(_trained_on(common, members) for common, members in grouped("pretrained")) or NOTHING
+
+
+def _trained_on(common: dict[str, object], members: list[Cell]) -> str:
+    base = next((rows for cell, rows in members if cell["variant"] == ALIKE), [])
+    lines, places = [], []
+    for cell, rows in members:
+        variant, results = str(cell["variant"]), [row["result"] for row in rows]
+        beside = [percent_above(by_seed(members, variant, part), by_seed(members, ALIKE, part)) for part in PARTS]
+        short = [fmean(result["short"][i] for result in results) for i in (0, 1)]
+        lines.append(
+            [
+                variant,
+                f"{mean_keys('pretrained', cell):,.1f}",
+                f"{fmean(result['untrained'] for result in results):.2f}",
+                shown([result["test"] for result in results], 2),
+                *("–" if variant == ALIKE or not values else shown(values, 1) for values in beside),
+                f"{short[0]:.1f}",
+                f"{short[1]:.1f}",
+                f"{fmean(result['tokens/s'] for result in results):,.0f}",
+                str(len(rows)),
+            ]
+        )
+        places.append([variant, *(_nats(rows, base, kind) for kind in ("within", "beyond")), _by_eighth(rows, base)])
+        places[-1] += [_pass_keys(results, length) for length in results[0]["pass keys"]]
+    gaps = [f"from {ALIKE}, test, %", "validation, %"]
+    head = ["variant", "keys a query", "untrained", "test perplexity", *gaps, "short texts, untrained", "trained"]
+    where = ["variant", "within, nats", "beyond, nats", "by eighth of the text, %"]
+    where += [f"pass keys, {int(length):,}" for length in base[0]["result"]["pass keys"]] if base else []
+    tables = [table([*head, "tokens/s", "seeds"], lines)] + ([table(where, places)] if base else [])
+    return "\n\n".join([heading(common, members), *tables])
+
+
+PARTS = ("test", "validation")
+
+
+def _nats(rows: list[Row], base: list[Row], kind: str) -> str:
+    return "–" if rows is base or not base else shown(by_recurrence(rows, base, kind), 2)
+
+
+def _by_eighth(rows: list[Row], base: list[Row]) -> str:
+    """By how many percent the perplexity is above the window's, from the beginning to the end."""
+    pairs = paired(*(of_seeds(of, lambda result: result["by position"]) for of in (rows, base)))
+    if rows is base or not pairs:
+        return "–"
+    return ", ".join(f"{fmean(100 * (ours[i] / other[i] - 1) for ours, other in pairs):.1f}" for i in range(8))
+
+
+def _pass_keys(results: list[Result], length: str) -> str:
+    """The shares that are found, by depth from the beginning to the end."""
+    return ", ".join(
+        f"{fmean(of_depth):.2f}" for of_depth in zip(*(r["pass keys"][length] for r in results), strict=True)
+    )
 
 
 def support() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.registry import EXPERIMENTS
 from experiments.rows import Row
-from report.cells import measured_cells
+from report.cells import measured_cells, measured_on
 from report.markdown import NOTHING, Measured, per_file, read, table, version
 
 
@@ -101,9 +101,9 @@ def serving_cost() -> str:
     ]
     heads = [f"first token, ms, at {n:,}" for n in lengths]
     heads += [f"{what} at {longest:,}" for what in ("a token, ms,", *CACHES.values())]
-    said = (
-        f"{row['device']}, torch {row['torch']}, {row['date']}; {row['result']['parameters'] / 1e6:.0f} M parameters, "
-        f"{settings['layers']} layers, bf16, {settings['keys']} keys a query; prompts in chunks of "
-        f"{settings['chunk']:,} tokens."
+    said = measured_on([row for of_length in found.values() for row in of_length.values()])
+    said += (
+        f"; {row['result']['parameters'] / 1e6:.0f} M parameters, {settings['layers']} layers, bf16, "
+        f"{settings['keys']} keys a query; prompts in chunks of {settings['chunk']:,} tokens."
     )
     return said + "\n\n" + table(["variant", *heads], lines)

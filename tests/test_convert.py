@@ -443,6 +443,16 @@ def llama(tmp_path):
     return ["convert", "--out", str(tmp_path / "new"), "--data", str(tmp_path / "text.txt"), *options]
 
 
+def test_without_a_period_the_command_gives_heads_that_share_the_distance(llama, tmp_path):
+    from pi_attention.cli.main import parse
+
+    period = llama.index("--period")
+    asked = [*llama[:period], *llama[period + 2 :], "--model", str(tmp_path / "llama")]
+    assert parse(asked).execute(Console(quiet=True)) == 0
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert saved.config.patterns() == [coordinated_heads(8, 4, SIZES["num_attention_heads"], sinks=4)] * 3
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

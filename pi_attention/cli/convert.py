@@ -22,16 +22,18 @@ class Convert:
     """Folder or hub name of the pretrained model."""
     out: Path = Path("runs/converted")
     """Folder for the converted model and its tokenizer."""
-    window: int = 512
+    window: int = 204
     """Keys of the ring-local band, the token itself included."""
-    period: tuple[int, ...] = (512,)
-    """Distance of the skips: one for all heads, or one per head."""
-    skips: int = 16
-    """Skips a token; 0 is a sliding window alone."""
+    period: tuple[int, ...] | None = None
+    """Distance of the skips: one for all heads, or one per head. None: heads that share the distance, of one period (4,
+    3 or 2, the first that divides the heads, else their number) and different phases."""
+    skips: int = 816
+    """Skips a token; 0 is a sliding window alone, which loses less where weights are not trained on."""
     sinks: int = 4
     """First tokens that stay visible; pretrained models need some."""
-    phase: tuple[int, ...] = (0,)
-    """Tokens by which skips stand off multiples of the period: one for all heads, or one per head."""
+    phase: tuple[int, ...] | None = None
+    """Tokens by which skips stand off multiples of the period: one for all heads, or one per head. None: 0 where a
+    period is given; where none is, each head's own."""
     layers: tuple[int, ...] | None = None
     """Indices of the layers to convert, from 0 on; None converts all that attend to everything."""
     gate: bool = False
@@ -65,13 +67,13 @@ class Convert:
         from pi_attention.data.corpus import load_documents
         from pi_attention.data.packing import blocks_named, hold_out
         from pi_attention.models.card import write_card
-        from pi_attention.pattern import PiPattern
+        from pi_attention.pattern import PiPattern, pattern_for
         from pi_attention.tasks.language_modelling import evaluate
         from pi_attention.training.card import save_picture
-        from pi_attention.training.config import pattern_of
+        from pi_attention.training.config import fields_of_pattern
         from pi_attention.training.finetune import LEARNING_RATES, finetune, need_peft
 
-        pattern = pattern_of(self)
+        pattern_for(1, fields_of_pattern(self))  # what is wrong for any number of heads is said before a model is read
         if self.part == "gates" and not self.gate:
             raise ValueError("part='gates', but gate=False leaves none: add --gate, or train --part lora or all.")
         if self.learning_rate is not None and not self.finetune_steps:
@@ -82,8 +84,9 @@ class Convert:
             need_peft()
         config = need_decoder(self.model)
         layers = need_layers(self.layers, config)
-        if hasattr(config, "num_attention_heads"):
-            pattern.check_heads(config.num_attention_heads)
+        heads = getattr(config, "num_attention_heads", 1)  # a model without any is refused by convert
+        pattern = pattern_for(heads, fields_of_pattern(self))
+        pattern.check_heads(heads)
         tokenizer = load_tokenizer_of(self.model)
         parts = zip(("training", "held-out"), hold_out(load_documents(self.data), 0.1, self.seed), strict=True)
         training, validation = (
