@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
 from pi_attention.cli.pretrained import load_decoder, load_tokenizer_of, need_decoder
 from pi_attention.files import replacing_folder
 from pi_attention.paths import need_folder, status_of
+
+if TYPE_CHECKING:
+    from pi_attention.data.packing import PackedBlocks
+    from pi_attention.pattern import PiPattern
 
 
 @dataclass
@@ -56,45 +60,21 @@ class Convert:
 
     def execute(self, console: Console) -> int:
         """Run the command; the exit code."""
-        if not self.model:
-            raise ValueError("model is empty: give the folder or the hub name of a pretrained model.")
-        need_folder("out", self.out)
-        if status_of("out", self.out / "config.json") is not None:
-            raise FileExistsError(f"out={str(self.out)!r} holds a model already: choose another folder, or delete it.")
+        self._refuse()
         from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
         from pi_attention.convert.config import need_layers
-        from pi_attention.data.corpus import load_documents
-        from pi_attention.data.packing import blocks_named, hold_out
-        from pi_attention.models.card import write_card
-        from pi_attention.pattern import PiPattern, pattern_for
+        from pi_attention.pattern import PiPattern
         from pi_attention.tasks.language_modelling import evaluate
-        from pi_attention.training.card import save_picture
-        from pi_attention.training.config import fields_of_pattern
-        from pi_attention.training.finetune import LEARNING_RATES, finetune, need_peft
 
-        pattern_for(1, fields_of_pattern(self))  # what is wrong for any number of heads is said before a model is read
-        if self.part == "gates" and not self.gate:
-            raise ValueError("part='gates', but gate=False leaves none: add --gate, or train --part lora or all.")
-        if self.learning_rate is not None and not self.finetune_steps:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} is of a fine-tune, and finetune_steps=0 is none: leave it out."
-            )
-        if self.finetune_steps and self.part == "lora":
-            need_peft()
         config = need_decoder(self.model)
         layers = need_layers(self.layers, config)
-        heads = getattr(config, "num_attention_heads", 1)  # a model without any is refused by convert
-        pattern = pattern_for(heads, fields_of_pattern(self))
+        heads = getattr(config, "num_attention_heads", 1)  # convert refuses a model without any
+        pattern = self._pattern(heads)
         pattern.check_heads(heads)
         tokenizer = load_tokenizer_of(self.model)
-        parts = zip(("training", "held-out"), hold_out(load_documents(self.data), 0.1, self.seed), strict=True)
-        training, validation = (
-            blocks_named(f"the {name} part of data={self.data!r}, 10 % held out", part, tokenizer, self.context)
-            for name, part in parts
-        )
+        training, validation = self._blocks(tokenizer)
         model = load_decoder(self.model).to(best_device())
-
         facts = {"data": f"{self.data}, 10% held out", "context": f"{self.context:,} tokens"}
 
         def report(what: str) -> None:
@@ -108,23 +88,72 @@ class Convert:
         converted = convert(model, pattern, gate=self.gate, layers=layers)
         report("π-Attention, untrained")
         if self.finetune_steps:
-            with TemporaryDirectory() as folder:
-                finetune(
-                    converted,
-                    training,
-                    steps=self.finetune_steps,
-                    part=self.part,
-                    learning_rate=self.learning_rate or LEARNING_RATES[self.part],
-                    out=Path(folder),
-                    seed=self.seed,
-                    tell=console.print,
-                )
+            self._finetune(converted, training, console)
             report(f"after {self.finetune_steps} steps of {self.part}")
+        self._save(converted, tokenizer, facts)
+        console.print(f"Saved in {self.out}. Next: pi-attention generate {self.out}", soft_wrap=True)
+        return 0
+
+    def _refuse(self) -> None:
+        """Raise an error for what is wrong whatever the model is, before it is read."""
+        if not self.model:
+            raise ValueError("model is empty: give the folder or the hub name of a pretrained model.")
+        need_folder("out", self.out)
+        if status_of("out", self.out / "config.json") is not None:
+            raise FileExistsError(f"out={str(self.out)!r} holds a model already: choose another folder, or delete it.")
+        self._pattern(1)
+        if self.part == "gates" and not self.gate:
+            raise ValueError("part='gates', but gate=False leaves none: add --gate, or train --part lora or all.")
+        if self.learning_rate is not None and not self.finetune_steps:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} is of a fine-tune, and finetune_steps=0 is none: leave it out."
+            )
+        if self.finetune_steps and self.part == "lora":
+            from pi_attention.training.finetune import need_peft
+
+            need_peft()
+
+    def _pattern(self, heads: int) -> PiPattern:
+        """That of a model of so many query heads, which may not fit them yet."""
+        from pi_attention.pattern import pattern_for
+        from pi_attention.training.config import fields_of_pattern
+
+        return pattern_for(heads, fields_of_pattern(self))
+
+    def _blocks(self, tokenizer: Any) -> list[PackedBlocks]:
+        """Blocks of the text to train on, and of the tenth of it that is held out."""
+        from pi_attention.data.corpus import load_documents
+        from pi_attention.data.packing import blocks_named, hold_out
+
+        parts = zip(("training", "held-out"), hold_out(load_documents(self.data), 0.1, self.seed), strict=True)
+        return [
+            blocks_named(f"the {name} part of data={self.data!r}, 10 % held out", part, tokenizer, self.context)
+            for name, part in parts
+        ]
+
+    def _finetune(self, converted: Any, training: PackedBlocks, console: Console) -> None:
+        from pi_attention.training.finetune import LEARNING_RATES, finetune
+
+        with TemporaryDirectory() as folder:
+            finetune(
+                converted,
+                training,
+                steps=self.finetune_steps,
+                part=self.part,
+                learning_rate=self.learning_rate or LEARNING_RATES[self.part],
+                out=Path(folder),
+                seed=self.seed,
+                tell=console.print,
+            )
+
+    def _save(self, converted: Any, tokenizer: Any, facts: dict[str, str]) -> None:
+        """Model, tokenizer, card and picture, all or nothing."""
+        from pi_attention.models.card import write_card
+        from pi_attention.training.card import save_picture
+
         with replacing_folder(self.out, "config.json") as partial:
             converted.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             picture = save_picture(partial, converted.config.patterns(), self.context)
             base_model = "" if Path(self.model).exists() else self.model
             write_card(partial, converted.config, facts, base_model=base_model, picture=picture)
-        console.print(f"Saved in {self.out}. Next: pi-attention generate {self.out}", soft_wrap=True)
-        return 0
