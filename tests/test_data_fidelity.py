@@ -190,6 +190,17 @@ def test_rows_of_the_hub_are_checked_too(monkeypatch):
         assert load_documents("somebody/some") == ["one"]
 
 
+@pytest.mark.parametrize("name", ["nofile", "./some/place", "/no/place", "a/b/c", "some where/x"])
+def test_what_cannot_be_on_the_hub_is_not_looked_for_there(name, monkeypatch):
+    import datasets
+
+    monkeypatch.delattr(datasets, "load_dataset")
+    with pytest.raises(
+        FileNotFoundError, match="data='.*' does not exist: give .* OWNER/NAME of a data set on the hub"
+    ):
+        load_documents(name)
+
+
 def test_no_text_makes_no_blocks():
     with pytest.raises(ValueError, match="no text"):
         PackedBlocks([], TOKENIZER, 8)

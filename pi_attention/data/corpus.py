@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,8 @@ from pi_attention.paths import need_file, refused, status_of
 BUNDLED = "shakespeare"
 TEXTS = (".txt", ".md", ".tokens")
 """Endings of files that are one document."""
+ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+(:.*)?")
+"""OWNER/NAME of a data set, and its configuration."""
 
 
 def load_documents(data: str, *, split: str = "train", text_field: str = "text") -> list[str]:
@@ -21,7 +24,7 @@ def load_documents(data: str, *, split: str = "train", text_field: str = "text")
 
     Args:
         data: "shakespeare" (bundled, public domain), a .txt file (one document), a folder of .txt files (one document
-            each), a .jsonl, .csv or .parquet file with a text field, or the name of a data set on the hub, with its
+            each), a .jsonl, .csv or .parquet file with a text field, or OWNER/NAME of a data set on the hub, with its
             configuration after a colon ("Salesforce/wikitext:wikitext-103-raw-v1").
         split: of a data set on the hub.
         text_field: the column that holds the text.
@@ -34,14 +37,14 @@ def load_documents(data: str, *, split: str = "train", text_field: str = "text")
             the message names the file, the row, the field and what is there instead.
     """
     if not data:
-        raise ValueError("data is empty: give a text file, a folder, or a data set's name.")
+        raise ValueError("data is empty: give a text file, a folder, or OWNER/NAME of a data set on the hub.")
     path = Path(data)
     there = data == BUNDLED or status_of("data", path) is not None
     if data == BUNDLED:
         found = _bundled()
     elif path.is_dir():
         found = _folder(path)
-    elif path.suffix.lower() in (*TEXTS, *READERS) or there:
+    elif there or path.suffix.lower() in (*TEXTS, *READERS) or not ON_THE_HUB.fullmatch(data):
         found = _local_file(path, text_field)
     else:
         found = from_hub(data, split, text_field)
@@ -93,7 +96,7 @@ def _folder(path: Path) -> list[str]:
 
 
 def _local_file(path: Path, text_field: str) -> list[str]:
-    need_file("data", path, "a text file, a folder, or a data set's name")
+    need_file("data", path, "a text file, a folder, or OWNER/NAME of a data set on the hub")
     ending = path.suffix.lower()
     if ending in TEXTS:
         return [read_text(path)]
