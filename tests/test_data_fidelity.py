@@ -196,7 +196,7 @@ def test_what_cannot_be_on_the_hub_is_not_looked_for_there(name, monkeypatch):
 
     monkeypatch.delattr(datasets, "load_dataset")
     with pytest.raises(
-        FileNotFoundError, match="data='.*' does not exist: give .* OWNER/NAME of a data set on the hub"
+        FileNotFoundError, match=r"data='.*' does not exist: give .* OWNER/NAME of a data set on the hub"
     ):
         load_documents(name)
 

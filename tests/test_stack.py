@@ -13,6 +13,7 @@ from pi_attention.cli.inspect import Inspect, _cost_of_the_stack
 from pi_attention.models import PiConfig
 from pi_attention.stack import DENSE, stacked
 from pi_attention.training.config import ModelSettings, TrainConfig
+from pi_attention.training.train import facts
 
 PATTERN = coordinated_heads(16, 64, 4, sinks=2)
 WINDOWS = ["local"] * 3
@@ -66,6 +67,16 @@ def test_commands_refuse_settings_that_no_layer_has(command):
             command(**settings).execute(console)
     with pytest.raises(ValueError, match="layer_patterns has 81 entries"):
         command(layer_patterns=("local",) * 81, **({"layers": 80} if command is Inspect else {})).execute(console)
+
+
+def test_a_run_says_what_its_layers_see():
+    lines = facts(5000, stacked(["local", "dense"], PATTERN, 3), 512, 9000, 900)
+    assert lines[0].startswith("5,000 parameters, 9,000 training and 900 validation tokens, context 512")
+    assert lines[1:] == [
+        "layers 0, 2: a token sees the last 16 tokens, the first 2",
+        "layer 1: a token sees every token up to itself",
+    ]
+    assert facts(1, [PATTERN] * 2, 512, 1, 1)[1].startswith("each layer: a token sees the last 16 tokens, 64 keys at")
 
 
 def test_what_a_hybrid_costs_beside_dense_layers():

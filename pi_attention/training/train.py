@@ -19,8 +19,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import set_seed
 
 from pi_attention.accelerator import has_bf16
+from pi_attention.describe import by_layers, in_words
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.paths import need_folder
+from pi_attention.pattern import PiPattern
 from pi_attention.training.card import write_run_card
 from pi_attention.training.checkpoints import checkpoint_to_resume, publish, put_aside_after, step_of
 from pi_attention.training.config import TrainConfig, save_yaml
@@ -68,6 +70,7 @@ def train(asked: TrainConfig, console: Console) -> bool:
         if checkpoint is not None:
             need_same_text(out, config.data.data, training=training, validation=validation)
         model = PiForCausalLM(model_config(config, tokenizer)).to(device).train()
+        patterns = model.config.patterns()
         if config.optimizer.gradient_checkpointing:
             enable_checkpointing(model)
         parameters = sum(p.numel() for p in model.parameters())
@@ -79,10 +82,8 @@ def train(asked: TrainConfig, console: Console) -> bool:
             if checkpoint is None:
                 keep_seal(config, training=training, validation=validation)
             claim_folder(config, tokenizer, checkpoint if asked.run.checkpoint is not None else None)
-        console.print(
-            f"{parameters:,} parameters, {len(training.tokens):,} training and {len(validation.tokens):,} validation "
-            f"tokens, context {config.data.context}"
-        )
+        for line in facts(parameters, patterns, config.data.context, len(training.tokens), len(validation.tokens)):
+            console.print(line, soft_wrap=True)
         step = Run(config, parallel, training, validation, console).go(checkpoint)
         if step < config.optimizer.steps:
             console.print(
@@ -97,6 +98,18 @@ def train(asked: TrainConfig, console: Console) -> bool:
         if config.run.push_to_hub:
             console.print(f"The model is at {push(out / MODEL, config.run.push_to_hub)}")
     return True
+
+
+def facts(parameters: int, patterns: list[PiPattern], context: int, training: int, validation: int) -> list[str]:
+    """The size of a run, and what its layers see, in lines."""
+    lines = [
+        f"{parameters:,} parameters, {training:,} training and {validation:,} validation tokens, context {context}"
+    ]
+    alike = by_layers(patterns)
+    for pattern, layers in alike.items():
+        which = layers if len(alike) > 1 else "each layer"
+        lines.append(f"{which}: a token sees {in_words(pattern, context)}")
+    return lines
 
 
 def settings_and_checkpoint(asked: TrainConfig) -> tuple[TrainConfig, Path | None]:
