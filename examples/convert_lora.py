@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pi_attention import PiPattern
+from pi_attention import coordinated_heads
 from pi_attention.accelerator import best_device
 from pi_attention.convert import convert
 from pi_attention.data.corpus import load_documents
@@ -38,7 +38,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     dense, tokenizer = pretrained(options.model)
-    model = convert(dense, PiPattern(window=128, period=128, skips=8, sinks=4), gate=True).to(best_device())
+    pattern = coordinated_heads(32, 128, dense.config.num_attention_heads, sinks=4)
+    model = convert(dense, pattern, gate=True).to(best_device())
 
     adapters = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], modules_to_save=["pi_gate"])
     tuned = get_peft_model(model, adapters)

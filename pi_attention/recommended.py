@@ -85,14 +85,16 @@ def recommended(goal: Goal, *, keys: int, heads: int, layers: int = EVERY, sinks
         "few-products": lambda: Form(
             coordinated_heads(keys, None, heads, sinks=sinks),
             (*before, "all-skips", *after),
-            "Windows with one layer in six of coordinated heads that see everything had 3 % more perplexity than dense "
-            "attention",
+            "Windows with one layer in six of coordinated heads that see everything were 3.0 ± 2.4 % above dense "
+            "attention in perplexity. They were 5.5 ± 0.4 % above windows with one dense layer in twelve, for half the "
+            "products",
             f"{scale.format(14)}, where that layer had a window of 16",
         ),
         "bounded-cache": lambda: Form(
             coordinated_heads(fifth, keys - fifth, heads, sinks=sinks),
             ("pi",),
-            "Coordinated heads stood half to two thirds of the way from a window of as many keys to dense attention",
+            "Coordinated heads closed 43 to 56 % of the gap from a window to dense attention with 80 keys. With 320 "
+            "keys it was 36 ± 37 %, and 65 ± 23 % after equal time",
             both,
         ),
         "least": lambda: Form(window, ("pi",), "A window had the highest perplexity of these forms", both),

@@ -149,7 +149,8 @@ class Plan:
         if self.coordinated:
             said = "Language models did as well without a gate, by one softmax over both bands"
         elif self.head_schedule:
-            said = "Such plans find a key anywhere in the context. In language models a window was better"
+            said = "Such plans find a key anywhere in the context. In language models a window with twice the keys was "
+            said += "better"
         else:
             said = "One period finds far keys less often than --head-schedule. In language models it was never better "
             said += "than a window; --goal takes forms that were"
