@@ -13,7 +13,7 @@ from report.cells import Cell, by_seed, grouped, heading, mean_of, measured_cell
 from report.keys import mean_keys
 from report.markdown import NOTHING, table
 
-TOO_EARLY = "**Too early to rank.** Dense attention is behind a window here, so these models have hardly learned to copy."
+TOO_EARLY = "**Too early to rank.** Dense attention is behind a window here, so they have hardly learned to copy."
 
 
 def is_too_early(members: list[Cell]) -> bool:
