@@ -236,6 +236,10 @@ def test_command_takes_the_form_of_a_goal(monkeypatch, capsys, tmp_path):
     assert stacked(model.layer_patterns, model.pattern(), 6) == form.patterns(6)
     arguments = re.search(r"PiConfig\((.*)\)", printed.out)
     assert arguments and eval(f"PiConfig({arguments[1]}, num_hidden_layers=6)").layer_patterns == list(form.kinds)
+    code, printed = run(monkeypatch, capsys, *sizes, "--goal", "quality", "--every", "12", "--layers", "12", "--json")
+    assert json.loads(printed.out)["settings"]["layer_patterns"] == [*["local"] * 6, "dense", *["local"] * 5]
+    code, printed = run(monkeypatch, capsys, "--goal", "least", "--every", "12")
+    assert code == 2 and "every=12 is of --goal quality or few-products" in printed.err
     code, printed = run(monkeypatch, capsys, *sizes, "--goal", "quality", "--json")
     found = json.loads(printed.out)
     assert code == 0 and found["settings"] == {

@@ -27,7 +27,7 @@ from pi_attention.paths import need_new_file
 from pi_attention.planner import Plan as Found
 from pi_attention.planner import longest_stretch, plan
 from pi_attention.receptive_field import receptive_field
-from pi_attention.recommended import Goal, recommended
+from pi_attention.recommended import EVERY, Goal, recommended
 from pi_attention.training.config import ModelSettings
 from pi_attention.units import counted, in_flops
 
@@ -52,6 +52,8 @@ class Plan:
     budget: int | None = None
     """Most keys of a query. The pattern covers the context in the fewest layers. 256 unless --hops is given. With
     --goal: those of a query in the layers that do not see everything."""
+    every: int = EVERY
+    """With --goal quality or few-products: one layer in so many sees everything. 6 and 12 were measured."""
     hops: int | None = None
     """Layers through which every token is seen. The pattern has the fewest keys for that."""
     head_schedule: bool = False
@@ -89,6 +91,8 @@ class Plan:
                     f"head_dim={self.head_dim} must be even in the settings of a training run, whose rotary embeddings "
                     "turn pairs: change it, or leave out --out."
                 )
+        if self.every != EVERY and self.goal not in ("quality", "few-products"):
+            raise ValueError(f"every={self.every} is of --goal quality or few-products: leave it out.")
         if self.goal is not None:
             return self._for_goal(self.goal, console)
         found = self.found()
@@ -115,7 +119,7 @@ class Plan:
         if keys < 2:
             raise ValueError(f"budget={keys} must be at least 2: a window and a skip are two keys.")
         forms = {
-            name: recommended(name, keys=keys, heads=self.heads, layers=self.layers, sinks=self.sinks)
+            name: recommended(name, keys=keys, heads=self.heads, layers=self.layers, sinks=self.sinks, every=self.every)
             for name in get_args(Goal)
         }
         shape = {"heads": self.heads, "kv_heads": self.kv_heads or self.heads, "head_dim": self.head_dim}
