@@ -122,7 +122,7 @@ def main() -> None:
         ]
         for name, part in parts:
             pattern = patterns(length)[name] or PiPattern(length, 1, 0)
-            model = model_of(options.model, pattern, gate=True)
+            model = model_of(options.model, pattern, gate=pattern.skips != 0)
             with tempfile.TemporaryDirectory() as folder:
                 rate = LEARNING_RATES[part]
                 finetune(model, blocks, steps=options.steps, part=part, learning_rate=rate, out=Path(folder))

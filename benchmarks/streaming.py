@@ -68,7 +68,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, pattern in PATTERNS.items():
         dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(DEVICE)
-        model = convert(dense, pattern, gate=True)
+        model = convert(dense, pattern, gate=pattern.skips != 0)
         for trained in ("nothing", "all") if options.train_text else ("nothing",):
             if trained == "all":
                 blocks = PackedBlocks([options.train_text.read_text()], tokenizer, 8192)

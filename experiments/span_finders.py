@@ -86,5 +86,6 @@ def from_pretrained(settings: Settings, data: Path) -> tuple[CausalSpanFinder, T
     hidden, heads = model.config.hidden_size, model.config.num_attention_heads
     pattern = pattern_of(settings, heads)
     if pattern is not None:
-        model = convert(model, pattern, gate=attention({**settings, "heads": heads})["gate"])
+        gate = pattern.skips != 0 and attention({**settings, "heads": heads})["gate"]
+        model = convert(model, pattern, gate=gate)
     return CausalSpanFinder(model, hidden).to(DEVICE), tokenizer.backend_tokenizer

@@ -69,6 +69,7 @@ def recommended(goal: Goal, *, keys: int, heads: int, layers: int = EVERY, sinks
     """
     need_int("keys", keys, 2, "a window and a skip are two keys")
     need_int("layers", layers, 1, "a model has layers")
+    need_int("heads", heads, 1, "a model has heads")
     need_int("every", every, 1, "one layer in so many sees everything")
     count = min(every, layers)
     local: tuple[Kind, ...] = ("local",)
@@ -88,9 +89,8 @@ def recommended(goal: Goal, *, keys: int, heads: int, layers: int = EVERY, sinks
             coordinated_heads(keys, None, heads, sinks=sinks),
             (*before, "all-skips", *after),
             "Windows with one layer in six of coordinated heads that see everything were 3.0 ± 2.4 % above dense "
-            "attention in perplexity. They were 5.5 ± 0.4 % above windows with one dense layer in twelve, for half the "
-            "products",
-            f"{scale.format(14)}, where that layer had a window of 16",
+            "attention in perplexity. They were 5.5 ± 0.4 % above windows with one dense layer in twelve",
+            f"{scale.format(14)}, where that layer had a window of 16 and period 4",
         ),
         "bounded-cache": lambda: Form(
             coordinated_heads(fifth, keys - fifth, heads, sinks=sinks),

@@ -130,6 +130,13 @@ def test_layers_of_several_patterns_are_billed_each():
         bill(sizes, [PATTERN] * 3, context, 8)
 
 
+def test_a_dense_ring_attends_on_both_sides_where_the_pattern_does():
+    both = PiPattern(64, 64, 4, causal=False)
+    everything = PiPattern(65536, 1, 0, causal=False)
+    ring, halo = (bill(MODELS["1b"], *asked) for asked in ((both, 65536, 4, "dense ring"), (everything, 65536, 4)))
+    assert ring.flops == halo.flops > bill(MODELS["1b"], PATTERN, 65536, 4, "dense ring").flops
+
+
 def test_one_rank_receives_nothing_and_wrong_arguments_are_named():
     for way in WAYS:
         assert bill(MODELS["1b"], PATTERN, 4096, 1, way).received == 0
@@ -137,8 +144,19 @@ def test_one_rank_receives_nothing_and_wrong_arguments_are_named():
         bill(MODELS["1b"], PATTERN, 4096, 0)
     with pytest.raises(ValueError, match="way='other'"):
         bill(MODELS["1b"], PATTERN, 4096, 2, "other")
-    for name, wrong in (("dp", 0), ("tp", -1), ("tp", 3), ("zero", 4)):
+    for name, wrong in (("tp", 3), ("zero", 4), ("zero", True)):
         with pytest.raises(ValueError, match=f"{name}={wrong}"):
             bill(MODELS["1b"], PATTERN, 4096, 2, **{name: wrong})
-    with pytest.raises(ValueError, match="loss_slice=0"):
-        bill(MODELS["1b"], PATTERN, 4096, 2, loss_slice=0)
+    for name, wrong in (("dp", 0), ("tp", -1), ("loss_slice", 0)):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got {wrong}"):
+            bill(MODELS["1b"], PATTERN, 4096, 2, **{name: wrong})
+    for name, wrong in (("dp", 1.5), ("loss_slice", 2.0)):
+        with pytest.raises(TypeError, match=f"{name} must be an int, got {wrong}"):
+            bill(MODELS["1b"], PATTERN, 4096, 2, **{name: wrong})
+    with pytest.raises(ValueError, match="context must be at least 1, got 0"):
+        fewest_ranks(MODELS["1b"], PATTERN, 0, 80 << 30, "halo")
+    for pattern in (None, 5, [3] * 20, (PATTERN for _ in range(20))):
+        with pytest.raises(TypeError, match="must be a PiPattern"):
+            bill(MODELS["1b"], pattern, 4096, 2)
+    with pytest.raises(ValueError, match="3 entries but there are 16 query heads"):
+        bill(MODELS["1b"], PiPattern(64, (64, 65, 66), 4), 4096, 2)

@@ -31,6 +31,7 @@ from pi_attention import PiPattern, coordinated_heads
 from pi_attention.convert import PiConvertedForCausalLM, convert, register
 from pi_attention.masks import dense_mask
 from pi_attention.models import PiCache, PiConfig, PiStaticCache
+from pi_attention.stack import DENSE
 
 SIZES = {
     "vocab_size": 99,
@@ -235,6 +236,44 @@ def test_a_name_in_transformers_without_gate_or_bounded_cache(tmp_path):
         named(ids)
 
 
+def test_a_model_whose_conversion_is_in_use_is_not_converted_again():
+    """Both would share a configuration, and the first would be saved with the pattern of the second."""
+    model = pretrained()
+    first = convert(model, PATTERN)
+    with pytest.raises(ValueError, match="earlier conversion"):
+        convert(model, PHASES)
+    assert first.config.patterns() == [PATTERN] * 3
+    del first
+    assert convert(model, PHASES).config.patterns() == [PHASES] * 3
+
+
+def test_adapters_stand_on_the_projections_of_every_make_of_attention():
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from pi_attention.training.finetune import projections
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, intermediate_size=64))
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64, bos_token_id=1, eos_token_id=1))
+    for model, names in ((neox, {"query_key_value", "dense"}), (gpt2, {"c_attn", "c_proj"})):
+        assert {name.split(".")[-1] for name in projections(convert(model, PATTERN))} == names
+    gated = projections(convert(pretrained(), PATTERN, gate=True))
+    assert len(gated) == 4 * 3 and {name.split(".")[-1] for name in gated} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(ValueError, match="finds no projections"):
+        projections(torch.nn.Linear(2, 2))
+
+
+def test_inspect_reads_a_configuration_without_key_heads(tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from pi_attention.cli.inspect import Inspect
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, intermediate_size=64))
+    convert(model, PATTERN).save_pretrained(tmp_path / "neox")
+    assert Inspect(run=tmp_path / "neox", context=64)._describe() == ([PATTERN], 64, 4, 4, 8)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="layers"):
         convert(pretrained(), PATTERN, layers=[7], gate=True)
@@ -244,6 +283,12 @@ def test_wrong_arguments_are_named():
         convert(convert(pretrained(), PATTERN, gate=True).model, PATTERN, gate=True)
     with pytest.raises(ValueError, match="earlier conversion"):
         convert(convert(pretrained(), PATTERN, gate=False), PATTERN, gate=True)
+    with pytest.raises(ValueError, match="gate=True weighs skips"):
+        convert(pretrained(), PiPattern(4, 1, 0, sinks=2), gate=True)
+    with pytest.raises(ValueError, match="layers=\\[0, 1\\] holds 0, which keeps a sliding window of 6: leave it out"):
+        convert(pretrained("gemma3"), PATTERN, layers=[0, 1])
+    with pytest.warns(UserWarning, match="all layers keep their sliding window of 8"):
+        convert(pretrained("mistral", sliding_window=8), PATTERN)
     with pytest.raises(TypeError, match="PreTrainedModel"):
         convert("llama", PATTERN, gate=True)
     with pytest.raises(TypeError, match="PiPattern"):
@@ -441,6 +486,15 @@ def llama(tmp_path):
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 60)
     options = ["--window", "8", "--period", "8", "--skips", "4", "--context", "64", "--eval-blocks", "0"]
     return ["convert", "--out", str(tmp_path / "new"), "--data", str(tmp_path / "text.txt"), *options]
+
+
+def test_the_command_converts_the_first_layer(llama, tmp_path):
+    from pi_attention.cli.main import parse
+
+    asked = [*llama, "--model", str(tmp_path / "llama"), "--layers", "0", "2"]
+    assert parse(asked).execute(Console(quiet=True)) == 0
+    patterns = AutoModelForCausalLM.from_pretrained(tmp_path / "new").config.patterns()
+    assert patterns == [PiPattern(8, 8, 4, sinks=4), DENSE, PiPattern(8, 8, 4, sinks=4)]
 
 
 def test_without_a_period_the_command_gives_heads_that_share_the_distance(llama, tmp_path):

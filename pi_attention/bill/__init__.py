@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pi_attention.accounting import Sizes, model_flops
 from pi_attention.bill.rank import WAYS, Rank, Way, keys_of_others, layer_parameters
-from pi_attention.pattern import PiPattern
+from pi_attention.pattern import PiPattern, need_int, need_pattern
 
 __all__ = ["MODELS", "WAYS", "Bill", "Way", "bill", "fewest_ranks", "layer_parameters", "parameters"]
 
@@ -91,14 +91,13 @@ def bill(
         zero: 3; or 2, where the bf16 weights stay whole; or 1, where the sums of the gradients do, too, in fp32.
 
     Raises:
-        ValueError: ranks, way, loss_slice, dp, tp or zero are wrong, or the model has another number of layers.
+        TypeError, ValueError: context, ranks, way, loss_slice, dp, tp or zero are wrong, a pattern is none or of other
+            heads, or the model has another number of layers.
     """
     _check(sizes, context, ranks, way, loss_slice, dp, tp, zero)
-    patterns = [pattern] * sizes.num_hidden_layers if isinstance(pattern, PiPattern) else list(pattern)
-    if len(patterns) != sizes.num_hidden_layers:
-        raise ValueError(f"pattern has {len(patterns)} entries: give one for each of {sizes.num_hidden_layers} layers.")
+    patterns = _of_layers(pattern, sizes)
     if way == "dense ring":
-        patterns = [PiPattern(context, 1, 0)] * len(patterns)
+        patterns = [PiPattern(context, 1, 0, causal=each.causal) for each in patterns]
     row = 2 * sizes.num_key_value_heads * sizes.head_dim * 2 // tp  # key and value in bf16
     keys = {each: keys_of_others(way, each, context, ranks, row) for each in set(patterns)}
     of_layers, tokens = tuple(keys[each] for each in patterns), -(-context // ranks)
@@ -119,20 +118,36 @@ def bill(
     )
 
 
+def _of_layers(pattern: PiPattern | Sequence[PiPattern], sizes: Sizes) -> list[PiPattern]:
+    """The pattern of every layer.
+
+    Raises:
+        TypeError, ValueError: one is no pattern or of other heads, or the model has another number of layers.
+    """
+    if not isinstance(pattern, Sequence):
+        need_pattern(pattern)
+    patterns = [pattern] * sizes.num_hidden_layers if isinstance(pattern, PiPattern) else list(pattern)
+    if len(patterns) != sizes.num_hidden_layers:
+        raise ValueError(f"pattern has {len(patterns)} entries: give one for each of {sizes.num_hidden_layers} layers.")
+    for each in patterns:
+        need_pattern(each)
+        each.check_heads(sizes.num_attention_heads)
+    return patterns
+
+
 def _check(
     sizes: Sizes, context: int, ranks: int, way: Way, loss_slice: int | None, dp: int, tp: int, zero: int
 ) -> None:
-    for name, size in (("dp", dp), ("tp", tp)):
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1 rank.")
+    for name, size, least in (("context", context, 1), ("ranks", ranks, 0), ("dp", dp, 1), ("tp", tp, 1)):
+        need_int(name, size, least, "a number of tokens or of ranks")
     heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
     if heads % tp or groups % tp or sizes.intermediate_size % tp:
         inner = sizes.intermediate_size
         raise ValueError(f"tp={tp} must divide the {heads} heads, {groups} key heads and {inner} features of a layer.")
-    if zero not in (1, 2, 3):
+    if zero not in (1, 2, 3) or isinstance(zero, bool):
         raise ValueError(f"zero={zero} must be 3, 2 or 1.")
-    if loss_slice is not None and loss_slice < 1:
-        raise ValueError(f"loss_slice={loss_slice} must be at least 1 token, or None.")
+    if loss_slice is not None:
+        need_int("loss_slice", loss_slice, 1, "tokens, or None")
     if not 1 <= ranks <= context:
         raise ValueError(f"ranks={ranks} must be from 1 to context={context}.")
     if way not in WAYS:
@@ -153,7 +168,11 @@ def fewest_ranks(
     Args:
         memory: bytes of a GPU.
         layout: dp, tp and zero of `bill`, whose other arguments are these.
+
+    Raises:
+        TypeError, ValueError: as `bill` does.
     """
+    bill(sizes, pattern, context, 1, way, loss_slice, **layout)
     counts = (1 << power for power in range(13) if 1 << power <= context)
     bills = ((n, bill(sizes, pattern, context, n, way, loss_slice, **layout)) for n in counts)
     return next((n for n, made in bills if made.bytes <= memory), None)

@@ -65,7 +65,7 @@ class Convert:
         from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
         from pi_attention.convert.config import need_layers
-        from pi_attention.pattern import PiPattern
+        from pi_attention.stack import DENSE
         from pi_attention.tasks.language_modelling import evaluate
 
         config = need_decoder(self.model)
@@ -84,8 +84,9 @@ class Convert:
                 facts[f"perplexity, {what}"] = f"{result.perplexity:.2f} a token ({result.tokens:,} tokens)"
                 console.print(f"{what}: perplexity {result.perplexity:.2f} a token ({result.tokens:,} tokens)")
 
-        converted = convert(model, PiPattern(self.context, 1, 0), gate=False)  # every key of a block
+        converted = convert(model, DENSE)  # every key of a block
         report("dense")
+        del converted
         converted = convert(model, pattern, gate=self.gate, layers=layers)
         report("π-Attention, untrained")
         if self.finetune_steps:
@@ -103,12 +104,16 @@ class Convert:
         if status_of("out", self.out / "config.json") is not None:
             raise FileExistsError(f"out={str(self.out)!r} holds a model already: choose another folder, or delete it.")
         self._pattern(1)
+        for name in ("period", "phase", "gate"):
+            if not self.skips and getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} is of skips, and skips=0 is none: add --skips.")
         if self.part == "gates" and not self.gate:
             raise ValueError("part='gates', but gate=False leaves none: add --gate, or train --part lora or all.")
-        if self.learning_rate is not None and not self.finetune_steps:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} is of a fine-tune, and finetune_steps=0 is none: leave it out."
-            )
+        for name in ("learning_rate", "part"):
+            if not self.finetune_steps and getattr(self, name) != getattr(Convert, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is of a fine-tune, and finetune_steps=0 is none: leave it out."
+                )
         if self.finetune_steps and self.part == "lora":
             from pi_attention.training.finetune import need_peft
 
@@ -126,7 +131,7 @@ class Convert:
         from pi_attention.data.corpus import load_documents
         from pi_attention.data.packing import blocks_named, hold_out
 
-        parts = zip(("training", "held-out"), hold_out(load_documents(self.data), 0.1, self.seed), strict=True)
+        parts = zip(("training", "held-out"), hold_out(load_documents(self.data), 0.1, 0), strict=True)
         return [
             blocks_named(f"the {name} part of data={self.data!r}, 10 % held out", part, tokenizer, self.context)
             for name, part in parts

@@ -160,7 +160,7 @@ class Inspect:
         text, heads = config.get_text_config(), config.get_text_config().num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         context = text.max_position_embeddings if self.context is None else self.context
-        return config.patterns(), context, heads, text.num_key_value_heads, head_dim
+        return config.patterns(), context, heads, getattr(text, "num_key_value_heads", None) or heads, head_dim
 
     @staticmethod
     def _table(pattern: PiPattern, title: str, context: int, heads: int, kv_heads: int, head_dim: int) -> Table:

@@ -62,7 +62,7 @@ def _check(command: str, name: str, value: Any) -> None:
             raise ValueError(f"{name} must be positive, got {value}.")
         return
     least = 2 if name == "context" and command in TEXT else LEAST.get(name, 1)
-    if (command, name) == ("convert", "eval_blocks"):  # there, 0 measures nothing
+    if command == "convert" and name in ("eval_blocks", "layers"):  # there, 0 measures nothing, or is the first layer
         least = 0
     if value < least:
         why = ": the first token of a block only predicts" if least == 2 else ""

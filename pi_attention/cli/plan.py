@@ -116,6 +116,10 @@ class Plan:
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is of plans without a goal: leave out one of them.")
         keys = 256 if self.budget is None else self.budget
+        if self.heads == 1 and goal in ("few-products", "bounded-cache"):
+            raise ValueError(
+                f"heads=1 shares no distance, as goal={goal!r} needs: take quality or least, or more heads."
+            )
         if keys < 2:
             raise ValueError(f"budget={keys} must be at least 2: a window and a skip are two keys.")
         forms = {

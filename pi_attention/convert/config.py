@@ -80,22 +80,28 @@ class PiConvertedConfig(PretrainedConfig):
     def patterns(self) -> list[PiPattern]:
         """The pattern of every layer."""
         config = self.text_config
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
-            kinds = ["sliding_attention"] * config.num_hidden_layers  # as in Mistral
-        windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-        return [layer_pattern(config, layer, window) for layer, window in enumerate(windows)]
+        return [layer_pattern(config, layer, window) for layer, window in enumerate(windows_of(config))]
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """The sliding window that each layer of a decoder has of its own; None where it attends to everything."""
+    count = getattr(config, "num_hidden_layers", 0)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
+    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+        kinds = ["sliding_attention"] * count  # as in Mistral
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def need_layers(layers: Any, config: Any) -> list[int] | None:
     """The layers of a model to convert, each once and in order; None for all that attend to everything.
 
     Raises:
-        TypeError, ValueError: they are no list of whole numbers, none, or not of the model.
+        TypeError, ValueError: they are no list of whole numbers, none, not of the model, or keep a window of their own.
     """
     if layers is None:
         return None
-    count = getattr(config, "num_hidden_layers", 0)
+    windows = windows_of(config)
+    count = len(windows)
     entries = layers.tolist() if isinstance(layers, Tensor) else layers
     if not isinstance(entries, list | tuple | range | set) or not all(type(layer) is int for layer in entries):
         raise TypeError(f"layers={layers!r} must be a list of indices of layers, such as [0, 2], or None for all.")
@@ -104,4 +110,9 @@ def need_layers(layers: Any, config: Any) -> list[int] | None:
     wrong = [layer for layer in entries if not 0 <= layer < count]
     if wrong:
         raise ValueError(f"layers={layers} holds {wrong[0]}, but the model has layers 0 to {count - 1}.")
+    sliding = [layer for layer in entries if windows[layer] is not None]
+    if sliding:
+        raise ValueError(
+            f"layers={layers} holds {sliding[0]}, which keeps a sliding window of {windows[sliding[0]]}: leave it out."
+        )
     return sorted(set(entries))

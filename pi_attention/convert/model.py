@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pi_attention.cache.near import NearSinks
-from pi_attention.convert.config import SETTINGS, PiConvertedConfig, need_layers, settings_of
+from pi_attention.convert.config import SETTINGS, PiConvertedConfig, need_layers, settings_of, windows_of
 from pi_attention.convert.gates import GATE, add_gates, initialise_gates_of, takes_gate
 from pi_attention.convert.interface import NAME, ConvertedCall, register_names
 from pi_attention.convert.rotary import layer_frequencies, rotary_modules
 from pi_attention.convert.undo import undone_on_failure
+from pi_attention.describe import is_dense
 from pi_attention.models.cache_argument import CACHE, OURS, takes_cache
 from pi_attention.models.caching import BoundedCache, PiCache, PiStaticCache
 from pi_attention.models.card import WithCard
@@ -192,6 +195,10 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         )
 
 
+CONVERTED: WeakKeyDictionary[PreTrainedModel, ref[PiConvertedForCausalLM]] = WeakKeyDictionary()
+"""What `convert` made of a pretrained model, whose configuration both share."""
+
+
 def convert(
     model: PreTrainedModel, pattern: PiPattern, *, gate: bool = False, layers: list[int] | None = None
 ) -> PiConvertedForCausalLM:
@@ -214,8 +221,8 @@ def convert(
 
     Raises:
         TypeError: the model is no model of transformers, or the pattern no pattern.
-        ValueError: the model is no causal language model, or converted already, the pattern is bidirectional, or a
-            layer does not exist.
+        ValueError: the model is no causal language model, or converted already, the pattern is bidirectional, a layer
+            does not exist or keeps a sliding window, or a gate has no skips.
         NotImplementedError: the model does not use transformers' attention interface.
 
     Example::
@@ -231,14 +238,24 @@ def convert(
         model.set_attn_implementation(NAME)
         converted = PiConvertedForCausalLM(PiConvertedConfig(config, gate=gate), model)
         converted.generation_config = model.generation_config
+        CONVERTED[model] = ref(converted)
         return converted.train(model.training)
+
+
+def _is_in_use(model: PreTrainedModel) -> bool:
+    """Whether what an earlier `convert` made of the model is still there: it would save the later pattern."""
+    made = CONVERTED.get(model)
+    if made is not None and made() is not None:
+        gc.collect()
+    return made is not None and made() is not None
 
 
 def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool) -> None:
     """Refuse what `convert` cannot do before anything is changed, and warn of skips beyond the context."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a PreTrainedModel, got {type(model).__name__}: load it by {LOADER}.")
-    if isinstance(model, PiConvertedForCausalLM) or any(hasattr(module, GATE) for module in model.modules()):
+    gated = any(hasattr(module, GATE) for module in model.modules())
+    if isinstance(model, PiConvertedForCausalLM) or gated or _is_in_use(model):
         raise ValueError("model is of an earlier conversion: load the pretrained model again, then convert.")
     if not model.can_generate():
         raise ValueError(f"model is a {type(model).__name__}, no causal language model: load it by {LOADER}.")
@@ -248,13 +265,22 @@ def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool) -> None:
     config = model.config
     if not isinstance(gate, bool):
         raise TypeError(f"gate must be True or False, got {gate!r}.")
-    pattern.check_heads(config.num_attention_heads)
     if not getattr(type(model), "_supports_attention_backend", False):
         raise NotImplementedError(f"{type(model).__name__} does not use transformers' attention interface.")
-    if gate and pattern.skips != 0 and not any(map(takes_gate, model.modules())):
+    pattern.check_heads(config.num_attention_heads)
+    if gate and pattern.skips == 0:
+        raise ValueError(f"gate=True weighs skips, and {pattern} has none: leave gate out.")
+    if gate and not any(map(takes_gate, model.modules())):
         raise NotImplementedError(f"{type(model).__name__} has no attention with q_proj: convert with gate=False.")
+    windows = windows_of(config)
+    if windows and None not in windows and not is_dense(pattern):
+        warnings.warn(
+            f"all layers keep their sliding window of {windows[0]}, so that no layer takes {pattern}: the model only "
+            "gets the bounded cache.",
+            stacklevel=3,
+        )
     context = getattr(config, "max_position_embeddings", None)
-    if context is not None and pattern.reach is not None and pattern.reach > context:
+    if context is not None and not is_dense(pattern) and pattern.reach is not None and pattern.reach > context:
         warnings.warn(
             f"{pattern} reaches {pattern.reach} tokens back, further than the context of {context} that the model was "
             "trained for: beyond it are lags that it does not know.",

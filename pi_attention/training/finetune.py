@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from pi_attention.accelerator import best_device, has_bf16
 from pi_attention.data.packing import PackedBlocks
@@ -35,6 +37,28 @@ def need_peft() -> None:
         raise ValueError('part="lora" needs PEFT: pip install peft, or train part="gates" or "all".')
 
 
+def projections(model: nn.Module) -> list[str]:
+    """The names of the linear maps in the attention of every layer, gates aside.
+
+    Raises:
+        ValueError: there are none.
+    """
+    attention = {
+        name: module
+        for name, module in model.named_modules()
+        if getattr(module, "layer_idx", None) is not None and "Attention" in type(module).__name__
+    }
+    found = [
+        f"{name}.{inner}"
+        for name, module in attention.items()
+        for inner, part in module.named_modules()
+        if isinstance(part, nn.Linear | Conv1D) and "pi_gate" not in inner
+    ]
+    if not found:
+        raise ValueError('part="lora" finds no projections in the attention of this model: train part="all".')
+    return found
+
+
 def _adapted(model: Any) -> Any:
     """The model with adapters of rank 16 on the attention projections (arXiv 2106.09685), and its gates trainable."""
     need_peft()
@@ -44,7 +68,7 @@ def _adapted(model: Any) -> Any:
     settings = LoraConfig(
         r=16,
         lora_alpha=32,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_modules=projections(model),
         modules_to_save=["pi_gate"] if gates else None,
         task_type="CAUSAL_LM",
     )
@@ -76,7 +100,7 @@ def finetune(
         tell: is given a line with step and loss, about twenty times.
 
     Raises:
-        ValueError: part="gates" and the model has none, or part="lora" without PEFT.
+        ValueError: part="gates" and the model has none, or part="lora" without PEFT, or without projections.
     """
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     trained = _adapted(model) if part == "lora" else model
