@@ -263,6 +263,19 @@ def test_adapters_stand_on_the_projections_of_every_make_of_attention():
         projections(torch.nn.Linear(2, 2))
 
 
+def test_a_context_beyond_learned_positions_is_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from pi_attention.cli.pretrained import need_positions
+
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64, "n_positions": 64}
+    gpt2 = convert(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)), PATTERN)
+    need_positions(gpt2, 64)
+    with pytest.raises(ValueError, match="context=65 is more than the 64 positions that the model has learned"):
+        need_positions(gpt2, 65)
+    need_positions(convert(pretrained(), PATTERN), 1000)  # rotary embeddings have no table
+
+
 def test_inspect_reads_a_configuration_without_key_heads(tmp_path):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

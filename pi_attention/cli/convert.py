@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from pi_attention.cli.pretrained import load_decoder, load_tokenizer_of, need_decoder
+from pi_attention.cli.pretrained import load_decoder, load_tokenizer_of, need_decoder, need_positions
 from pi_attention.files import replacing_folder
 from pi_attention.paths import need_folder, status_of
 
@@ -76,6 +76,7 @@ class Convert:
         tokenizer = load_tokenizer_of(self.model)
         training, validation = self._blocks(tokenizer)
         model = load_decoder(self.model).to(best_device())
+        need_positions(model, self.context)
         facts = {"data": f"{self.data}, 10% held out", "context": f"{self.context:,} tokens"}
 
         def report(what: str) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from pi_attention.cli.pretrained import need_positions
 from pi_attention.files import write_text
 from pi_attention.paths import need_folder
 
@@ -87,6 +88,7 @@ class Eval:
         if self.data is None and not (self.run / SETTINGS).exists():
             raise ValueError("data is needed: a saved model, unlike a run, has no validation text of its own.")
         context = self.context or model.config.get_text_config().max_position_embeddings
+        need_positions(model, context)
         if self.data is not None:
             documents = load_documents(self.data, split=self.split, text_field=self.text_field)
             return blocks_named(f"data={self.data!r}", documents, tokenizer, context)

@@ -78,3 +78,13 @@ def load_decoder(model: str) -> Any:
             "model with all of its weights."
         )
     return loaded
+
+
+def need_positions(model: Any, context: int) -> None:
+    """Raise ValueError where a context has more tokens than the positions that a model has learned, as GPT-2 has."""
+    from torch import nn
+
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = (name for name, part in model.named_modules() if isinstance(part, nn.Embedding))
+    if most is not None and context > most and any("position" in name or name.endswith("wpe") for name in tables):
+        raise ValueError(f"context={context} is more than the {most} positions that the model has learned: give fewer.")
