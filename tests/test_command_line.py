@@ -243,6 +243,7 @@ def test_no_wrong_call_of_very_many_ends_in_a_traceback_or_in_success(seed, plac
         (["convert", "--model", "m", "--gate"], "gate=True is of skips, and skips=0 is none: add --skips"),
         (["convert", "--model", "m", "--layers", "-1"], "layers must be at least 0, got -1"),
         (["train", "--layers", "2", "--layer-patterns", "pi", "all-skips", "--skips", "0"], '"all-skips", and skips=0'),
+        (["inspect", "--tokens", "64"], "tokens=64 is of a measurement: add --empirical, or leave it out"),
         (["inspect", "run", "--window", "99"], "window=99 is given beside run='run', which has its own"),
         (["eval", "saved"], "run='saved' holds no model"),
     ],

@@ -70,6 +70,8 @@ class Inspect:
         self._refuse_flags_of_a_pattern()
         if self.empirical and self.run is None:
             raise ValueError("empirical=True needs a run to measure: pi-attention inspect RUN --empirical.")
+        if self.tokens != Inspect.tokens and not self.empirical:
+            raise ValueError(f"tokens={self.tokens} is of a measurement: add --empirical, or leave it out.")
         need_folder("out" if self.out or self.run is None else "run", self.out or self.run or Path())
         stack, context, heads, kv_heads, head_dim = self._describe()
         if context < 1 or not stack:
