@@ -29,7 +29,7 @@ def streaming(pattern, context, family="llama", **more):
     sizes = SIZES | of_family | {"max_position_embeddings": context, "num_hidden_layers": 2} | more
     if family == "gemma3":
         sizes["layer_types"] = ["full_attention", "sliding_attention"]
-    converted = convert(model(config(**sizes)).double().eval(), pattern, gate=True)
+    converted = convert(model(config(**sizes)).double().eval(), pattern, gate=pattern.skips != 0)
     for name, parameter in converted.named_parameters():
         if "pi_gate" in name:
             torch.nn.init.normal_(parameter)
