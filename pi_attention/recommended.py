@@ -56,7 +56,8 @@ def recommended(goal: Goal, *, keys: int, heads: int, layers: int = EVERY, sinks
         heads: query heads.
         layers: of the model; where there are fewer than `every`, one of them sees everything.
         sinks: first tokens that every query sees, too.
-        every: one layer in so many sees everything, with "quality" and "few-products". 6 and 12 were measured.
+        every: one layer in so many sees everything, with "quality" and "few-products". 6 was measured, and 12
+            with "quality".
 
     Raises:
         TypeError: a number is no int.

@@ -53,7 +53,11 @@ def check_used(settings: Any, layers: int) -> None:
     for used, names, of in (
         (skips, ("period", "phase", "gate"), of_skips),
         (skips or settings.skips == 0, ("skips",), of_skips),
-        (counted or not skips or settings.skips == 0, ("skips",), 'a "pi" layer, and there is none: leave it out'),
+        (
+            counted or not skips or settings.skips in (0, None),
+            ("skips",),
+            'a "pi" layer, and there is none: leave it out',
+        ),
         (kinds != {"dense"}, ("window", "sinks"), "a window, and all layers are dense: leave it out"),
     ):
         for name in names:

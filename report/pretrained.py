@@ -106,7 +106,7 @@ def _trained_on(common: dict[str, object], members: list[Cell]) -> str:
                 *("–" if variant == ALIKE or not values else shown(values, 1) for values in beside),
                 f"{short[0]:.1f}",
                 f"{short[1]:.1f}",
-                f"{fmean(result['tokens/s'] for result in results):,.0f}",
+                _tokens_a_second(results),
                 str(len(rows)),
             ]
         )
@@ -121,6 +121,11 @@ def _trained_on(common: dict[str, object], members: list[Cell]) -> str:
 
 
 PARTS = ("test", "validation")
+
+
+def _tokens_a_second(results: list[Result]) -> str:
+    known = [result["tokens/s"] for result in results if "tokens/s" in result]
+    return f"{fmean(known):,.0f}" if known else "–"
 
 
 def _nats(rows: list[Row], base: list[Row], kind: str) -> str:

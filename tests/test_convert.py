@@ -240,8 +240,10 @@ def test_a_model_whose_conversion_is_in_use_is_not_converted_again():
     """Both would share a configuration, and the first would be saved with the pattern of the second."""
     model = pretrained()
     first = convert(model, PATTERN)
-    with pytest.raises(ValueError, match="earlier conversion"):
+    with pytest.raises(ValueError, match="an earlier conversion that is in use"):
         convert(model, PHASES)
+    with pytest.raises(ValueError, match="an earlier conversion that is in use"):
+        convert(LlamaForCausalLM(model.config), PHASES)
     assert first.config.patterns() == [PATTERN] * 3
     del first
     assert convert(model, PHASES).config.patterns() == [PHASES] * 3

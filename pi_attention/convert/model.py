@@ -6,10 +6,10 @@ import gc
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakSet
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pi_attention.cache.near import NearSinks
@@ -29,6 +29,8 @@ from pi_attention.pattern import PiPattern, need_pattern
 from pi_attention.segments import starts_of_batch
 
 LOADER = "AutoModelForCausalLM.from_pretrained"
+IN_USE: WeakSet[PiConvertedForCausalLM] = WeakSet()
+"""Converted models that are there. Each shares its configuration with the pretrained model."""
 
 
 class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, GenerationMixin):
@@ -51,6 +53,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             for module in model.modules():
                 module._is_hf_initialized = True  # its weights are pretrained, however they came in
         self.model = model
+        IN_USE.add(self)
         config.text_config._attn_implementation = NAME  # super().__init__ chose one for both configs
         self._no_split_modules = model._no_split_modules
         initialise_gates_of(model)
@@ -195,10 +198,6 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         )
 
 
-CONVERTED: WeakKeyDictionary[PreTrainedModel, ref[PiConvertedForCausalLM]] = WeakKeyDictionary()
-"""What `convert` made of a pretrained model, whose configuration both share."""
-
-
 def convert(
     model: PreTrainedModel, pattern: PiPattern, *, gate: bool = False, layers: list[int] | None = None
 ) -> PiConvertedForCausalLM:
@@ -221,8 +220,9 @@ def convert(
 
     Raises:
         TypeError: the model is no model of transformers, or the pattern no pattern.
-        ValueError: the model is no causal language model, or converted already, the pattern is bidirectional, a layer
-            does not exist or keeps a sliding window, or a gate has no skips.
+        ValueError: the model is no causal language model, or converted already, or an earlier conversion with its
+            configuration is in use; the pattern is bidirectional; a layer does not exist or keeps a sliding window; or
+            a gate has no skips.
         NotImplementedError: the model does not use transformers' attention interface.
 
     Example::
@@ -231,23 +231,31 @@ def convert(
     """
     _check(model, pattern, gate)
     config = model.config
-    layers = need_layers(layers, config)
+    settings = settings_of(pattern, need_layers(layers, config))
+    _refuse_in_use(config, settings)
     register_names()
     with undone_on_failure(model):
-        setattr(config, SETTINGS, settings_of(pattern, layers))
+        setattr(config, SETTINGS, settings)
         model.set_attn_implementation(NAME)
         converted = PiConvertedForCausalLM(PiConvertedConfig(config, gate=gate), model)
         converted.generation_config = model.generation_config
-        CONVERTED[model] = ref(converted)
         return converted.train(model.training)
 
 
-def _is_in_use(model: PreTrainedModel) -> bool:
-    """Whether what an earlier `convert` made of the model is still there: it would save the later pattern."""
-    made = CONVERTED.get(model)
-    if made is not None and made() is not None:
-        gc.collect()
-    return made is not None and made() is not None
+def _refuse_in_use(config: PretrainedConfig, settings: dict[str, Any]) -> None:
+    """Raise ValueError if an earlier conversion has this configuration: it would be saved with the later pattern."""
+
+    def in_use() -> bool:
+        return any(made.config.text_config is config for made in IN_USE)
+
+    if getattr(config, SETTINGS, None) == settings or not in_use():
+        return
+    gc.collect()
+    if in_use():
+        raise ValueError(
+            "model shares its configuration with an earlier conversion that is in use, and would change what that one "
+            "saves: delete the earlier one (del), or load the pretrained model again."
+        )
 
 
 def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool) -> None:
@@ -255,7 +263,7 @@ def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a PreTrainedModel, got {type(model).__name__}: load it by {LOADER}.")
     gated = any(hasattr(module, GATE) for module in model.modules())
-    if isinstance(model, PiConvertedForCausalLM) or gated or _is_in_use(model):
+    if isinstance(model, PiConvertedForCausalLM) or gated:
         raise ValueError("model is of an earlier conversion: load the pretrained model again, then convert.")
     if not model.can_generate():
         raise ValueError(f"model is a {type(model).__name__}, no causal language model: load it by {LOADER}.")
