@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from pi_attention.pattern import PiPattern, coordinated_heads, need_int
@@ -11,6 +11,10 @@ from pi_attention.stack import Kind, stacked
 Goal = Literal["quality", "few-products", "bounded-cache", "least"]
 EVERY = 6
 """One layer in so many sees everything, unless told."""
+MEASURED = {"quality": (6, 12), "few-products": (6,)}
+"""The values of `every` that were measured."""
+SHARED = ("few-products", "bounded-cache")
+"""Goals whose forms have heads that share the distance."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,12 @@ def recommended(goal: Goal, *, keys: int, heads: int, layers: int = EVERY, sinks
         heads: query heads.
         layers: of the model; where there are fewer than `every`, one of them sees everything.
         sinks: first tokens that every query sees, too.
-        every: one layer in so many sees everything, with "quality" and "few-products". 6 was measured, and 12
-            with "quality".
+        every: one layer in so many sees everything, with "quality" and "few-products"; the other goals have no such
+            layer. 6 was measured, and 12 with "quality".
 
     Raises:
         TypeError: a number is no int.
-        ValueError: a number is too small, or the goal is unknown.
+        ValueError: a number is too small, the goal is unknown, or one head would share the distance.
 
     >>> recommended("quality", keys=320, heads=8).kinds
     ('local', 'local', 'local', 'dense', 'local', 'local')
@@ -72,6 +76,8 @@ def recommended(goal: Goal, *, keys: int, heads: int, layers: int = EVERY, sinks
     need_int("layers", layers, 1, "a model has layers")
     need_int("heads", heads, 1, "a model has heads")
     need_int("every", every, 1, "one layer in so many sees everything")
+    if heads == 1 and goal in SHARED:
+        raise ValueError(f"heads=1 shares no distance, as goal={goal!r} needs: take quality or least, or more heads.")
     count = min(every, layers)
     local: tuple[Kind, ...] = ("local",)
     before, after = local * (count // 2), local * (count - count // 2 - 1)
@@ -104,4 +110,7 @@ def recommended(goal: Goal, *, keys: int, heads: int, layers: int = EVERY, sinks
     }
     if goal not in forms:
         raise ValueError(f"goal={goal!r} is unknown: use one of {list(get_args(Goal))}.")
-    return forms[goal]()
+    form = forms[goal]()
+    if every in MEASURED.get(goal, (every,)):
+        return form
+    return replace(form, scale=f"{form.scale}. One such layer in {every} was not measured")

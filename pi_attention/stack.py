@@ -38,7 +38,8 @@ def check_used(settings: Any, layers: int) -> None:
     """Raise ValueError for settings that no layer has: more kinds than layers, or numbers of skips or of a window.
 
     Args:
-        settings: a dataclass with defaults, `layer_patterns`, and fields of a pattern.
+        settings: a dataclass whose fields have defaults: `layer_patterns`, and those of a pattern. A field that equals
+            its default counts as not given.
         layers: of the model.
     """
     kinds, default = set(settings.layer_patterns), type(settings)()

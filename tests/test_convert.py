@@ -29,6 +29,7 @@ from transformers import (
 
 from pi_attention import PiPattern, coordinated_heads
 from pi_attention.convert import PiConvertedForCausalLM, convert, register
+from pi_attention.convert.model import need_convertible
 from pi_attention.masks import dense_mask
 from pi_attention.models import PiCache, PiConfig, PiStaticCache
 from pi_attention.stack import DENSE
@@ -276,6 +277,25 @@ def test_a_context_beyond_learned_positions_is_refused():
     with pytest.raises(ValueError, match="context=65 is more than the 64 positions that the model has learned"):
         need_positions(gpt2, 65)
     need_positions(convert(pretrained(), PATTERN), 1000)  # rotary embeddings have no table
+
+
+def test_the_command_makes_windows_with_sinks_unless_told():
+    from pi_attention.cli.convert import Convert
+
+    assert Convert()._pattern(6) == PiPattern(1020, 1, 0, sinks=4)
+    assert Convert(window=204, skips=816)._pattern(6) == coordinated_heads(204, 816, 6, sinks=4)
+    assert Convert(window=8, period=(2,), skips=4, sinks=0)._pattern(6) == PiPattern(8, 2, 4)
+
+
+def test_a_gate_without_a_place_is_refused_before_anything_is_measured():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, intermediate_size=64))
+    with pytest.raises(NotImplementedError, match="GPTNeoXForCausalLM has no attention with q_proj"):
+        need_convertible(model, PATTERN, gate=True)
+    need_convertible(model, PATTERN, gate=False)
+    assert model.config._attn_implementation != "pi"
 
 
 def test_inspect_reads_a_configuration_without_key_heads(tmp_path):

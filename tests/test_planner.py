@@ -202,7 +202,7 @@ def test_command_prints_a_coordinated_plan(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("goal", get_args(Goal))
 def test_the_settings_of_a_goal_make_its_patterns(goal):
-    for layers, heads, keys, sinks in ((12, 8, 80, 0), (6, 6, 320, 4), (5, 3, 7, 1), (1, 1, 2, 0)):
+    for layers, heads, keys, sinks in ((12, 8, 80, 0), (6, 6, 320, 4), (5, 3, 7, 1), (1, 2, 2, 0)):
         form = recommended(goal, keys=keys, heads=heads, layers=layers, sinks=sinks)
         sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": 16 * heads}
         assert PiConfig(**form.settings, **sizes).patterns() == form.patterns(layers)
@@ -211,6 +211,14 @@ def test_the_settings_of_a_goal_make_its_patterns(goal):
         assert all(pattern.window + pattern.skips == keys and pattern.sinks == sinks for pattern in near)
     with pytest.raises(ValueError, match="keys must be at least 2, got 1"):
         recommended(goal, keys=1, heads=4)
+
+
+def test_a_form_says_what_of_it_was_not_measured():
+    assert "not measured" not in recommended("quality", keys=80, heads=4, layers=24, every=12).scale
+    assert recommended("few-products", keys=80, heads=4, every=12).scale.endswith("in 12 was not measured")
+    assert recommended("least", keys=80, heads=1, every=12) == recommended("least", keys=80, heads=1)
+    with pytest.raises(ValueError, match="heads=1 shares no distance, as goal='bounded-cache' needs"):
+        recommended("bounded-cache", keys=80, heads=1)
 
 
 def test_goals_cost_less_from_the_best_to_the_cheapest():
@@ -238,6 +246,8 @@ def test_command_takes_the_form_of_a_goal(monkeypatch, capsys, tmp_path):
     assert arguments and eval(f"PiConfig({arguments[1]}, num_hidden_layers=6)").layer_patterns == list(form.kinds)
     code, printed = run(monkeypatch, capsys, *sizes, "--goal", "quality", "--every", "12", "--layers", "12", "--json")
     assert json.loads(printed.out)["settings"]["layer_patterns"] == [*["local"] * 6, "dense", *["local"] * 5]
+    code, printed = run(monkeypatch, capsys, *sizes, "--goal", "quality", "--heads", "1")
+    assert code == 0 and "least" in printed.out and "bounded-cache" not in printed.out  # no head to share with
     code, printed = run(monkeypatch, capsys, "--goal", "least", "--every", "12")
     assert code == 2 and "every=12 is of --goal quality or few-products" in printed.err
     code, printed = run(monkeypatch, capsys, *sizes, "--goal", "quality", "--json")

@@ -65,6 +65,7 @@ class Convert:
         from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
         from pi_attention.convert.config import need_layers
+        from pi_attention.convert.model import need_convertible
         from pi_attention.stack import DENSE
         from pi_attention.tasks.language_modelling import evaluate
 
@@ -75,8 +76,10 @@ class Convert:
         pattern.check_heads(heads)
         tokenizer = load_tokenizer_of(self.model)
         training, validation = self._blocks(tokenizer)
-        model = load_decoder(self.model).to(best_device())
+        model = load_decoder(self.model)
         need_positions(model, self.context)
+        need_convertible(model, pattern, self.gate)
+        model = model.to(best_device())
         facts = {"data": f"{self.data}, 10% held out", "context": f"{self.context:,} tokens"}
 
         def report(what: str) -> None:
@@ -89,7 +92,7 @@ class Convert:
         report("dense")
         del converted
         converted = convert(model, pattern, gate=self.gate, layers=layers)
-        report("π-Attention, untrained")
+        report("converted, untrained")
         if self.finetune_steps:
             self._finetune(converted, training, console)
             report(f"after {self.finetune_steps} steps of {self.part}")
@@ -110,7 +113,7 @@ class Convert:
                 raise ValueError(f"{name}={getattr(self, name)} is of skips, and skips=0 is none: add --skips.")
         if self.part == "gates" and not self.gate:
             raise ValueError("part='gates', but gate=False leaves none: add --gate, or train --part lora or all.")
-        for name in ("learning_rate", "part"):
+        for name in ("learning_rate", "part", "seed"):
             if not self.finetune_steps and getattr(self, name) != getattr(Convert, name):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is of a fine-tune, and finetune_steps=0 is none: leave it out."

@@ -27,7 +27,7 @@ from pi_attention.paths import need_new_file
 from pi_attention.planner import Plan as Found
 from pi_attention.planner import longest_stretch, plan
 from pi_attention.receptive_field import receptive_field
-from pi_attention.recommended import EVERY, Goal, recommended
+from pi_attention.recommended import EVERY, MEASURED, SHARED, Goal, recommended
 from pi_attention.training.config import ModelSettings
 from pi_attention.units import counted, in_flops
 
@@ -86,12 +86,14 @@ class Plan:
             raise ValueError(f"sinks={self.sinks} must be fewer than the tokens of context={self.context}.")
         if self.out is not None:
             need_new_file("out", self.out)
+            if self.context < 2:
+                raise ValueError("context=1 has no token to predict, so that no run can train: give more, or no --out.")
             if self.head_dim % 2:
                 raise ValueError(
                     f"head_dim={self.head_dim} must be even in the settings of a training run, whose rotary embeddings "
                     "turn pairs: change it, or leave out --out."
                 )
-        if self.every != EVERY and self.goal not in ("quality", "few-products"):
+        if self.every != EVERY and self.goal not in MEASURED:
             raise ValueError(f"every={self.every} is of --goal quality or few-products: leave it out.")
         if self.goal is not None:
             return self._for_goal(self.goal, console)
@@ -116,15 +118,12 @@ class Plan:
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is of plans without a goal: leave out one of them.")
         keys = 256 if self.budget is None else self.budget
-        if self.heads == 1 and goal in ("few-products", "bounded-cache"):
-            raise ValueError(
-                f"heads=1 shares no distance, as goal={goal!r} needs: take quality or least, or more heads."
-            )
         if keys < 2:
             raise ValueError(f"budget={keys} must be at least 2: a window and a skip are two keys.")
+        goals = [name for name in get_args(Goal) if name == goal or self.heads > 1 or name not in SHARED]
         forms = {
             name: recommended(name, keys=keys, heads=self.heads, layers=self.layers, sinks=self.sinks, every=self.every)
-            for name in get_args(Goal)
+            for name in goals
         }
         shape = {"heads": self.heads, "kv_heads": self.kv_heads or self.heads, "head_dim": self.head_dim}
         costs = {name: stack_cost(form.patterns(self.layers), self.context, **shape) for name, form in forms.items()}

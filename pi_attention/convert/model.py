@@ -229,7 +229,8 @@ def convert(
 
         model = convert(AutoModelForCausalLM.from_pretrained(name), PiPattern(512, 512, 16, sinks=4))
     """
-    _check(model, pattern, gate)
+    need_convertible(model, pattern, gate)
+    _warn_of_reach(model, pattern)
     config = model.config
     settings = settings_of(pattern, need_layers(layers, config))
     _refuse_in_use(config, settings)
@@ -258,8 +259,12 @@ def _refuse_in_use(config: PretrainedConfig, settings: dict[str, Any]) -> None:
         )
 
 
-def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool) -> None:
-    """Refuse what `convert` cannot do before anything is changed, and warn of skips beyond the context."""
+def need_convertible(model: PreTrainedModel, pattern: PiPattern, gate: bool) -> None:
+    """Refuse what `convert` cannot do to a model; nothing is changed.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `convert` does.
+    """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a PreTrainedModel, got {type(model).__name__}: load it by {LOADER}.")
     gated = any(hasattr(module, GATE) for module in model.modules())
@@ -280,6 +285,11 @@ def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool) -> None:
         raise ValueError(f"gate=True weighs skips, and {pattern} has none: leave gate out.")
     if gate and not any(map(takes_gate, model.modules())):
         raise NotImplementedError(f"{type(model).__name__} has no attention with q_proj: convert with gate=False.")
+
+
+def _warn_of_reach(model: PreTrainedModel, pattern: PiPattern) -> None:
+    """Warn of a pattern that no layer takes, and of skips beyond the context."""
+    config = model.config
     windows = windows_of(config)
     if windows and None not in windows and not is_dense(pattern):
         warnings.warn(
@@ -288,7 +298,7 @@ def _check(model: PreTrainedModel, pattern: PiPattern, gate: bool) -> None:
             stacklevel=3,
         )
     context = getattr(config, "max_position_embeddings", None)
-    if context is not None and not is_dense(pattern) and pattern.reach is not None and pattern.reach > context:
+    if context is not None and pattern.skips != 0 and pattern.reach is not None and pattern.reach > context:
         warnings.warn(
             f"{pattern} reaches {pattern.reach} tokens back, further than the context of {context} that the model was "
             "trained for: beyond it are lags that it does not know.",
