@@ -107,7 +107,7 @@ WITHIN = {
         "modeling_pi",
         "heads",
     ],
-    "convert": ["config", "interface", "gates", "rotary", "undo", "model"],
+    "convert": ["config", "interface", "gates", "rotary", "undo", "model", "choice"],
     "plots": ["style", "lines", "pattern", "reach", "network"],
     "training": [
         "values",

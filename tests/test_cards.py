@@ -107,6 +107,13 @@ def test_convert_writes_what_the_conversion_cost(tmp_path):
     assert "| perplexity, dense | " in text and ", untrained | " in text
     assert "](pattern.png)" in text and "base_model" not in fields(text)
     assert "| 0 | dense |" in text and "| 1 | 8 | 8 |" in text
+    chosen = [*folders[:2], "--out", str(tmp_path / "chosen"), *shape[:-2], "--dense-layers", "1"]
+    assert parse(["convert", *chosen]).execute(make_console()) == 0
+    text = (tmp_path / "chosen" / CARD).read_text()
+    kept = text.split("| dense layers | ")[1][0]
+    assert f"| {kept} | dense |" in text and f"| {1 - int(kept)} | 8 | 8 |" in text
+    with pytest.raises(ValueError, match="dense_layers=2 leaves none of 2 layers to convert"):
+        parse(["convert", *chosen[:2], "--out", str(tmp_path / "x"), *chosen[4:-1], "2"]).execute(make_console())
     evaluate = ["eval", str(tmp_path / "out"), "--limit", "1"]  # at the model's own context
     assert parse([*evaluate, "--data", "shakespeare"]).execute(make_console()) == 0
     with pytest.raises(ValueError, match="data is needed"):

@@ -41,6 +41,9 @@ class Convert:
     period is given; where none is, each head's own."""
     layers: tuple[int, ...] | None = None
     """Indices of the layers to convert, from 0 on; None converts all that attend to everything."""
+    dense_layers: int = 0
+    """So many layers stay dense: those whose conversion alone raises the loss most. It is measured for each layer, on
+    --eval-blocks blocks of the text to fine-tune on."""
     gate: bool = False
     """Add a learned fusion gate to each converted layer."""
     finetune_steps: int = 0
@@ -64,7 +67,7 @@ class Convert:
         self._refuse()
         from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
-        from pi_attention.convert.config import need_layers
+        from pi_attention.convert.config import need_layers, windows_of
         from pi_attention.convert.model import need_convertible
         from pi_attention.stack import DENSE
         from pi_attention.tasks.language_modelling import evaluate
@@ -74,6 +77,9 @@ class Convert:
         heads = getattr(config, "num_attention_heads", 1)  # convert refuses a model without any
         pattern = self._pattern(heads)
         pattern.check_heads(heads)
+        free = windows_of(config).count(None)
+        if self.dense_layers >= max(1, free):
+            raise ValueError(f"dense_layers={self.dense_layers} leaves none of {free} layers to convert: give fewer.")
         tokenizer = load_tokenizer_of(self.model)
         training, validation = self._blocks(tokenizer)
         model = load_decoder(self.model)
@@ -91,6 +97,8 @@ class Convert:
         converted = convert(model, DENSE)  # every key of a block
         report("dense")
         del converted
+        if self.dense_layers:
+            layers, facts["dense layers"] = self._chosen(model, pattern, training, console)
         converted = convert(model, pattern, gate=self.gate, layers=layers)
         report("converted, untrained")
         if self.finetune_steps:
@@ -118,6 +126,21 @@ class Convert:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is of a fine-tune, and finetune_steps=0 is none: leave it out."
                 )
+        if self.dense_layers and self.layers is not None:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} chooses the layers to convert, and layers={self.layers} names them: "
+                "leave one of them out."
+            )
+        if self.dense_layers and not self.eval_blocks:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} are chosen on eval_blocks=0 blocks of text: give more blocks, or "
+                "name --layers."
+            )
+        if self.dense_layers and self.window >= self.context:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} are chosen by what a window misses, and window={self.window} covers "
+                f"context={self.context}: give a longer context, or name --layers."
+            )
         if self.finetune_steps and self.part == "lora":
             from pi_attention.training.finetune import need_peft
 
@@ -140,6 +163,17 @@ class Convert:
             blocks_named(f"the {name} part of data={self.data!r}, 10 % held out", part, tokenizer, self.context)
             for name, part in parts
         ]
+
+    def _chosen(self, model: Any, pattern: PiPattern, text: PackedBlocks, console: Console) -> tuple[list[int], str]:
+        """The layers to convert, and in words those that stay dense."""
+        from pi_attention.convert import added_losses, neediest
+        from pi_attention.tasks.language_modelling import evaluate
+
+        added = added_losses(model, pattern, lambda tried: evaluate(tried, text, limit=self.eval_blocks).loss)
+        dense = neediest(added, self.dense_layers)
+        said = ", ".join(f"{layer} ({added[layer]:+.4f})" for layer in dense)
+        console.print(f"dense layers, and the nats a token that converting each alone costs: {said}", soft_wrap=True)
+        return [layer for layer in added if layer not in dense], ", ".join(map(str, dense))
 
     def _finetune(self, converted: Any, training: PackedBlocks, console: Console) -> None:
         from pi_attention.training.finetune import LEARNING_RATES, finetune

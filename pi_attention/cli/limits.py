@@ -9,6 +9,7 @@ from typing import Any
 MOST = 2**31 - 1
 """Of every whole number without a limit of its own."""
 LEAST = {
+    "dense_layers": 0,
     "finetune_steps": 0,
     "max_new_tokens": 1,
     "phase": 0,
@@ -25,7 +26,7 @@ LEAST = {
 """Of a number; 1 of every other whole number."""
 MOST_OF = {"seed": 2**32 - 1, "window": 2**62, "period": 2**62, "skips": 2**62, "sinks": 2**62, "memory": 2**20}
 MOST_OF |= {"port": 2**16 - 1, "requests": 2**16, "batch_tokens": 2**20}
-MOST_OF |= {"heads": 1024, "kv_heads": 1024, "layers": 1024}
+MOST_OF |= {"heads": 1024, "kv_heads": 1024, "layers": 1024, "dense_layers": 1024}
 """Of some whole numbers; a pattern checks its own."""
 POSITIVE = ("learning_rate", "max_grad_norm")
 FRACTIONS = ("validation_fraction",)
