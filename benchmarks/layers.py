@@ -2,9 +2,9 @@
 
     python -m benchmarks.layers MODEL_DIR --text FILE --chosen-on FILE [--length 2048] [--counts 3 5 10]
 
-What each layer, converted alone, adds to the loss of one text; then the perplexity on chunks of another where so many
-layers stay dense: those that add most, or layers at equal distances. Nothing is trained. Writes
-results/layers-<name>.json.
+Two rules choose on one text: layers that, dense alone, give most of the loss back, and layers that, converted alone,
+cost most. Then the perplexity on chunks of another text where so many layers stay dense: those chosen, or layers at
+equal distances. Nothing is trained. Writes results/layers-<name>.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from benchmarks.conversion import BUDGET, DEVICE, SINKS, losses, model_of, summary
 from benchmarks.timing import write
 from pi_attention import PiPattern
-from pi_attention.convert import added_losses, convert, neediest
+from pi_attention.convert import convert, dense_gains, largest
 from pi_attention.stack import DENSE
 
 
@@ -48,17 +48,23 @@ def main() -> None:
     seen = chunks(options.chosen_on, tokenizer, options.length, options.blocks)
     model, pattern = model_of(options.model, None), PiPattern(BUDGET - SINKS, 1, 0, sinks=SINKS)
 
-    added = added_losses(model, pattern, lambda tried: statistics.fmean(losses(tried, seen)))
+    def loss(tried: Any) -> float:
+        return statistics.fmean(losses(tried, seen))
+
+    gains = dense_gains(model, pattern, loss)
+    dense_loss = loss(convert(model, DENSE))
+    costs = {layer: loss(convert(model, pattern, layers=[layer])) - dense_loss for layer in gains}
     rows: list[dict[str, Any]] = []
     device = torch.cuda.get_device_name() + ", bf16 products" if DEVICE == "cuda" else "CPU, fp32"
     head: dict[str, Any] = {"model": options.model.name, "text": options.text.name, "chosen on": options.chosen_on.name}
     head |= {"device": device, "budget": BUDGET, "S": options.length, "blocks": options.blocks}
-    head |= {"added nats": [round(value, 5) for value in added.values()], "layers": list(added), "rows": rows}
+    head |= {"layers": list(gains), "nats given back": [round(value, 5) for value in gains.values()]}
+    head |= {"nats that it costs": [round(value, 5) for value in costs.values()], "rows": rows}
     dense: list[float] = []
 
     def add(name: str, kept: list[int] | None) -> None:
         """Evaluate with these layers dense; all of them if None."""
-        layers = None if kept is None else [layer for layer in added if layer not in kept]
+        layers = None if kept is None else [layer for layer in gains if layer not in kept]
         found = losses(convert(model, DENSE if kept is None else pattern, layers=layers), held_out)
         dense.extend(found if kept is None else [])
         rows.append({"dense layers": name, "kept": kept, **summary(found, dense)})
@@ -68,10 +74,11 @@ def main() -> None:
     add("all", None)
     add("none", [])
     for count in options.counts:
-        add(f"{count}, those that add most", neediest(added, count))
-        step = len(added) // count
+        add(f"{count} that give most back", largest(gains, count))
+        add(f"{count} that cost most", largest(costs, count))
+        step = len(gains) // count
         for first in dict.fromkeys((0, step // 2, step - 1)):
-            add(f"{count}, every {step}th from {first}", list(added)[first::step][:count])
+            add(f"{count}, every {step}th from {first}", list(gains)[first::step][:count])
 
 
 if __name__ == "__main__":

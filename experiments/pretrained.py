@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from experiments.pass_keys import asked, needles
 from experiments.recurrence import by_recurrence
 from experiments.texts import Documents, blocks, corpus, encoded, file_name, split, windows
 from experiments.training import DEVICE, Batch, Pace, fit
-from pi_attention.convert import convert
+from pi_attention.convert import convert, dense_gains, largest
 from pi_attention.data.tokenizers import beginning
 from pi_attention.models.loss import cross_entropy
 from pi_attention.pattern import PiPattern, coordinated_heads
@@ -39,11 +40,16 @@ NEIGHBOURS = 32
 """Contexts of characters that are joined to a text: some eight contexts of tokens."""
 EVERY = 6
 """Of the hybrids: one layer in so many stays dense."""
+CHOSEN = 5
+"""Of other hybrids: so many layers stay dense, those that give most of the loss back, as 1 in 6 of 30 layers."""
+APART = f"{CHOSEN} chosen dense, slower alone"
 ALIKE = "window + sinks"
 MAIN = (ALIKE, "coordinated heads + sinks", "dense")
 VARIANTS = (
     *MAIN,
     f"{ALIKE} + dense, 1 in {EVERY}",
+    f"{ALIKE} + {CHOSEN} chosen dense",
+    f"{ALIKE} + {APART}",
     f"coordinated heads + sinks + dense, 1 in {EVERY}",
     "coordinated heads, all skips",
     "single period + sinks",
@@ -59,9 +65,16 @@ class Form:
     every: int | None = None
     """One layer in so many stays dense; None converts all."""
     gate: bool = False
+    chosen: int | None = None
+    """So many layers stay dense, chosen by what they give back; None chooses none."""
+    apart: bool = False
+    """Turn slower in the chosen layers alone, not in all."""
 
-    def layers(self, count: int) -> list[int] | None:
-        """The converted ones of `count` layers."""
+    def layers(self, count: int, gains: dict[int, float] | None = None) -> list[int] | None:
+        """The converted ones of `count` layers. Where `gains` of chosen ones are unknown, the first stand for them."""
+        if self.chosen is not None:
+            kept = largest(gains or dict.fromkeys(range(count), 0.0), min(self.chosen, count - 1))
+            return [layer for layer in range(count) if layer not in kept]
         every = self.every
         return None if every is None else [i for i in range(count) if i % every != every // 2]
 
@@ -75,7 +88,7 @@ class Form:
     def sees_beyond(self, context: int) -> bool:
         """Whether some layer sees keys that are further away."""
         reach = None if self.pattern is None else self.pattern.reach
-        return reach is None or reach >= context or self.every is not None
+        return reach is None or reach >= context or self.every is not None or self.chosen is not None
 
 
 def forms(keys: int, heads: int) -> dict[str, Form]:
@@ -93,24 +106,51 @@ def forms(keys: int, heads: int) -> dict[str, Form]:
         "coordinated heads, all skips": Form(every_skip),
         "single period + sinks": Form(PiPattern(skips, skips, fifth, sinks=SINKS)),
     }
+    made[f"{ALIKE} + {CHOSEN} chosen dense"] = Form(window, chosen=CHOSEN)
+    made[f"{ALIKE} + {APART}"] = Form(window, chosen=CHOSEN, apart=True)
     for name in MAIN[:2]:
         made[f"{name} + dense, 1 in {EVERY}"] = Form(made[name].pattern, EVERY)
     return made
 
 
-def rotate_for(model: Any, context: int) -> None:
+def rotate_for(model: Any, context: int, layers: list[int] | None = None) -> None:
     """Let the rotary embedding of a decoder reach to `context`: a larger base, by the "NTK-aware" rule.
 
     The base is multiplied by rᵈ⁄⁽ᵈ⁻²⁾, with r the context over that of the pretraining and d the features of a head.
     So the slowest feature turns as far in the new context as in the old one (YaRN, arXiv 2309.00071, section 3.1).
+
+    Args:
+        model: the decoder.
+        context: tokens.
+        layers: that turn so; all of them, also those that are built later, if None.
     """
-    config = model.config
+    config = model.config if layers is None else deepcopy(model.config)
     ratio, dim = context / config.max_position_embeddings, config.head_dim
     if ratio > 1:
         config.rope_parameters["rope_theta"] *= ratio ** (dim / (dim - 2))
         config.max_position_embeddings = context
-        rotary = model.base_model.rotary_emb
-        model.base_model.rotary_emb = type(rotary)(config=config).to(DEVICE)
+        rotary = type(model.base_model.rotary_emb)(config=config).to(DEVICE)
+        if layers is None:
+            model.base_model.rotary_emb = rotary
+        for layer in layers or []:
+            model.base_model.layers[layer].register_forward_pre_hook(partial(_turned, rotary), with_kwargs=True)
+
+
+def _turned(rotary: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a layer, with the angles of another rotary embedding."""
+    return args, kwargs | {"position_embeddings": rotary(args[0], kwargs["position_ids"])}
+
+
+def chosen(model: Any, form: Form, settings: Settings, data: Path) -> list[int] | None:
+    """The layers to convert: what each gives back when dense is measured on four texts of the pretraining's length."""
+    config = model.config
+    if form.chosen is None:
+        return form.layers(config.num_hidden_layers)
+    known = min(settings["context"], config.max_position_embeddings)
+    training = documents(settings["corpus"], settings["pretrained"], settings["context"], data)["training"]
+    ids = begun(blocks(training, known, 4)[0], beginning(tokenizer_of(settings["pretrained"], data)))
+    gains = dense_gains(model.eval(), form.pattern, lambda tried: float(over_blocks(Sliced(tried).losses, ids).mean()))
+    return form.layers(config.num_hidden_layers, gains)
 
 
 def decoder(settings: Settings, data: Path) -> Any:
@@ -120,11 +160,13 @@ def decoder(settings: Settings, data: Path) -> Any:
     if settings["variant"] not in known:
         raise ValueError(f"variant={settings['variant']!r} is unknown: use one of {list(known)}.")
     form = known[settings["variant"]]
+    layers = chosen(model, form, settings, data)
     if form.sees_beyond(model.config.max_position_embeddings):
-        rotate_for(model, settings["context"])
+        dense = [layer for layer in range(model.config.num_hidden_layers) if layers and layer not in layers]
+        rotate_for(model, settings["context"], dense if form.apart else None)
     if form.pattern is None:
         return model
-    return convert(model, form.pattern, gate=form.gate, layers=form.layers(model.config.num_hidden_layers))
+    return convert(model, form.pattern, gate=form.gate, layers=layers)
 
 
 class Sliced(nn.Module):
@@ -243,7 +285,7 @@ def guessed_seconds(settings: Settings) -> float:
     """Of 135 M parameters on an H200, where coordinated heads took 250 s; a guess for products of dense attention."""
     tokens = settings["steps"] * settings["context"]
     share = {"dense": 1.0, "coordinated heads, all skips": 0.25}.get(settings["variant"], 0.0)
-    share = 1 / EVERY if settings["variant"].endswith(f"1 in {EVERY}") else share
+    share = 1 / EVERY if f"1 in {EVERY}" in settings["variant"] or "chosen" in settings["variant"] else share
     return 50 + tokens * (8e-6 + share * 10e-6)
 
 

@@ -20,6 +20,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": kernels.decode,
     "step": kernels.step,
     "conversion": pretrained.conversion,
+    "dense_layers": pretrained.dense_layers,
     "streaming": pretrained.streaming,
     "serving": serving.serving,
     "throughput": serving.throughput,

@@ -28,8 +28,7 @@ from transformers import (
 )
 
 from pi_attention import PiPattern, coordinated_heads
-from pi_attention.convert import PiConvertedForCausalLM, added_losses, convert, neediest, register
-from pi_attention.convert.config import windows_of
+from pi_attention.convert import PiConvertedForCausalLM, convert, dense_gains, largest, register
 from pi_attention.convert.model import need_convertible
 from pi_attention.masks import dense_mask
 from pi_attention.models import PiCache, PiConfig, PiStaticCache
@@ -299,37 +298,34 @@ def test_a_gate_without_a_place_is_refused_before_anything_is_measured():
     assert model.config._attn_implementation != "pi"
 
 
-def test_the_layer_whose_conversion_costs_most_stays_dense():
-    """What one layer of three attends to is multiplied by zero: there a window costs nothing."""
+def test_the_layer_that_gives_most_back_stays_dense():
+    """What one layer of three attends to is multiplied by zero: dense or not, it gives nothing back."""
     model = pretrained()
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight.zero_()
-    ids, like = prompt(), deepcopy(model)
+    ids, narrow, others = prompt(), PiPattern(2, 1, 0), [deepcopy(model) for _ in range(2)]
 
     def loss(tried):
         return tried(ids, labels=ids, use_cache=False).loss.item()
 
     with torch.no_grad():
-        before = loss(model)
-        added = added_losses(model, PiPattern(2, 1, 0), loss)
-        converted = convert(model, PiPattern(2, 1, 0), layers=[0, 1])
-        assert list(added) == [0, 1, 2] and abs(added[1]) < 1e-9 < abs(added[0])
-        alone = loss(convert(like, PiPattern(2, 1, 0), layers=[0]))
-    assert added[0] == pytest.approx(alone - before, abs=1e-9)
-    assert converted.config.patterns() == [PiPattern(2, 1, 0), PiPattern(2, 1, 0), DENSE]
-    assert neediest({0: 0.5, 3: 0.1, 4: 0.7}, 2) == [0, 4] and neediest(added, 0) == []
+        gains = dense_gains(model, narrow, loss)
+        converted = convert(model, narrow, layers=[1, 2])
+        alone = loss(convert(others[0], narrow)) - loss(convert(others[1], narrow, layers=[1, 2]))
+    assert list(gains) == [0, 1, 2] and abs(gains[1]) < 1e-9 < abs(gains[0])
+    assert gains[0] == pytest.approx(alone, abs=1e-9)
+    assert converted.config.patterns() == [DENSE, narrow, narrow]
+    assert largest({0: 0.5, 3: 0.1, 4: 0.7}, 2) == [0, 4] and largest(gains, 0) == []
     with pytest.raises(ValueError, match="count=3 leaves none of 3 layers to convert"):
-        neediest(added, 3)
+        largest(gains, 3)
 
 
-def test_layers_that_keep_their_window_are_not_asked():
-    gemma = pretrained("gemma3")
-    windows = windows_of(gemma.config)
-    with torch.no_grad():
-        added = added_losses(
-            gemma, PiPattern(2, 1, 0), lambda tried: tried(prompt(), use_cache=False).logits.sum().item()
-        )
-    assert list(added) == [layer for layer, window in enumerate(windows) if window is None] != list(range(len(windows)))
+def test_only_layers_that_can_take_the_pattern_are_asked():
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    gains = dense_gains(pretrained("gemma3", layer_types=kinds), PATTERN, lambda tried: 0.0)
+    assert gains == {0: 0.0, 2: 0.0}
+    with pytest.raises(ValueError, match="layer 1 alone can take the pattern"):
+        dense_gains(pretrained("gemma3"), PATTERN, lambda tried: 0.0)
 
 
 def test_inspect_reads_a_configuration_without_key_heads(tmp_path):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from experiments import pass_keys, pretrained
 from experiments.decoders import decoder_of, tokenizer_of
 from experiments.pass_keys import DEPTHS, asked, needles
-from experiments.pretrained import ALIKE, VARIANTS, Sliced, decoder, forms, neighbours
+from experiments.pretrained import ALIKE, APART, CHOSEN, VARIANTS, Sliced, decoder, forms, neighbours
 from pi_attention.stack import DENSE
 
 LONGEST = "coordinated heads, all skips"
@@ -24,9 +24,15 @@ def test_forms_spend_the_same_keys():
     for name, form in made.items():
         if form.pattern is not None and name != LONGEST:
             assert form.pattern.window + form.pattern.skips + form.pattern.sinks == 1024
-        assert form.sees_beyond(8192) == (name in ("dense", LONGEST, "single period + sinks") or "1 in" in name)
+        beyond = name in ("dense", LONGEST, "single period + sinks") or "1 in" in name or "chosen" in name
+        assert form.sees_beyond(8192) == beyond
     assert made[f"{ALIKE} + dense, 1 in 6"].layers(12) == [0, 1, 2, 4, 5, 6, 7, 8, 10, 11]
     assert made[f"{ALIKE} + dense, 1 in 6"].patterns(6)[2:4] == [made[ALIKE].pattern, DENSE]
+    gains = {layer: float(layer % 2) for layer in range(12)}
+    assert made[f"{ALIKE} + {CHOSEN} chosen dense"].layers(12, gains) == [0, 2, 4, 6, 8, 10, 11]
+    assert made[f"{ALIKE} + {APART}"].patterns(30).count(DENSE) == made[f"{ALIKE} + dense, 1 in 6"].patterns(30).count(
+        DENSE
+    )
     assert made[ALIKE].layers(12) is None and made["dense"].patterns(2) == [DENSE, DENSE]
 
 
@@ -37,6 +43,26 @@ def test_only_what_sees_beyond_the_pretraining_turns_slower(made_up):
         core = getattr(model, "model", model)
         slowest[name] = next(m for m in core.modules() if hasattr(m, "inv_freq")).inv_freq[-1].item()
     assert slowest["dense"] == pytest.approx(slowest[ALIKE] / 4)  # 512 tokens after 128
+
+
+def test_chosen_layers_may_turn_slower_alone(made_up):
+    """Dense layers of the two forms see the same angles, and the windows those of the pretraining."""
+    seen = {}
+    for name in (ALIKE, f"{ALIKE} + {CHOSEN} chosen dense", f"{ALIKE} + {APART}"):
+        model = decoder(settings_of(name) | {"corpus": "shakespeare"}, made_up)
+        angles = seen.setdefault(name, [])
+        for layer in model.model.base_model.layers:
+            layer.self_attn.register_forward_pre_hook(
+                lambda _, args, kwargs, angles=angles: angles.append(kwargs["position_embeddings"][0]), with_kwargs=True
+            )
+        with torch.no_grad():
+            model(input_ids=torch.randint(256, (1, 200)), use_cache=False)
+        dense = [pattern == DENSE for pattern in model.config.patterns()]
+    window, slower, apart = seen.values()
+    assert 0 < sum(dense) < len(dense)
+    for layer, whole in enumerate(dense):
+        assert torch.equal(apart[layer], (slower if whole else window)[layer])
+        assert not torch.equal(slower[layer], window[layer])
 
 
 def test_losses_by_slices_are_those_of_the_logits(made_up, monkeypatch):

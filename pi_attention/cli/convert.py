@@ -42,8 +42,8 @@ class Convert:
     layers: tuple[int, ...] | None = None
     """Indices of the layers to convert, from 0 on; None converts all that attend to everything."""
     dense_layers: int = 0
-    """So many layers stay dense: those whose conversion alone raises the loss most. It is measured for each layer, on
-    --eval-blocks blocks of the text to fine-tune on."""
+    """So many layers stay dense: those by which the loss falls most, each alone among converted layers. It is measured
+    on --eval-blocks blocks of the text to fine-tune on."""
     gate: bool = False
     """Add a learned fusion gate to each converted layer."""
     finetune_steps: int = 0
@@ -166,14 +166,14 @@ class Convert:
 
     def _chosen(self, model: Any, pattern: PiPattern, text: PackedBlocks, console: Console) -> tuple[list[int], str]:
         """The layers to convert, and in words those that stay dense."""
-        from pi_attention.convert import added_losses, neediest
+        from pi_attention.convert import dense_gains, largest
         from pi_attention.tasks.language_modelling import evaluate
 
-        added = added_losses(model, pattern, lambda tried: evaluate(tried, text, limit=self.eval_blocks).loss)
-        dense = neediest(added, self.dense_layers)
-        said = ", ".join(f"{layer} ({added[layer]:+.4f})" for layer in dense)
-        console.print(f"dense layers, and the nats a token that converting each alone costs: {said}", soft_wrap=True)
-        return [layer for layer in added if layer not in dense], ", ".join(map(str, dense))
+        gains = dense_gains(model, pattern, lambda tried: evaluate(tried, text, limit=self.eval_blocks).loss)
+        dense = largest(gains, self.dense_layers)
+        said = ", ".join(f"{layer} ({gains[layer]:.4f})" for layer in dense)
+        console.print(f"dense layers, and the nats a token that each alone gives back: {said}", soft_wrap=True)
+        return [layer for layer in gains if layer not in dense], ", ".join(map(str, dense))
 
     def _finetune(self, converted: Any, training: PackedBlocks, console: Console) -> None:
         from pi_attention.training.finetune import LEARNING_RATES, finetune
