@@ -78,7 +78,7 @@ def main() -> None:
         add(f"{count} that cost most", largest(costs, count))
         step = len(gains) // count
         for first in dict.fromkeys((0, step // 2, step - 1)):
-            add(f"{count}, every {step}th from {first}", list(gains)[first::step][:count])
+            add(f"{count}, one in {step} from {first}", list(gains)[first::step][:count])
 
 
 if __name__ == "__main__":
