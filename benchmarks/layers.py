@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from benchmarks.conversion import BUDGET, DEVICE, SINKS, losses, model_of, summary
 from benchmarks.timing import write
 from pi_attention import PiPattern
-from pi_attention.convert import convert, dense_gains, largest
+from pi_attention.convert import convert, dense_gains, neediest
 from pi_attention.stack import DENSE
 
 
@@ -47,6 +47,9 @@ def main() -> None:
     held_out = chunks(options.text, tokenizer, options.length, options.chunks)
     seen = chunks(options.chosen_on, tokenizer, options.length, options.blocks)
     model, pattern = model_of(options.model, None), PiPattern(BUDGET - SINKS, 1, 0, sinks=SINKS)
+
+    if max(options.counts) >= model.config.num_hidden_layers:
+        raise ValueError(f"counts={options.counts} leave no layer of {model.config.num_hidden_layers} to convert.")
 
     def loss(tried: Any) -> float:
         return statistics.fmean(losses(tried, seen))
@@ -74,8 +77,8 @@ def main() -> None:
     add("all", None)
     add("none", [])
     for count in options.counts:
-        add(f"{count} that give most back", largest(gains, count))
-        add(f"{count} that cost most", largest(costs, count))
+        add(f"{count} that give most back", neediest(gains, count))
+        add(f"{count} that cost most", neediest(costs, count))
         step = len(gains) // count
         for first in dict.fromkeys((0, step // 2, step - 1)):
             add(f"{count}, one in {step} from {first}", list(gains)[first::step][:count])

@@ -27,7 +27,7 @@ from experiments.pass_keys import asked, needles
 from experiments.recurrence import by_recurrence
 from experiments.texts import Documents, blocks, corpus, encoded, file_name, split, windows
 from experiments.training import DEVICE, Batch, Pace, fit
-from pi_attention.convert import convert, dense_gains, largest
+from pi_attention.convert import convert, dense_gains, neediest
 from pi_attention.data.tokenizers import beginning
 from pi_attention.models.loss import cross_entropy
 from pi_attention.pattern import PiPattern, coordinated_heads
@@ -68,12 +68,13 @@ class Form:
     chosen: int | None = None
     """So many layers stay dense, chosen by what they give back; None chooses none."""
     apart: bool = False
-    """Turn slower in the chosen layers alone, not in all."""
+    """Turn slower in the chosen layers alone, not in all. So sinks of the others move along beyond the pretraining's
+    context, which they do not where all layers turn slower."""
 
     def layers(self, count: int, gains: dict[int, float] | None = None) -> list[int] | None:
         """The converted ones of `count` layers. Where `gains` of chosen ones are unknown, the first stand for them."""
         if self.chosen is not None:
-            kept = largest(gains or dict.fromkeys(range(count), 0.0), min(self.chosen, count - 1))
+            kept = neediest(dict.fromkeys(range(count), 0.0) if gains is None else gains, min(self.chosen, count - 1))
             return [layer for layer in range(count) if layer not in kept]
         every = self.every
         return None if every is None else [i for i in range(count) if i % every != every // 2]
@@ -141,8 +142,8 @@ def _turned(rotary: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict
     return args, kwargs | {"position_embeddings": rotary(args[0], kwargs["position_ids"])}
 
 
-def chosen(model: Any, form: Form, settings: Settings, data: Path) -> list[int] | None:
-    """The layers to convert: what each gives back when dense is measured on four texts of the pretraining's length."""
+def converted_layers(model: Any, form: Form, settings: Settings, data: Path) -> list[int] | None:
+    """Those of a form; what a layer gives back when dense is measured on four texts of the pretraining's length."""
     config = model.config
     if form.chosen is None:
         return form.layers(config.num_hidden_layers)
@@ -160,7 +161,7 @@ def decoder(settings: Settings, data: Path) -> Any:
     if settings["variant"] not in known:
         raise ValueError(f"variant={settings['variant']!r} is unknown: use one of {list(known)}.")
     form = known[settings["variant"]]
-    layers = chosen(model, form, settings, data)
+    layers = converted_layers(model, form, settings, data)
     if form.sees_beyond(model.config.max_position_embeddings):
         dense = [layer for layer in range(model.config.num_hidden_layers) if layers and layer not in layers]
         rotate_for(model, settings["context"], dense if form.apart else None)

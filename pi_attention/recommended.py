@@ -25,7 +25,7 @@ class Form:
         pattern: of the model.
         kinds: of the layers, repeated over them.
         measured: in a sentence, without full stop.
-        scale: of the measurements, in the same way.
+        scale: of the measurements, in the same way, and what was not measured.
     """
 
     pattern: PiPattern
@@ -111,6 +111,6 @@ def recommended(goal: Goal, *, keys: int, heads: int, layers: int = EVERY, sinks
     if goal not in forms:
         raise ValueError(f"goal={goal!r} is unknown: use one of {list(get_args(Goal))}.")
     form = forms[goal]()
-    if every in MEASURED.get(goal, (every,)):
+    if count == 1 or count in MEASURED.get(goal, (count,)):
         return form
-    return replace(form, scale=f"{form.scale}. One such layer in {every} was not measured")
+    return replace(form, scale=f"{form.scale}. One such layer in {count} was not measured")

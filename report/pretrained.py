@@ -49,7 +49,7 @@ def _dense_layers(result: Measured) -> str:
         ]
         for row in result["rows"]
     ]
-    gains = ", ".join(f"{1000 * gain:.0f}" for gain in result["nats given back"])
+    gains = ", ".join(f"{round(1000 * gain) + 0}" for gain in result["nats given back"])
     first, last = result["layers"][0], result["layers"][-1]
     said = f"{result['model']}, {result['rows'][0]['chunks']} chunks of {result['S']:,} tokens of {result['text']}, "
     said += f"chosen on {result['blocks']} of {result['chosen on']}; {result['device']}, {version(result)}. One of the "

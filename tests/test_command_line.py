@@ -252,7 +252,7 @@ def test_no_wrong_call_of_very_many_ends_in_a_traceback_or_in_success(seed, plac
             ["convert", "--model", "m", "--dense-layers", "1", "--eval-blocks", "0"],
             "are chosen on eval_blocks=0",
         ),
-        (["convert", "--model", "m", "--dense-layers", "1", "--context", "900"], "window=1020 covers context=900"),
+        (["convert", "--model", "m", "--dense-layers", "1", "--context", "900"], "with sinks=4 covers context=900"),
         (["convert", "--model", "m", "--layers", "-1"], "layers must be at least 0, got -1"),
         (["train", "--layers", "2", "--layer-patterns", "pi", "all-skips", "--skips", "0"], '"all-skips", and skips=0'),
         (["inspect", "--tokens", "64"], "tokens=64 is of a measurement: add --empirical, or leave it out"),

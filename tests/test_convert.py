@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from pi_attention import PiPattern, coordinated_heads
-from pi_attention.convert import PiConvertedForCausalLM, convert, dense_gains, largest, register
+from pi_attention.convert import PiConvertedForCausalLM, convert, dense_gains, neediest, register
 from pi_attention.convert.model import need_convertible
 from pi_attention.masks import dense_mask
 from pi_attention.models import PiCache, PiConfig, PiStaticCache
@@ -245,7 +245,9 @@ def test_a_model_whose_conversion_is_in_use_is_not_converted_again():
         convert(model, PHASES)
     with pytest.raises(ValueError, match="an earlier conversion that is in use"):
         convert(LlamaForCausalLM(model.config), PHASES)
-    assert first.config.patterns() == [PATTERN] * 3
+    with pytest.raises(ValueError, match="an earlier conversion that is in use"):
+        convert(model, PATTERN, gate=True)  # the first would get gates, and be saved without them
+    assert first.config.patterns() == [PATTERN] * 3 and len(first.state_dict()) == len(model.state_dict())
     del first
     assert convert(model, PHASES).config.patterns() == [PHASES] * 3
 
@@ -315,17 +317,21 @@ def test_the_layer_that_gives_most_back_stays_dense():
     assert list(gains) == [0, 1, 2] and abs(gains[1]) < 1e-9 < abs(gains[0])
     assert gains[0] == pytest.approx(alone, abs=1e-9)
     assert converted.config.patterns() == [DENSE, narrow, narrow]
-    assert largest({0: 0.5, 3: 0.1, 4: 0.7}, 2) == [0, 4] and largest(gains, 0) == []
+    assert neediest({0: 0.5, 3: 0.1, 4: 0.7}, 2) == [0, 4] and neediest(gains, 0) == []
     with pytest.raises(ValueError, match="count=3 leaves none of 3 layers to convert"):
-        largest(gains, 3)
+        neediest(gains, 3)
 
 
 def test_only_layers_that_can_take_the_pattern_are_asked():
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     gains = dense_gains(pretrained("gemma3", layer_types=kinds), PATTERN, lambda tried: 0.0)
     assert gains == {0: 0.0, 2: 0.0}
-    with pytest.raises(ValueError, match="layer 1 alone can take the pattern"):
+    with pytest.raises(ValueError, match=r"layers that can take the pattern are \[1\]: there is none to choose"):
         dense_gains(pretrained("gemma3"), PATTERN, lambda tried: 0.0)
+    with pytest.raises(TypeError, match="model must be a PreTrainedModel"):
+        dense_gains(torch.nn.Linear(2, 2), PATTERN, lambda tried: 0.0)
+    with pytest.raises(ValueError, match="a gain is NaN"):
+        neediest({0: float("nan"), 1: 0.2}, 1)
 
 
 def test_inspect_reads_a_configuration_without_key_heads(tmp_path):

@@ -215,7 +215,10 @@ def test_the_settings_of_a_goal_make_its_patterns(goal):
 
 def test_a_form_says_what_of_it_was_not_measured():
     assert "not measured" not in recommended("quality", keys=80, heads=4, layers=24, every=12).scale
-    assert recommended("few-products", keys=80, heads=4, every=12).scale.endswith("in 12 was not measured")
+    few = recommended("few-products", keys=80, heads=4, layers=24, every=12)
+    assert few.scale.endswith("One such layer in 12 was not measured")
+    assert "in 4 was not measured" in recommended("quality", keys=80, heads=4, layers=4).scale
+    assert "not measured" not in recommended("quality", keys=80, heads=4, every=1).scale  # dense attention
     assert recommended("least", keys=80, heads=1, every=12) == recommended("least", keys=80, heads=1)
     with pytest.raises(ValueError, match="heads=1 shares no distance, as goal='bounded-cache' needs"):
         recommended("bounded-cache", keys=80, heads=1)

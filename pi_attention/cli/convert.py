@@ -42,8 +42,8 @@ class Convert:
     layers: tuple[int, ...] | None = None
     """Indices of the layers to convert, from 0 on; None converts all that attend to everything."""
     dense_layers: int = 0
-    """So many layers stay dense: those by which the loss falls most, each alone among converted layers. It is measured
-    on --eval-blocks blocks of the text to fine-tune on."""
+    """How many layers stay dense: those that lower the loss most, each tried as the only dense one. The loss is of
+    --eval-blocks blocks of the text to fine-tune on, once for each layer."""
     gate: bool = False
     """Add a learned fusion gate to each converted layer."""
     finetune_steps: int = 0
@@ -136,10 +136,10 @@ class Convert:
                 f"dense_layers={self.dense_layers} are chosen on eval_blocks=0 blocks of text: give more blocks, or "
                 "name --layers."
             )
-        if self.dense_layers and self.window >= self.context:
+        if self.dense_layers and self.window + self.sinks >= self.context:
             raise ValueError(
-                f"dense_layers={self.dense_layers} are chosen by what a window misses, and window={self.window} covers "
-                f"context={self.context}: give a longer context, or name --layers."
+                f"dense_layers={self.dense_layers} are chosen by what a window misses, and window={self.window} with "
+                f"sinks={self.sinks} covers context={self.context}: give a longer context, or name --layers."
             )
         if self.finetune_steps and self.part == "lora":
             from pi_attention.training.finetune import need_peft
@@ -166,11 +166,17 @@ class Convert:
 
     def _chosen(self, model: Any, pattern: PiPattern, text: PackedBlocks, console: Console) -> tuple[list[int], str]:
         """The layers to convert, and in words those that stay dense."""
-        from pi_attention.convert import dense_gains, largest
+        from pi_attention.convert import dense_gains, neediest
         from pi_attention.tasks.language_modelling import evaluate
 
+        console.print(f"trying each layer as the only dense one of {model.config.get_text_config().num_hidden_layers}")
         gains = dense_gains(model, pattern, lambda tried: evaluate(tried, text, limit=self.eval_blocks).loss)
-        dense = largest(gains, self.dense_layers)
+        if max(gains.values()) <= 0:
+            raise ValueError(
+                f"dense_layers={self.dense_layers}: no dense layer lowers the loss of these blocks of {self.context} "
+                "tokens. Give a longer --context or more --eval-blocks, name --layers, or leave it out."
+            )
+        dense = neediest(gains, self.dense_layers)
         said = ", ".join(f"{layer} ({gains[layer]:.4f})" for layer in dense)
         console.print(f"dense layers, and the nats a token that each alone gives back: {said}", soft_wrap=True)
         return [layer for layer in gains if layer not in dense], ", ".join(map(str, dense))

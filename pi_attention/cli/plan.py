@@ -53,7 +53,8 @@ class Plan:
     """Most keys of a query. The pattern covers the context in the fewest layers. 256 unless --hops is given. With
     --goal: those of a query in the layers that do not see everything."""
     every: int = EVERY
-    """With --goal quality or few-products: one layer in so many sees everything. 6 was measured, with quality 12."""
+    """With --goal quality or few-products: one layer in so many sees everything. 6 was measured; with quality,
+    12 too."""
     hops: int | None = None
     """Layers through which every token is seen. The pattern has the fewest keys for that."""
     head_schedule: bool = False

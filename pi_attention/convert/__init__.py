@@ -5,7 +5,7 @@ Importing this registers the Auto classes of what `convert` returns.
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pi_attention.convert.choice import dense_gains, largest
+from pi_attention.convert.choice import dense_gains, neediest
 from pi_attention.convert.config import PiConvertedConfig
 from pi_attention.convert.interface import register
 from pi_attention.convert.model import PiConvertedForCausalLM, convert
@@ -13,4 +13,4 @@ from pi_attention.convert.model import PiConvertedForCausalLM, convert
 AutoConfig.register("pi_converted", PiConvertedConfig, exist_ok=True)
 AutoModelForCausalLM.register(PiConvertedConfig, PiConvertedForCausalLM, exist_ok=True)
 
-__all__ = ["PiConvertedConfig", "PiConvertedForCausalLM", "convert", "dense_gains", "largest", "register"]
+__all__ = ["PiConvertedConfig", "PiConvertedForCausalLM", "convert", "dense_gains", "neediest", "register"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
 from pi_attention.convert.config import windows_of
-from pi_attention.convert.model import PiConvertedForCausalLM, convert
+from pi_attention.convert.model import PiConvertedForCausalLM, convert, need_convertible
 from pi_attention.pattern import PiPattern, need_int
 
 
@@ -16,8 +17,9 @@ def dense_gains(
 ) -> dict[int, float]:
     """By how much the loss falls where one layer stays dense and all others take the pattern, by the layer's index.
 
-    Layers that keep a sliding window of their own are left out. The model is evaluated once more than it has layers.
-    Its weights stay as they are; convert it afterwards, as before.
+    Layers that keep a sliding window of their own are left out; the loss is taken once more than there are others. The
+    weights of the model stay as they are. It has the pattern of the last trial until it is converted again, and is left
+    in training or evaluation as `loss` leaves it.
 
     Args:
         model: a decoder that `convert` takes.
@@ -25,34 +27,37 @@ def dense_gains(
         loss: of a converted model, in nats a token, on a text longer than its window.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `convert` does, or a single layer could take the pattern.
+        TypeError, ValueError, NotImplementedError: as `convert` does, or fewer than two layers could take the pattern.
 
     Example::
 
         gains = dense_gains(model, pattern, lambda m: evaluate(m, blocks, limit=4).loss)
-        model = convert(model, pattern, layers=[i for i in gains if i not in largest(gains, 5)])
+        model = convert(model, pattern, layers=[i for i in gains if i not in neediest(gains, 5)])
     """
+    need_convertible(model, pattern, gate=False)
     layers = [layer for layer, window in enumerate(windows_of(model.config)) if window is None]
-    if len(layers) == 1:
-        raise ValueError(f"layer {layers[0]} alone can take the pattern: there is none to choose.")
+    if len(layers) < 2:
+        raise ValueError(f"layers that can take the pattern are {layers}: there is none to choose.")
     sparse = loss(convert(model, pattern))
     return {dense: sparse - loss(convert(model, pattern, layers=[i for i in layers if i != dense])) for dense in layers}
 
 
-def largest(gains: dict[int, float], count: int) -> list[int]:
-    """The layers of the largest gains, in their order: keep these dense.
+def neediest(gains: dict[int, float], count: int) -> list[int]:
+    """The layers of the largest gains, in their order: keep these dense. A gain may be negative.
 
     Args:
         gains: of `dense_gains`.
         count: how many.
 
     Raises:
-        TypeError, ValueError: count is no whole number, negative, or leaves no layer to convert.
+        TypeError, ValueError: count is no whole number, negative, or leaves no layer to convert; or a gain is NaN.
 
-    >>> largest({0: 0.01, 1: 0.2, 2: 0.0, 3: 0.3}, 2)
+    >>> neediest({0: 0.01, 1: 0.2, 2: 0.0, 3: 0.3}, 2)
     [1, 3]
     """
     need_int("count", count, 0, "that many layers stay dense")
     if count >= len(gains):
         raise ValueError(f"count={count} leaves none of {len(gains)} layers to convert: keep fewer dense.")
+    if any(math.isnan(gain) for gain in gains.values()):
+        raise ValueError("a gain is NaN, so the layers have no order: the loss of some conversion is not finite.")
     return sorted(sorted(gains, key=lambda layer: -gains[layer])[:count])

@@ -220,9 +220,9 @@ def convert(
 
     Raises:
         TypeError: the model is no model of transformers, or the pattern no pattern.
-        ValueError: the model is no causal language model, or converted already, or an earlier conversion with its
-            configuration is in use; the pattern is bidirectional; a layer does not exist or keeps a sliding window; or
-            a gate has no skips.
+        ValueError: the model is no causal language model, or converted already; an earlier conversion with its
+            configuration is in use, with another pattern or without this gate; the pattern is bidirectional; a layer
+            does not exist or keeps a sliding window; or a gate has no skips.
         NotImplementedError: the model does not use transformers' attention interface.
 
     Example::
@@ -233,7 +233,7 @@ def convert(
     _warn_of_reach(model, pattern)
     config = model.config
     settings = settings_of(pattern, need_layers(layers, config))
-    _refuse_in_use(config, settings)
+    _refuse_in_use(config, settings, gate)
     register_names()
     with undone_on_failure(model):
         setattr(config, SETTINGS, settings)
@@ -243,13 +243,13 @@ def convert(
         return converted.train(model.training)
 
 
-def _refuse_in_use(config: PretrainedConfig, settings: dict[str, Any]) -> None:
-    """Raise ValueError if an earlier conversion has this configuration: it would be saved with the later pattern."""
+def _refuse_in_use(config: PretrainedConfig, settings: dict[str, Any], gate: bool) -> None:
+    """Raise ValueError if an earlier conversion has this configuration, and would get another pattern or a gate."""
 
     def in_use() -> bool:
         return any(made.config.text_config is config for made in IN_USE)
 
-    if getattr(config, SETTINGS, None) == settings or not in_use():
+    if (getattr(config, SETTINGS, None) == settings and not gate) or not in_use():
         return
     gc.collect()
     if in_use():
