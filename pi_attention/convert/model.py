@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from weakref import WeakSet
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pi_attention.cache.near import NearSinks
@@ -233,7 +233,7 @@ def convert(
     _warn_of_reach(model, pattern)
     config = model.config
     settings = settings_of(pattern, need_layers(layers, config))
-    _refuse_in_use(config, settings, gate)
+    _refuse_in_use(model, settings, gate)
     register_names()
     with undone_on_failure(model):
         setattr(config, SETTINGS, settings)
@@ -243,13 +243,16 @@ def convert(
         return converted.train(model.training)
 
 
-def _refuse_in_use(config: PretrainedConfig, settings: dict[str, Any], gate: bool) -> None:
-    """Raise ValueError if an earlier conversion has this configuration, and would get another pattern or a gate."""
+def _refuse_in_use(model: PreTrainedModel, settings: dict[str, Any], gate: bool) -> None:
+    """Raise ValueError if an earlier conversion would get another pattern, or gates that it is saved without."""
+    config = model.config
+    differs = getattr(config, SETTINGS, None) != settings
 
     def in_use() -> bool:
-        return any(made.config.text_config is config for made in IN_USE)
+        sharing = [made for made in IN_USE if made.config.text_config is config]
+        return any(differs or (gate and made.model is model) for made in sharing)
 
-    if (getattr(config, SETTINGS, None) == settings and not gate) or not in_use():
+    if not in_use():
         return
     gc.collect()
     if in_use():
