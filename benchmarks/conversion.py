@@ -34,6 +34,11 @@ SINKS = 4
 SKIPS = 16
 
 
+def computed_on() -> str:
+    """The device, and in which precision."""
+    return torch.cuda.get_device_name() + ", bf16 products" if DEVICE == "cuda" else "CPU, fp32"
+
+
 def patterns(length: int) -> dict[str, PiPattern | None]:
     """Variants of the same number of keys a query; the skips reach back over the whole context."""
     period = length // SKIPS
@@ -96,8 +101,13 @@ def main() -> None:
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
     training = options.train_text.read_text() if options.train_text else tokenizer.decode(tokens[options.tokens :])
     rows: list[dict[str, Any]] = []
-    device = torch.cuda.get_device_name() + ", bf16 products" if DEVICE == "cuda" else "CPU, fp32"
-    head = {"model": options.model.name, "text": options.text.name, "device": device, "budget": BUDGET, "rows": rows}
+    head = {
+        "model": options.model.name,
+        "text": options.text.name,
+        "device": computed_on(),
+        "budget": BUDGET,
+        "rows": rows,
+    }
 
     def add(row: dict[str, Any]) -> None:
         print(row, flush=True)

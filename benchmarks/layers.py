@@ -14,11 +14,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks.conversion import BUDGET, DEVICE, SINKS, losses, model_of, summary
+from benchmarks.conversion import BUDGET, SINKS, computed_on, losses, model_of, summary
 from benchmarks.timing import write
 from pi_attention import PiPattern
 from pi_attention.convert import convert, dense_gains, neediest
@@ -58,9 +57,8 @@ def main() -> None:
     dense_loss = loss(convert(model, DENSE))
     costs = {layer: loss(convert(model, pattern, layers=[layer])) - dense_loss for layer in gains}
     rows: list[dict[str, Any]] = []
-    device = torch.cuda.get_device_name() + ", bf16 products" if DEVICE == "cuda" else "CPU, fp32"
     head: dict[str, Any] = {"model": options.model.name, "text": options.text.name, "chosen on": options.chosen_on.name}
-    head |= {"device": device, "budget": BUDGET, "S": options.length, "blocks": options.blocks}
+    head |= {"device": computed_on(), "budget": BUDGET, "S": options.length, "blocks": options.blocks}
     head |= {"layers": list(gains), "nats given back": [round(value, 5) for value in gains.values()]}
     head |= {"nats that it costs": [round(value, 5) for value in costs.values()], "rows": rows}
     dense: list[float] = []

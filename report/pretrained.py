@@ -22,7 +22,7 @@ def _conversion(result: Measured) -> str:
             row["variant"],
             row["trained"] if row["trained"] == "nothing" else f"{row['trained']}, {row['steps']} steps",
             f"{row['perplexity']:.2f}",
-            f"{row['over dense']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})",
+            _over_dense(row),
             str(row["chunks"]),
         ]
         for row in result["rows"]
@@ -30,6 +30,11 @@ def _conversion(result: Measured) -> str:
     said = f"{result['model']}, {result['text']}; {result.get('device', 'CPU, fp32')}, {version(result)}"
     head = ["context", "attention", "trained", "perplexity", "over dense (95 %)", "chunks"]
     return said + ".\n\n" + table(head, rows)
+
+
+def _over_dense(row: Measured) -> str:
+    first, last = row["interval"]
+    return f"{row['over dense']:.3f} ({first:.3f} to {last:.3f})"
 
 
 def conversion() -> str:
@@ -44,7 +49,7 @@ def _dense_layers(result: Measured) -> str:
             row["dense layers"],
             "–" if not row["kept"] else ", ".join(map(str, row["kept"])),
             f"{row['perplexity']:.2f}",
-            f"{row['over dense']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})",
+            _over_dense(row),
             f"{(nats['none'] - math.log(row['perplexity'])) / (nats['none'] - nats['all']):.0%}",
         ]
         for row in result["rows"]

@@ -30,9 +30,8 @@ def test_forms_spend_the_same_keys():
     assert made[f"{ALIKE} + dense, 1 in 6"].patterns(6)[2:4] == [made[ALIKE].pattern, DENSE]
     gains = {layer: float(layer % 2) for layer in range(12)}
     assert made[f"{ALIKE} + {CHOSEN} chosen dense"].layers(12, gains) == [0, 2, 4, 6, 8, 10, 11]
-    assert made[f"{ALIKE} + {APART}"].patterns(30).count(DENSE) == made[f"{ALIKE} + dense, 1 in 6"].patterns(30).count(
-        DENSE
-    )
+    apart, spread = (made[f"{ALIKE} + {more}"].patterns(30) for more in (APART, "dense, 1 in 6"))
+    assert apart.count(DENSE) == spread.count(DENSE)
     assert made[ALIKE].layers(12) is None and made["dense"].patterns(2) == [DENSE, DENSE]
 
 

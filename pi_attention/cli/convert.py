@@ -67,7 +67,7 @@ class Convert:
         self._refuse()
         from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
-        from pi_attention.convert.config import need_layers, windows_of
+        from pi_attention.convert.config import free_layers, need_layers
         from pi_attention.convert.model import need_convertible
         from pi_attention.stack import DENSE
         from pi_attention.tasks.language_modelling import evaluate
@@ -77,7 +77,7 @@ class Convert:
         heads = getattr(config, "num_attention_heads", 1)  # convert refuses a model without any
         pattern = self._pattern(heads)
         pattern.check_heads(heads)
-        free = windows_of(config).count(None)
+        free = len(free_layers(config))
         if self.dense_layers >= max(1, free):
             raise ValueError(f"dense_layers={self.dense_layers} leaves none of {free} layers to convert: give fewer.")
         tokenizer = load_tokenizer_of(self.model)
@@ -126,25 +126,30 @@ class Convert:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is of a fine-tune, and finetune_steps=0 is none: leave it out."
                 )
-        if self.dense_layers and self.layers is not None:
-            raise ValueError(
-                f"dense_layers={self.dense_layers} chooses the layers to convert, and layers={self.layers} names them: "
-                "leave one of them out."
-            )
-        if self.dense_layers and not self.eval_blocks:
-            raise ValueError(
-                f"dense_layers={self.dense_layers} are chosen on eval_blocks=0 blocks of text: give more blocks, or "
-                "name --layers."
-            )
-        if self.dense_layers and self.window + self.sinks >= self.context:
-            raise ValueError(
-                f"dense_layers={self.dense_layers} are chosen by what a window misses, and window={self.window} with "
-                f"sinks={self.sinks} covers context={self.context}: give a longer context, or name --layers."
-            )
+        if self.dense_layers:
+            self._refuse_choice()
         if self.finetune_steps and self.part == "lora":
             from pi_attention.training.finetune import need_peft
 
             need_peft()
+
+    def _refuse_choice(self) -> None:
+        """Raise an error where the layers that stay dense cannot be chosen."""
+        if self.layers is not None:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} chooses the layers to convert, and layers={self.layers} names them: "
+                "leave one of them out."
+            )
+        if not self.eval_blocks:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} are chosen on eval_blocks=0 blocks of text: give more blocks, or "
+                "name --layers."
+            )
+        if self.window + self.sinks >= self.context:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} are chosen by what a window misses, and window={self.window} with "
+                f"sinks={self.sinks} covers context={self.context}: give a longer context, or name --layers."
+            )
 
     def _pattern(self, heads: int) -> PiPattern:
         """That of a model of so many query heads, which may not fit them yet."""

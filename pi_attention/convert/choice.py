@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
-from pi_attention.convert.config import windows_of
+from pi_attention.convert.config import free_layers
 from pi_attention.convert.model import PiConvertedForCausalLM, convert, need_convertible
 from pi_attention.pattern import PiPattern, need_int
 
@@ -35,7 +35,7 @@ def dense_gains(
         model = convert(model, pattern, layers=[i for i in gains if i not in neediest(gains, 5)])
     """
     need_convertible(model, pattern, gate=False)
-    layers = [layer for layer, window in enumerate(windows_of(model.config)) if window is None]
+    layers = free_layers(model.config)
     if len(layers) < 2:
         raise ValueError(f"layers that can take the pattern are {layers}: there is none to choose.")
     sparse = loss(convert(model, pattern))

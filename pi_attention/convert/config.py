@@ -92,6 +92,11 @@ def windows_of(config: Any) -> list[int | None]:
     return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
+def free_layers(config: Any) -> list[int]:
+    """The layers that attend to everything, and can take a pattern."""
+    return [layer for layer, window in enumerate(windows_of(config)) if window is None]
+
+
 def need_layers(layers: Any, config: Any) -> list[int] | None:
     """The layers of a model to convert, each once and in order; None for all that attend to everything.
 
