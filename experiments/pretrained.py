@@ -42,19 +42,9 @@ EVERY = 6
 """Of the hybrids: one layer in so many stays dense."""
 CHOSEN = 5
 """Of other hybrids: so many layers stay dense, those that give most of the loss back, as 1 in 6 of 30 layers."""
-APART = f"{CHOSEN} chosen dense, slower alone"
-ALIKE = "window + sinks"
-MAIN = (ALIKE, "coordinated heads + sinks", "dense")
-VARIANTS = (
-    *MAIN,
-    f"{ALIKE} + dense, 1 in {EVERY}",
-    f"{ALIKE} + {CHOSEN} chosen dense",
-    f"{ALIKE} + {APART}",
-    f"coordinated heads + sinks + dense, 1 in {EVERY}",
-    "coordinated heads, all skips",
-    "single period + sinks",
-    "coordinated heads + sinks, gate",
-)
+ALIKE, COORDINATED, WHOLE = "window + sinks", "coordinated heads + sinks", "dense"
+MAIN = (ALIKE, COORDINATED, WHOLE)
+"""The forms that are trained for longer, too."""
 
 
 @dataclass(frozen=True)
@@ -93,25 +83,29 @@ class Form:
 
 
 def forms(keys: int, heads: int) -> dict[str, Form]:
-    """By name; a query of a converted layer sees `keys` keys at most, a fifth of them in the window, 4 sinks."""
+    """By name, the most important first.
+
+    A query of a converted layer sees `keys` keys at most, of which a fifth are in the window and 4 are sinks.
+    """
     fifth = max(1, keys // 5)
     skips = keys - fifth - SINKS
     window = PiPattern(keys - SINKS, 1, 0, sinks=SINKS)
     coordinated = coordinated_heads(fifth, skips, heads, sinks=SINKS)
-    every_skip = coordinated_heads(fifth, None, heads, sinks=SINKS)
-    made = {
-        "dense": Form(None),
+    return {
         ALIKE: Form(window),
-        "coordinated heads + sinks": Form(coordinated),
-        "coordinated heads + sinks, gate": Form(coordinated, gate=True),
-        "coordinated heads, all skips": Form(every_skip),
+        COORDINATED: Form(coordinated),
+        WHOLE: Form(None),
+        f"{ALIKE} + dense, 1 in {EVERY}": Form(window, EVERY),
+        f"{ALIKE} + {CHOSEN} chosen dense": Form(window, chosen=CHOSEN),
+        f"{ALIKE} + {CHOSEN} chosen dense, slower alone": Form(window, chosen=CHOSEN, apart=True),
+        f"{COORDINATED} + dense, 1 in {EVERY}": Form(coordinated, EVERY),
+        "coordinated heads, all skips": Form(coordinated_heads(fifth, None, heads, sinks=SINKS)),
         "single period + sinks": Form(PiPattern(skips, skips, fifth, sinks=SINKS)),
+        f"{COORDINATED}, gate": Form(coordinated, gate=True),
     }
-    made[f"{ALIKE} + {CHOSEN} chosen dense"] = Form(window, chosen=CHOSEN)
-    made[f"{ALIKE} + {APART}"] = Form(window, chosen=CHOSEN, apart=True)
-    for name in MAIN[:2]:
-        made[f"{name} + dense, 1 in {EVERY}"] = Form(made[name].pattern, EVERY)
-    return made
+
+
+VARIANTS = tuple(forms(keys=1024, heads=9))
 
 
 def rotate_for(model: Any, context: int, layers: list[int] | None = None) -> None:

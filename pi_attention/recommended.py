@@ -13,6 +13,8 @@ EVERY = 6
 """One layer in so many sees everything, unless told."""
 MEASURED = {"quality": (6, 12), "few-products": (6,)}
 """The values of `every` that were measured."""
+BEST_PERIOD = 4
+"""Of four heads that share the distance; other numbers of heads were not measured with several."""
 SHARED = ("few-products", "bounded-cache")
 """Goals whose forms have heads that share the distance."""
 

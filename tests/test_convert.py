@@ -546,6 +546,12 @@ def test_layers_in_any_form_are_saved(tmp_path):
     assert PiConvertedForCausalLM.from_pretrained(tmp_path).config.text_config.pi_attention["layers"] == [0, 2]
 
 
+def test_all_layers_are_one_conversion_named_or_not():
+    model = pretrained()
+    earlier = convert(model, PATTERN)
+    assert convert(model, PATTERN, layers=[2, 1, 0]).config.patterns() == earlier.config.patterns()
+
+
 @pytest.fixture
 def llama(tmp_path):
     """A saved model with its tokenizer, and the arguments of a short conversion into `new`."""

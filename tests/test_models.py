@@ -194,6 +194,13 @@ def test_a_checkpoint_without_gates_loads_with_a_fresh_gate(tmp_path):
     torch.testing.assert_close(gate.fc_out.bias, torch.full((4,), math.log(4 / 3), dtype=gate.fc_out.bias.dtype))
 
 
+def test_a_gate_without_skips_is_warned_of_and_costs_nothing():
+    with pytest.warns(UserWarning, match="gate=True weighs skips, and no layer has any"):
+        config = PiConfig(**SIZES, window=4, skips=0)
+    assert not config.has_gates and config.sizes() == PiConfig(**SIZES | {"gate": False}, window=4, skips=0).sizes()
+    assert config_of("mixed").has_gates and not config_of("no-gate").has_gates
+
+
 def test_gradients_with_and_without_checkpointing(model):
     ids = prompt()
     model.train()

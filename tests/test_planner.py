@@ -192,8 +192,11 @@ def test_command_prints_a_coordinated_plan(monkeypatch, capsys, tmp_path):
     assert load_yaml(Train, out).model.pattern() == pattern
     code, printed = run(monkeypatch, capsys, *sizes, "--budget", "80", "--least-window", "40", "--layers", "2")
     assert code == 0 and "200 in one layer" in printed.out and "without a gate" in printed.out
+    assert "better than 2 and 8" not in printed.out
     assert "PiConfig(window=40, period=4, skips=40, sinks=0, phase=[0, 1, 2, 3])" in printed.out
     assert "more than 2 layers" in printed.out
+    code, printed = run(monkeypatch, capsys, *sizes, "--heads", "16")
+    assert code == 0 and "period 4 was better than 2 and 8" in printed.out
     code, printed = run(monkeypatch, capsys, *sizes, "--hops", "2")
     assert code == 2 and "hops=2 asks for another plan than coordinated=True" in printed.err
     code, printed = run(monkeypatch, capsys, *sizes, "--budget", "8")

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from experiments import pass_keys, pretrained
 from experiments.decoders import decoder_of, tokenizer_of
 from experiments.pass_keys import DEPTHS, asked, needles
-from experiments.pretrained import ALIKE, APART, CHOSEN, VARIANTS, Sliced, decoder, forms, neighbours
+from experiments.pretrained import ALIKE, CHOSEN, Sliced, decoder, forms, neighbours
 from pi_attention.stack import DENSE
 
 LONGEST = "coordinated heads, all skips"
+APART = f"{CHOSEN} chosen dense, slower alone"
 
 
 def settings_of(variant, keys=24):
@@ -20,7 +21,6 @@ def settings_of(variant, keys=24):
 
 def test_forms_spend_the_same_keys():
     made = forms(1024, 9)
-    assert set(made) == set(VARIANTS)
     for name, form in made.items():
         if form.pattern is not None and name != LONGEST:
             assert form.pattern.window + form.pattern.skips + form.pattern.sinks == 1024

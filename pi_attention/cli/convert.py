@@ -94,9 +94,10 @@ class Convert:
                 facts[f"perplexity, {what}"] = f"{result.perplexity:.2f} a token ({result.tokens:,} tokens)"
                 console.print(f"{what}: perplexity {result.perplexity:.2f} a token ({result.tokens:,} tokens)")
 
-        converted = convert(model, DENSE)  # every key of a block
-        report("dense")
-        del converted
+        if self.eval_blocks:
+            converted = convert(model, DENSE)  # every key of a block
+            report("dense")
+            del converted
         if self.dense_layers:
             layers, facts["dense layers"] = self._chosen(model, pattern, training, console)
         converted = convert(model, pattern, gate=self.gate, layers=layers)
@@ -172,9 +173,11 @@ class Convert:
     def _chosen(self, model: Any, pattern: PiPattern, text: PackedBlocks, console: Console) -> tuple[list[int], str]:
         """The layers to convert, and in words those that stay dense."""
         from pi_attention.convert import dense_gains, neediest
+        from pi_attention.convert.config import free_layers
         from pi_attention.tasks.language_modelling import evaluate
 
-        console.print(f"trying each layer as the only dense one of {model.config.get_text_config().num_hidden_layers}")
+        free = len(free_layers(model.config))
+        console.print(f"trying each of {free} layers as the only one of them that stays dense")
         gains = dense_gains(model, pattern, lambda tried: evaluate(tried, text, limit=self.eval_blocks).loss)
         if max(gains.values()) <= 0:
             raise ValueError(

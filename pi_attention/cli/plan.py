@@ -27,7 +27,7 @@ from pi_attention.paths import need_new_file
 from pi_attention.planner import Plan as Found
 from pi_attention.planner import longest_stretch, plan
 from pi_attention.receptive_field import receptive_field
-from pi_attention.recommended import EVERY, MEASURED, SHARED, Goal, recommended
+from pi_attention.recommended import BEST_PERIOD, EVERY, MEASURED, SHARED, Goal, recommended
 from pi_attention.training.config import ModelSettings
 from pi_attention.units import counted, in_flops
 
@@ -156,6 +156,9 @@ class Plan:
         """What plans of this kind were measured to be good for."""
         if self.coordinated:
             said = "Language models did as well without a gate, by one softmax over both bands"
+            if self.heads != BEST_PERIOD:
+                said += f". With four heads, period {BEST_PERIOD} was better than 2 and 8. --goal bounded-cache takes "
+                said += f"{BEST_PERIOD} where it divides the heads"
         elif self.head_schedule:
             said = "Such plans find a key anywhere in the context. In language models a window with twice the keys was "
             said += "better"

@@ -98,7 +98,7 @@ def free_layers(config: Any) -> list[int]:
 
 
 def need_layers(layers: Any, config: Any) -> list[int] | None:
-    """The layers of a model to convert, each once and in order; None for all that attend to everything.
+    """The layers of a model to convert, each once and in order; None for all that attend to everything, named or not.
 
     Raises:
         TypeError, ValueError: they are no list of whole numbers, none, not of the model, or keep a window of their own.
@@ -120,4 +120,5 @@ def need_layers(layers: Any, config: Any) -> list[int] | None:
         raise ValueError(
             f"layers={layers} holds {sliding[0]}, which keeps a sliding window of {windows[sliding[0]]}: leave it out."
         )
-    return sorted(set(entries))
+    chosen = sorted(set(entries))
+    return None if chosen == free_layers(config) else chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from dataclasses import fields
 from inspect import signature
@@ -146,6 +147,11 @@ class PiConfig(PretrainedConfig):
             )
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {FUSIONS}, got {self.fusion!r}.")
+        if self.gate and not self.has_gates:
+            warnings.warn(
+                "gate=True weighs skips, and no layer has any, so that none gets a gate: leave it out, or give skips.",
+                stacklevel=3,
+            )
 
     def _tensor_parallel_plan(self) -> dict[str, str] | None:
         """Heads are split over the ranks; None where a pattern is spelled head by head, which no rank would split.
@@ -159,7 +165,7 @@ class PiConfig(PretrainedConfig):
         plan |= {"layers.*.self_attn.o_proj": "rowwise", "layers.*.mlp.down_proj": "rowwise"}
         if self.qk_norm:
             plan |= {f"layers.*.self_attn.{x}_norm": "replicated_with_grad_allreduce" for x in "qk"}
-        if self.gate and any(pattern.skips != 0 for pattern in self.patterns()):
+        if self.has_gates:
             plan["layers.*.self_attn.gate.fc_out"] = "colwise"
         return plan
 
@@ -204,6 +210,11 @@ class PiConfig(PretrainedConfig):
         """The pattern of the "pi" layers."""
         return PiPattern.from_dict({field.name: getattr(self, field.name) for field in fields(PiPattern)})
 
+    @property
+    def has_gates(self) -> bool:
+        """Whether some layer has a fusion gate: `gate`, where a layer has skips that it can weigh."""
+        return self.gate and any(pattern.skips != 0 for pattern in self.patterns())
+
     def sizes(self) -> Sizes:
         """What the cost of the model depends on."""
         return Sizes(
@@ -214,8 +225,8 @@ class PiConfig(PretrainedConfig):
             self.num_key_value_heads,
             self.head_dim,
             self.vocab_size,
-            gate_features=(self.gate_features or self.hidden_size) if self.gate else 0,
-            gate_width=GATE_WIDTH if self.gate else 0,
+            gate_features=(self.gate_features or self.hidden_size) if self.has_gates else 0,
+            gate_width=GATE_WIDTH if self.has_gates else 0,
         )
 
     def patterns(self) -> list[PiPattern]:
