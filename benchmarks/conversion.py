@@ -56,6 +56,11 @@ def model_of(folder: Path, pattern: PiPattern | None, gate: bool = False) -> Any
     return model if pattern is None else convert(model, pattern, gate=gate)
 
 
+def begun(chunks: list[Tensor], bos: int) -> list[Tensor]:
+    """Chunks that begin with a token, as some models must; the last of each makes room."""
+    return [torch.cat([torch.tensor([bos]), chunk[:-1]]) for chunk in chunks]
+
+
 @torch.no_grad()
 def losses(model: Any, chunks: list[Tensor]) -> list[float]:
     """Mean loss of each chunk [length] of tokens; the logits of a large vocabulary exist for SLICE tokens at a time."""
@@ -117,7 +122,7 @@ def main() -> None:
     for length in options.lengths:
         chunks = list(tokens[: options.tokens].split(length))
         if options.bos:
-            chunks = [torch.cat([torch.tensor([tokenizer.bos_token_id]), chunk[:-1]]) for chunk in chunks]
+            chunks = begun(chunks, tokenizer.bos_token_id)
         dense: list[float] = []
         for name, pattern in patterns(length).items():
             found = losses(model_of(options.model, pattern), chunks)

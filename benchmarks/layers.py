@@ -4,7 +4,8 @@
 
 Two rules choose on one text: layers that, dense alone, give most of the loss back, and layers that, converted alone,
 cost most. Then the perplexity on chunks of another text where so many layers stay dense: those chosen, or layers at
-equal distances. Nothing is trained. Writes results/layers-<name>.json.
+equal distances. Layers with a sliding window of their own keep it. Nothing is trained. Writes
+results/layers-<name>.json.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks.conversion import BUDGET, SINKS, computed_on, losses, model_of, summary
+from benchmarks.conversion import BUDGET, SINKS, begun, computed_on, losses, model_of, summary
 from benchmarks.timing import write
 from pi_attention import PiPattern
 from pi_attention.convert import convert, dense_gains, neediest
+from pi_attention.convert.config import free_layers
 from pi_attention.stack import DENSE
 
 
@@ -41,14 +43,17 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=16, help="evaluated")
     parser.add_argument("--blocks", type=int, default=4, help="chunks on which layers are chosen")
     parser.add_argument("--counts", type=int, nargs="+", default=[3, 5, 10], help="of dense layers")
+    parser.add_argument("--bos", action="store_true", help="each chunk begins with the tokenizer's BOS, as Gemma needs")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     held_out = chunks(options.text, tokenizer, options.length, options.chunks)
     seen = chunks(options.chosen_on, tokenizer, options.length, options.blocks)
+    if options.bos:
+        held_out, seen = (begun(text, tokenizer.bos_token_id) for text in (held_out, seen))
     model, pattern = model_of(options.model, None), PiPattern(BUDGET - SINKS, 1, 0, sinks=SINKS)
-
-    if max(options.counts) >= model.config.num_hidden_layers:
-        raise ValueError(f"counts={options.counts} leave no layer of {model.config.num_hidden_layers} to convert.")
+    free = len(free_layers(model.config))
+    if max(options.counts) >= free:
+        raise ValueError(f"counts={options.counts} leave none of {free} layers to convert.")
 
     def loss(tried: Any) -> float:
         return statistics.fmean(losses(tried, seen))

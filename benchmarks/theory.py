@@ -16,8 +16,8 @@ import torch
 from benchmarks.timing import RESULTS, write
 from pi_attention import PiPattern, plots
 from pi_attention.cli.runs import load_run
+from pi_attention.heads import coordinated_heads, coprime_periods, dilated_heads, geometric_periods
 from pi_attention.models import PiForCausalLM
-from pi_attention.pattern import coordinated_heads, coprime_periods, dilated_heads, geometric_periods
 from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density, receptive_field
 from pi_attention.tasks.influence import influence
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.experiment import Settings
-from pi_attention.pattern import PiPattern, coordinated_heads, dilated_heads
+from pi_attention.heads import coordinated_heads, dilated_heads
+from pi_attention.pattern import PiPattern
 from pi_attention.stack import DENSE
 
 BASELINE = "ring-local, same keys"

@@ -29,8 +29,9 @@ from experiments.texts import Documents, blocks, corpus, encoded, file_name, spl
 from experiments.training import DEVICE, Batch, Pace, fit
 from pi_attention.convert import convert, dense_gains, neediest
 from pi_attention.data.tokenizers import beginning
+from pi_attention.heads import coordinated_heads
 from pi_attention.models.loss import cross_entropy
-from pi_attention.pattern import PiPattern, coordinated_heads
+from pi_attention.pattern import PiPattern
 from pi_attention.stack import DENSE
 
 SINKS = 4

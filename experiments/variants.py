@@ -16,17 +16,12 @@ from torch import Tensor
 from experiments import forms
 from experiments.experiment import Settings
 from experiments.forms import BASELINE
+from pi_attention.heads import coordinated_heads, coprime_periods, dilated_heads, geometric_periods
 from pi_attention.models import PiConfig
 from pi_attention.nn import PiAttention
 from pi_attention.nn.gate import GATE_WIDTH
 from pi_attention.nn.sources import Operator
-from pi_attention.pattern import (
-    PiPattern,
-    coordinated_heads,
-    coprime_periods,
-    dilated_heads,
-    geometric_periods,
-)
+from pi_attention.pattern import PiPattern
 from pi_attention.planner import plan
 
 DILATED_HEADS = "pi, dilated heads"

@@ -17,7 +17,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pi_attention.pattern import PiPattern, coordinated_heads, need_int
+from pi_attention.heads import coordinated_heads
+from pi_attention.pattern import PiPattern, need_int
 from pi_attention.receptive_field import joint_coverage, receptive_field
 from pi_attention.units import counted
 

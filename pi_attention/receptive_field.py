@@ -224,7 +224,7 @@ def joint_coverage(pattern: PiPattern, context: int) -> JointCoverage:
     Raises:
         ValueError: the context is not positive, or a ring whose period does not divide it.
 
-    >>> from pi_attention.pattern import coordinated_heads
+    >>> from pi_attention.heads import coordinated_heads
     >>> joint_coverage(coordinated_heads(window=16, skips=64, heads=4), context=2048).stretch
     272
     """

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from pi_attention.pattern import PiPattern, coordinated_heads, need_int
+from pi_attention.heads import coordinated_heads
+from pi_attention.pattern import PiPattern, need_int
 from pi_attention.stack import Kind, stacked
 
 Goal = Literal["quality", "few-products", "bounded-cache", "least"]

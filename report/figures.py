@@ -11,8 +11,9 @@ from benchmarks.timing import RESULTS
 from pi_attention import plots
 from pi_attention.bill import MODELS, WAYS, bill
 from pi_attention.explorer import write_explorer
+from pi_attention.heads import coordinated_heads
 from pi_attention.models import PiConfig
-from pi_attention.pattern import PiPattern, coordinated_heads
+from pi_attention.pattern import PiPattern
 from report import gains, law, pareto
 from report.gains import Lines
 from report.multigpu_rows import latest, of_widest

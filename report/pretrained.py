@@ -55,10 +55,12 @@ def _dense_layers(result: Measured) -> str:
         for row in result["rows"]
     ]
     gains = ", ".join(f"{round(1000 * gain) + 0}" for gain in result["nats given back"])
-    first, last = result["layers"][0], result["layers"][-1]
+    layers = result["layers"]
+    alike = layers == list(range(layers[0], layers[-1] + 1))
+    which = f"{layers[0]} to {layers[-1]}" if alike else ", ".join(map(str, layers))
     said = f"{result['model']}, {result['rows'][0]['chunks']} chunks of {result['S']:,} tokens of {result['text']}, "
     said += f"chosen on {result['blocks']} of {result['chosen on']}; {result['device']}, {version(result)}. One of the "
-    said += f"layers {first} to {last}, dense alone, gives back, in thousandths of a nat: {gains}"
+    said += f"layers {which}, dense alone, gives back, in thousandths of a nat: {gains}"
     head = ["dense layers", "which", "perplexity", "over dense (95 %)", "of the gap in nats closed"]
     return said + ".\n\n" + table(head, rows)
 

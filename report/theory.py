@@ -11,7 +11,8 @@ from pi_attention.accounting import (
     saving_over_dense,
     visible_pairs,
 )
-from pi_attention.pattern import PiPattern, coordinated_heads
+from pi_attention.heads import coordinated_heads
+from pi_attention.pattern import PiPattern
 from report.markdown import read, table
 
 

@@ -23,9 +23,9 @@ from pi_attention.accounting import (
     visible_pairs,
 )
 from pi_attention.cache import LayerCache
+from pi_attention.heads import coordinated_heads
 from pi_attention.masks import dense_masks
 from pi_attention.models import PiConfig, PiForCausalLM
-from pi_attention.pattern import coordinated_heads
 
 
 @given(cases())

@@ -3,13 +3,10 @@
 import doctest
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-
-import pi_attention.pattern
-import pi_attention.planner
-import pi_attention.receptive_field
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,9 +58,11 @@ def test_the_committed_theory_is_what_the_code_computes():
     assert {name: value for name, value in committed.items() if name != "machine"} == one_layer()
 
 
-@pytest.mark.parametrize("module", [pi_attention.pattern, pi_attention.receptive_field, pi_attention.planner])
-def test_docstring_examples(module):
-    found = doctest.testmod(module)
+@pytest.mark.parametrize(
+    "name", ["pattern", "heads", "stack", "receptive_field", "planner", "recommended", "convert.choice"]
+)
+def test_docstring_examples(name):
+    found = doctest.testmod(import_module(f"pi_attention.{name}"))
     assert found.attempted > 0 and found.failed == 0
 
 

@@ -12,7 +12,7 @@ import pytest
 from pi_attention import PiPattern
 from pi_attention.accounting import attention_flops, cache_tokens, dense_flops, visible_pairs
 from pi_attention.explorer import write_explorer
-from pi_attention.pattern import coordinated_heads, coprime_periods, geometric_periods
+from pi_attention.heads import coordinated_heads, coprime_periods, geometric_periods
 from pi_attention.receptive_field import joint_coverage, positions_of, receptive_field
 
 PAGE = files("pi_attention").joinpath("explorer.html").read_text()

@@ -6,8 +6,8 @@ from rich.console import Console
 
 from pi_attention import PiPattern
 from pi_attention.cli.inspect import Inspect, _of_the_stack
+from pi_attention.heads import coordinated_heads
 from pi_attention.models import PiConfig
-from pi_attention.pattern import coordinated_heads
 from pi_attention.receptive_field import receptive_field
 
 

@@ -14,8 +14,8 @@ from pi_attention.bill import MODELS, bill
 from pi_attention.cli.main import main
 from pi_attention.cli.train import Train
 from pi_attention.devices import DEVICES
+from pi_attention.heads import coordinated_heads
 from pi_attention.models import PiConfig
-from pi_attention.pattern import coordinated_heads
 from pi_attention.planner import fewest_keys, longest_stretch, plan
 from pi_attention.receptive_field import joint_coverage, receptive_field
 from pi_attention.recommended import Goal, recommended

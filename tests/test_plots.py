@@ -7,8 +7,8 @@ from matplotlib.colors import to_rgb
 from problems import cases
 
 from pi_attention import PiPattern, plots
+from pi_attention.heads import coordinated_heads, dilated_heads
 from pi_attention.masks import dense_masks
-from pi_attention.pattern import coordinated_heads, dilated_heads
 from pi_attention.plots.pattern import heads_alike, seen_by
 from pi_attention.receptive_field import receptive_field
 

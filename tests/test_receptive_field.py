@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pi_attention import PiPattern
-from pi_attention.pattern import coordinated_heads, coprime_periods, dilated_heads, geometric_periods
+from pi_attention.heads import coordinated_heads, coprime_periods, dilated_heads, geometric_periods
 from pi_attention.receptive_field import (
     intervals_of,
     joint_coverage,

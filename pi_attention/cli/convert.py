@@ -154,7 +154,7 @@ class Convert:
 
     def _pattern(self, heads: int) -> PiPattern:
         """That of a model of so many query heads, which may not fit them yet."""
-        from pi_attention.pattern import pattern_for
+        from pi_attention.heads import pattern_for
         from pi_attention.training.config import fields_of_pattern
 
         return pattern_for(heads, fields_of_pattern(self))

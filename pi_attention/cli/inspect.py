@@ -12,8 +12,9 @@ from rich.table import Table
 
 from pi_attention.cli.runs import model_folder, need_ours
 from pi_attention.describe import by_layers, in_words, is_dense
+from pi_attention.heads import pattern_for
 from pi_attention.paths import need_folder
-from pi_attention.pattern import PiPattern, pattern_for
+from pi_attention.pattern import PiPattern
 from pi_attention.receptive_field import ReceptiveField, joint_coverage, key_density, keys_read, receptive_field
 from pi_attention.stack import Kind, check_used, stacked
 from pi_attention.training.config import fields_of_pattern

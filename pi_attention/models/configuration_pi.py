@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from pi_attention.accounting import Sizes
+from pi_attention.heads import coordinated_heads, pattern_for
 from pi_attention.models.cache_argument import CACHE
 from pi_attention.models.settings import check_settings, warn_of_unknown
 from pi_attention.nn.gate import GATE_WIDTH
 from pi_attention.ops.api import Fusion
 from pi_attention.ops.checks import FUSIONS, check_softcap
-from pi_attention.pattern import PiPattern, coordinated_heads, pattern_for
+from pi_attention.pattern import PiPattern
 from pi_attention.stack import DENSE, stacked
 
 OF_LAYERS = {field.name for field in fields(PiPattern)} | {"layer_patterns", "num_hidden_layers", "num_attention_heads"}

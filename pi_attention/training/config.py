@@ -11,8 +11,9 @@ from typing import Any, Literal, TypeVar, get_type_hints
 import yaml
 
 from pi_attention.files import write_text
+from pi_attention.heads import pattern_for
 from pi_attention.paths import need_file
-from pi_attention.pattern import PiPattern, pattern_for
+from pi_attention.pattern import PiPattern
 from pi_attention.stack import Kind, check_used, stacked
 from pi_attention.training.values import as_kind
 
