@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +27,7 @@ from experiments.recurrence import by_recurrence
 from experiments.texts import Documents, blocks, corpus, encoded, file_name, split, windows
 from experiments.training import DEVICE, Batch, Pace, fit
 from pi_attention.convert import convert, dense_gains, neediest
+from pi_attention.convert.extension import slower_rotary
 from pi_attention.data.tokenizers import beginning
 from pi_attention.heads import coordinated_heads
 from pi_attention.models.loss import cross_entropy
@@ -109,32 +109,11 @@ def forms(keys: int, heads: int) -> dict[str, Form]:
 VARIANTS = tuple(forms(keys=1024, heads=9))
 
 
-def rotate_for(model: Any, context: int, layers: list[int] | None = None) -> None:
-    """Let the rotary embedding of a decoder reach to `context`: a larger base, by the "NTK-aware" rule.
-
-    The base is multiplied by rᵈ⁄⁽ᵈ⁻²⁾, with r the context over that of the pretraining and d the features of a head.
-    So the slowest feature turns as far in the new context as in the old one (YaRN, arXiv 2309.00071, section 3.1).
-
-    Args:
-        model: the decoder.
-        context: tokens.
-        layers: that turn so; all of them, also those that are built later, if None.
-    """
-    config = model.config if layers is None else deepcopy(model.config)
-    ratio, dim = context / config.max_position_embeddings, config.head_dim
-    if ratio > 1:
-        config.rope_parameters["rope_theta"] *= ratio ** (dim / (dim - 2))
-        config.max_position_embeddings = context
-        rotary = type(model.base_model.rotary_emb)(config=config).to(DEVICE)
-        if layers is None:
-            model.base_model.rotary_emb = rotary
-        for layer in layers or []:
-            model.base_model.layers[layer].register_forward_pre_hook(partial(_turned, rotary), with_kwargs=True)
-
-
-def _turned(rotary: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The arguments of a layer, with the angles of another rotary embedding."""
-    return args, kwargs | {"position_embeddings": rotary(args[0], kwargs["position_ids"])}
+def let_all_turn_slower(model: Any, context: int) -> None:
+    """All layers of a decoder turn as slowly as `convert` lets those that see beyond the pretraining's context."""
+    rotary: Any = slower_rotary(model, context)
+    model.base_model.rotary_emb = rotary
+    model.config.rope_parameters, model.config.max_position_embeddings = rotary.config.rope_parameters, context
 
 
 def converted_layers(model: Any, form: Form, settings: Settings, data: Path) -> list[int] | None:
@@ -152,17 +131,18 @@ def converted_layers(model: Any, form: Form, settings: Settings, data: Path) -> 
 def decoder(settings: Settings, data: Path) -> Any:
     """The pretrained model of a row in its form."""
     model = decoder_of(settings["pretrained"], data).to(DEVICE)
-    known = forms(settings["keys"], model.config.num_attention_heads)
-    if settings["variant"] not in known:
-        raise ValueError(f"variant={settings['variant']!r} is unknown: use one of {list(known)}.")
-    form = known[settings["variant"]]
-    layers = converted_layers(model, form, settings, data)
-    if form.sees_beyond(model.config.max_position_embeddings):
-        dense = [layer for layer in range(model.config.num_hidden_layers) if layers and layer not in layers]
-        rotate_for(model, settings["context"], dense if form.apart else None)
+    made = forms(settings["keys"], model.config.num_attention_heads)
+    if settings["variant"] not in made:
+        raise ValueError(f"variant={settings['variant']!r} is unknown: use one of {list(made)}.")
+    form = made[settings["variant"]]
+    layers, known = converted_layers(model, form, settings, data), model.config.max_position_embeddings
+    further = settings["context"] if form.sees_beyond(known) and settings["context"] > known else None
+    if further is not None and not form.apart:
+        let_all_turn_slower(model, further)
+        further = None
     if form.pattern is None:
         return model
-    return convert(model, form.pattern, gate=form.gate, layers=layers)
+    return convert(model, form.pattern, gate=form.gate, layers=layers, extend_to=further)
 
 
 class Sliced(nn.Module):

@@ -43,7 +43,10 @@ class Convert:
     """Indices of the layers to convert, from 0 on; None converts all that attend to everything."""
     dense_layers: int = 0
     """How many layers stay dense: those that lower the loss most, each tried as the only dense one. The loss is of
-    --eval-blocks blocks of the text to fine-tune on, once for each layer."""
+    --eval-blocks blocks of the text to fine-tune on, once for each layer; of the pretrained context at most."""
+    extend_to: int | None = None
+    """Tokens that the model is to see, beyond the context of its pretraining: layers that see so far turn slower. Train
+    it on in such texts: --context as long, and --finetune-steps."""
     gate: bool = False
     """Add a learned fusion gate to each converted layer."""
     finetune_steps: int = 0
@@ -68,6 +71,7 @@ class Convert:
         from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
         from pi_attention.convert.config import free_layers, need_layers
+        from pi_attention.convert.extension import check_extension
         from pi_attention.convert.model import need_convertible
         from pi_attention.stack import DENSE
         from pi_attention.tasks.language_modelling import evaluate
@@ -77,11 +81,13 @@ class Convert:
         heads = getattr(config, "num_attention_heads", 1)  # convert refuses a model without any
         pattern = self._pattern(heads)
         pattern.check_heads(heads)
+        some_dense = self.dense_layers or layers is not None
+        check_extension(self.extend_to, config, [pattern, DENSE] if some_dense else [pattern])
         free = len(free_layers(config))
         if self.dense_layers >= max(1, free):
             raise ValueError(f"dense_layers={self.dense_layers} leaves none of {free} layers to convert: give fewer.")
         tokenizer = load_tokenizer_of(self.model)
-        training, validation = self._blocks(tokenizer)
+        training, validation = self._blocks(tokenizer, self.context)
         model = load_decoder(self.model)
         need_positions(model, self.context)
         need_convertible(model, pattern, self.gate)
@@ -95,12 +101,14 @@ class Convert:
                 console.print(f"{what}: perplexity {result.perplexity:.2f} a token ({result.tokens:,} tokens)")
 
         if self.eval_blocks:
-            converted = convert(model, DENSE)  # every key of a block
+            converted = convert(model, DENSE, extend_to=self.extend_to)  # every key of a block
             report("dense")
             del converted
         if self.dense_layers:
-            layers, facts["dense layers"] = self._chosen(model, pattern, training, console)
-        converted = convert(model, pattern, gate=self.gate, layers=layers)
+            known = getattr(config, "max_position_embeddings", self.context)
+            text = training if self.context <= known else self._blocks(tokenizer, known)[0]
+            layers, facts["dense layers"] = self._chosen(model, pattern, text, console)
+        converted = convert(model, pattern, gate=self.gate, layers=layers, extend_to=self.extend_to)
         report("converted, untrained")
         if self.finetune_steps:
             self._finetune(converted, training, console)
@@ -129,6 +137,11 @@ class Convert:
                 )
         if self.dense_layers:
             self._refuse_choice()
+        if self.extend_to is not None and self.context > self.extend_to:
+            raise ValueError(
+                f"context={self.context} is more than extend_to={self.extend_to}: extend the model as far, or give "
+                "shorter blocks."
+            )
         if self.finetune_steps and self.part == "lora":
             from pi_attention.training.finetune import need_peft
 
@@ -159,14 +172,14 @@ class Convert:
 
         return pattern_for(heads, fields_of_pattern(self))
 
-    def _blocks(self, tokenizer: Any) -> list[PackedBlocks]:
-        """Blocks of the text to train on, and of the tenth of it that is held out."""
+    def _blocks(self, tokenizer: Any, context: int) -> list[PackedBlocks]:
+        """Blocks of so many tokens of the text to train on, and of the tenth of it that is held out."""
         from pi_attention.data.corpus import load_documents
         from pi_attention.data.packing import blocks_named, hold_out
 
         parts = zip(("training", "held-out"), hold_out(load_documents(self.data), 0.1, 0), strict=True)
         return [
-            blocks_named(f"the {name} part of data={self.data!r}, 10 % held out", part, tokenizer, self.context)
+            blocks_named(f"the {name} part of data={self.data!r}, 10 % held out", part, tokenizer, context)
             for name, part in parts
         ]
 

@@ -58,6 +58,8 @@ class PiConvertedConfig(PretrainedConfig):
     Args:
         text_config: of the decoder, with the pattern in its `pi_attention`.
         gate: learn a fusion gate in each converted layer.
+        extend_to: tokens, beyond the pretrained context, for which the layers that see so far turn slower; see
+            `convert`. None leaves them.
     """
 
     model_type = "pi_converted"
@@ -65,14 +67,18 @@ class PiConvertedConfig(PretrainedConfig):
     text_config: Any
 
     def __init__(
-        self, text_config: PretrainedConfig | dict[str, Any] | None = None, gate: bool = True, **kwargs: Any
+        self,
+        text_config: PretrainedConfig | dict[str, Any] | None = None,
+        gate: bool = True,
+        extend_to: int | None = None,
+        **kwargs: Any,
     ) -> None:
         if text_config is None:
             text_config = {"model_type": "llama", SETTINGS: settings_of(PiPattern(512, 512, 16))}
         if isinstance(text_config, dict):
             text_config = CONFIG_MAPPING[text_config["model_type"]](**text_config)
         self.text_config = text_config
-        self.gate = gate
+        self.gate, self.extend_to = gate, extend_to
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
             kwargs.setdefault(name, getattr(text_config, name, None))
         super().__init__(**kwargs)

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from pi_attention.cache.contract import RaggedKeys
 from pi_attention.cache.near import NearSinks, sinks_among
 from pi_attention.convert.config import layer_pattern, settings_of
+from pi_attention.convert.extension import SlowerAngles
 from pi_attention.models.caching import BoundedCache
 from pi_attention.models.continuous import refuse_continuous_batching
 from pi_attention.nn.sources import Operator
@@ -37,6 +38,8 @@ class ConvertedCall:
     """Where the keys come from."""
     near: list[NearSinks | None] | None = None
     """Of the layers, beyond the pretrained context."""
+    angles: SlowerAngles | None = None
+    """Of the layers that see beyond the pretrained context, where the model was extended."""
 
     def segments_of_keys(self, layer: int) -> Tensor | None:
         """The segment ids [B, S] of the keys that a layer sees."""

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pi_attention.cache.near import NearSinks
 from pi_attention.convert.config import SETTINGS, PiConvertedConfig, need_layers, settings_of, windows_of
+from pi_attention.convert.extension import SlowerAngles, check_extension, far_layers, let_turn, slower_rotary
 from pi_attention.convert.gates import GATE, add_gates, initialise_gates_of, takes_gate
 from pi_attention.convert.interface import NAME, ConvertedCall, register_names
 from pi_attention.convert.rotary import layer_frequencies, rotary_modules
@@ -60,6 +62,11 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         self._patterns = config.patterns()
         if config.gate:
             add_gates(model, self._patterns)
+        self.slower_rotary: nn.Module | None = None
+        if config.extend_to is not None:
+            check_extension(config.extend_to, config.text_config, self._patterns)
+            let_turn(model, self._far_layers)
+            self.slower_rotary = slower_rotary(model, config.extend_to)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -90,6 +97,20 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
     def _context(self) -> int | None:
         """Tokens that the pretrained model knows."""
         return getattr(self.config.text_config, "max_position_embeddings", None)
+
+    @property
+    def _far_layers(self) -> list[int]:
+        """The layers that turn slower where the model was extended."""
+        return far_layers(self._patterns, self.config.text_config.max_position_embeddings)
+
+    def _angles(self, position_ids: Tensor | None, cache: BoundedCache | None, new: Tensor) -> SlowerAngles | None:
+        """Those of the layers that turn slower, for new tokens [B, T, …]."""
+        if self.slower_rotary is None:
+            return None
+        if position_ids is None:  # as the models of transformers count
+            past = 0 if cache is None else cache.get_seq_length()
+            position_ids = torch.arange(new.shape[1], device=new.device)[None] + past
+        return SlowerAngles(self.slower_rotary, self._far_layers, position_ids)
 
     def _moving_sinks(self, cache: BoundedCache | None, tokens: int) -> list[NearSinks | None] | None:
         """How the sinks of each layer move for so many new tokens; None within the pretrained context."""
@@ -179,6 +200,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             check_cache(past_key_values, self._patterns)
         batch, tokens = like.shape[:2]
         near = self._moving_sinks(past_key_values, tokens)
+        angles = self._angles(position_ids, past_key_values, like)
         if past_key_values is not None:
             segment_ids = past_key_values.segments(segment_ids, attention_mask, position_ids, (batch, tokens))
             past_key_values.tell(segment_ids)
@@ -192,14 +214,19 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
-            pi_call=ConvertedCall(self._patterns, segment_ids, past_key_values, near),
+            pi_call=ConvertedCall(self._patterns, segment_ids, past_key_values, near, angles),
             **{CACHE: past_key_values},
             **kwargs,
         )
 
 
 def convert(
-    model: PreTrainedModel, pattern: PiPattern, *, gate: bool = False, layers: list[int] | None = None
+    model: PreTrainedModel,
+    pattern: PiPattern,
+    *,
+    gate: bool = False,
+    layers: list[int] | None = None,
+    extend_to: int | None = None,
 ) -> PiConvertedForCausalLM:
     """Give a pretrained causal language model π-Attention; its weights are shared, not copied.
 
@@ -213,6 +240,9 @@ def convert(
         gate: add a learned fusion gate to each converted layer, saved with the model. It costs time, and training it
             alone gained nothing that we could measure.
         layers: indices of the layers to convert; None converts all that attend to everything.
+        extend_to: tokens, beyond the context of the pretraining. In layers that see so far, the rotary embedding turns
+            slower, by the "NTK-aware" rule (YaRN, arXiv 2309.00071, section 3.1). Other layers stay as they are. Train
+            the model on in texts of that length: pretrained weights know neither the angles nor the distances.
 
     Returns:
         A model for training, `generate`, `save_pretrained`; `AutoModelForCausalLM.from_pretrained` restores it once
@@ -222,15 +252,17 @@ def convert(
         TypeError: the model is no model of transformers, or the pattern no pattern.
         ValueError: the model is no causal language model, or converted already; an earlier conversion with its
             configuration is in use, with another pattern or without this gate; the pattern is bidirectional; a layer
-            does not exist or keeps a sliding window; or a gate has no skips.
-        NotImplementedError: the model does not use transformers' attention interface.
+            does not exist or keeps a sliding window; a gate has no skips; or extend_to is not beyond the pretrained
+            context, or no layer sees so far.
+        NotImplementedError: the model does not use transformers' attention interface, or extend_to meets a rotary
+            embedding that is scaled already, or of a kind for each layer.
 
     Example::
 
         model = convert(AutoModelForCausalLM.from_pretrained(name), PiPattern(512, 512, 16, sinks=4))
     """
     need_convertible(model, pattern, gate)
-    _warn_of_reach(model, pattern)
+    _warn_of_reach(model, pattern, extend_to)
     config = model.config
     settings = settings_of(pattern, need_layers(layers, config))
     _refuse_in_use(model, settings, gate)
@@ -238,7 +270,7 @@ def convert(
     with undone_on_failure(model):
         setattr(config, SETTINGS, settings)
         model.set_attn_implementation(NAME)
-        converted = PiConvertedForCausalLM(PiConvertedConfig(config, gate=gate), model)
+        converted = PiConvertedForCausalLM(PiConvertedConfig(config, gate=gate, extend_to=extend_to), model)
         converted.generation_config = model.generation_config
         return converted.train(model.training)
 
@@ -290,7 +322,7 @@ def need_convertible(model: PreTrainedModel, pattern: PiPattern, gate: bool) -> 
         raise NotImplementedError(f"{type(model).__name__} has no attention with q_proj: convert with gate=False.")
 
 
-def _warn_of_reach(model: PreTrainedModel, pattern: PiPattern) -> None:
+def _warn_of_reach(model: PreTrainedModel, pattern: PiPattern, extend_to: int | None) -> None:
     """Warn of a pattern that no layer takes, and of skips beyond the context."""
     config = model.config
     windows = windows_of(config)
@@ -300,7 +332,7 @@ def _warn_of_reach(model: PreTrainedModel, pattern: PiPattern) -> None:
             "gets the bounded cache.",
             stacklevel=3,
         )
-    context = getattr(config, "max_position_embeddings", None)
+    context = extend_to or getattr(config, "max_position_embeddings", None)
     if context is not None and pattern.skips != 0 and pattern.reach is not None and pattern.reach > context:
         warnings.warn(
             f"{pattern} reaches {pattern.reach} tokens back, further than the context of {context} that the model was "

@@ -18,7 +18,7 @@ def need_served(vllm_config: Any) -> None:
     for setting, remedy in _settings(vllm_config):
         raise NotImplementedError(f"pi-attention-vllm does not serve {setting}: {remedy}.")
     config = vllm_config.model_config.hf_config
-    for part in _parts(config.get_text_config()):
+    for part in _parts(config):
         raise NotImplementedError(f"pi-attention-vllm does not serve a model with {part}: use generate.")
     _need_context(config, vllm_config.model_config.max_model_len)
 
@@ -51,8 +51,11 @@ def _settings(vllm_config: Any) -> Iterator[tuple[str, str]]:
             yield name, "leave it out"
 
 
-def _parts(config: Any) -> Iterator[str]:
+def _parts(model_config: Any) -> Iterator[str]:
     """Parts of a model that are not served."""
+    config = model_config.get_text_config()
+    if getattr(model_config, "extend_to", None) is not None:
+        yield f"layers that turn slower than others (extend_to={model_config.extend_to})"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         yield f"soft-capped scores (attn_logit_softcapping={config.attn_logit_softcapping})"
     if getattr(config, "softcap", None) is not None:
