@@ -26,7 +26,7 @@ from experiments.pass_keys import asked, needles
 from experiments.recurrence import by_recurrence
 from experiments.texts import Documents, blocks, corpus, encoded, file_name, split, windows
 from experiments.training import DEVICE, Batch, Pace, fit
-from pi_attention.convert import convert, dense_gains, neediest
+from pi_attention.convert import PiConvertedForCausalLM, convert, dense_gains, neediest
 from pi_attention.convert.extension import slower_rotary
 from pi_attention.data.tokenizers import beginning
 from pi_attention.heads import coordinated_heads
@@ -41,11 +41,11 @@ NEIGHBOURS = 32
 """Contexts of characters that are joined to a text: some eight contexts of tokens."""
 EVERY = 6
 """Of the hybrids: one layer in so many stays dense."""
-CHOSEN = 5
-"""Of other hybrids: so many layers stay dense, those that give most of the loss back, as 1 in 6 of 30 layers."""
+CHOSEN, FEWER = 5, 2
+"""Of other hybrids: so many layers stay dense, those that give most of the loss back; 5 of 30 are 1 in 6."""
 ALIKE, COORDINATED, WHOLE = "window + sinks", "coordinated heads + sinks", "dense"
 MAIN = (ALIKE, COORDINATED, WHOLE)
-"""The forms that are trained for longer, too."""
+ALL_SKIPS, BEST = "coordinated heads, all skips", f"{ALIKE} + {CHOSEN} chosen dense, slower alone"
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,11 @@ def forms(keys: int, heads: int) -> dict[str, Form]:
         WHOLE: Form(None),
         f"{ALIKE} + dense, 1 in {EVERY}": Form(window, EVERY),
         f"{ALIKE} + {CHOSEN} chosen dense": Form(window, chosen=CHOSEN),
-        f"{ALIKE} + {CHOSEN} chosen dense, slower alone": Form(window, chosen=CHOSEN, apart=True),
+        BEST: Form(window, chosen=CHOSEN, apart=True),
+        f"{ALIKE} + {FEWER} chosen dense, slower alone": Form(window, chosen=FEWER, apart=True),
+        f"{COORDINATED} + {CHOSEN} chosen dense, slower alone": Form(coordinated, chosen=CHOSEN, apart=True),
         f"{COORDINATED} + dense, 1 in {EVERY}": Form(coordinated, EVERY),
-        "coordinated heads, all skips": Form(coordinated_heads(fifth, None, heads, sinks=SINKS)),
+        ALL_SKIPS: Form(coordinated_heads(fifth, None, heads, sinks=SINKS)),
         "single period + sinks": Form(PiPattern(skips, skips, fifth, sinks=SINKS)),
         f"{COORDINATED}, gate": Form(coordinated, gate=True),
     }
@@ -143,6 +145,13 @@ def decoder(settings: Settings, data: Path) -> Any:
     if form.pattern is None:
         return model
     return convert(model, form.pattern, gate=form.gate, layers=layers, extend_to=further)
+
+
+def dense_layers(model: Any) -> list[int] | None:
+    """Those that see everything, by their indices; None where all do."""
+    if not isinstance(model, PiConvertedForCausalLM):
+        return None
+    return [layer for layer, pattern in enumerate(model.config.patterns()) if pattern == DENSE]
 
 
 class Sliced(nn.Module):
@@ -231,6 +240,7 @@ def measure(settings: Settings, data: Path) -> Result:
         "pass keys": needles(model.model, parts["test"], settings["lengths"], tokenizer),
         "training loss": last,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "dense layers": dense_layers(model.model),
     }
     return result if math.isnan(pace.steps_a_second) else result | {"tokens/s": round(pace.steps_a_second * context)}
 
@@ -244,7 +254,7 @@ def prepare(settings: Settings, data: Path) -> None:
 
 
 def cells(scale: Scale) -> list[Settings]:
-    """The main forms first, with 25 M tokens, then with 100 M."""
+    """All forms with 25 M tokens, the main ones first; then those of Gemma's global layers; then 100 M tokens."""
     toy: Settings = {"pretrained": "toy-decoder", "corpus": "shakespeare", "other": "shakespeare", "keys": 32,
                      "context": 256, "short": 64, "lengths": [128], "steps": 2, "blocks": 2}  # fmt: skip
     real: Settings = {"pretrained": "smollm2", "corpus": "kernel", "other": "shakespeare", "keys": 1024,
@@ -253,14 +263,17 @@ def cells(scale: Scale) -> list[Settings]:
         return []
     if scale == "smoke":
         return [toy | {"variant": variant} for variant in VARIANTS]
-    few = [real | {"steps": 763, "variant": variant} for variant in VARIANTS]
-    return few + [real | {"steps": 3052, "variant": variant} for variant in MAIN]
+    few, many = {"steps": 763}, {"steps": 3052}
+    gemma = real | {"pretrained": "gemma3"}
+    made = [real | few | {"variant": variant} for variant in VARIANTS]
+    made += [gemma | few | {"variant": variant} for variant in (*MAIN, ALL_SKIPS)]
+    return made + [real | many | {"variant": variant} for variant in (*MAIN, BEST)]
 
 
 def guessed_seconds(settings: Settings) -> float:
     """Of 135 M parameters on an H200, where coordinated heads took 250 s; a guess for products of dense attention."""
     tokens = settings["steps"] * settings["context"]
-    share = {"dense": 1.0, "coordinated heads, all skips": 0.25}.get(settings["variant"], 0.0)
+    share = {WHOLE: 1.0, ALL_SKIPS: 0.25}.get(settings["variant"], 0.0)
     share = 1 / EVERY if f"1 in {EVERY}" in settings["variant"] or "chosen" in settings["variant"] else share
     return 50 + tokens * (8e-6 + share * 10e-6)
 

@@ -14,8 +14,13 @@ from pi_attention.accounting import decoding_keys, visible_pairs
 from pi_attention.pattern import PiPattern
 from report.markdown import table
 
-PRETRAINED: Settings = {"hidden": 576, "layers": 30, "heads": 9}
-"""SmolLM2-135M, of which the settings name no sizes."""
+PRETRAINED: dict[str, Settings] = {
+    "smollm2": {"hidden": 576, "layers": 30, "heads": 9},
+    "gemma3": {"hidden": 640, "layers": 18, "heads": 4},
+}
+"""SmolLM2-135M and Gemma 3 270M, of which the settings name no sizes."""
+OWN_WINDOWS = {"gemma3": (512, (5, 11, 17))}
+"""Keys of a window that layers have of their own, and the layers that see everything, which forms are given to."""
 BIDIRECTIONAL = ("listops", "lra", "lra_pooled", "image_text")
 CLASSIFIED = ("ACSF1", "PLAID")
 """Series that are classified, and so read both ways."""
@@ -25,9 +30,12 @@ PLANNED = "pi, planned"
 def patterns(name: str, cell: Settings) -> list[PiPattern]:
     """Of the layers of a cell of an experiment."""
     if name == "pretrained":
-        return pretrained.forms(cell["keys"], PRETRAINED["heads"])[cell["variant"]].patterns(PRETRAINED["layers"])
+        sizes = PRETRAINED[cell["pretrained"]]
+        window, free = OWN_WINDOWS.get(cell["pretrained"], (0, range(sizes["layers"])))
+        given = iter(pretrained.forms(cell["keys"], sizes["heads"])[cell["variant"]].patterns(len(free)))
+        return [next(given) if layer in free else PiPattern(window, 1, 0) for layer in range(sizes["layers"])]
     causal = name not in BIDIRECTIONAL and cell.get("task") not in CLASSIFIED
-    sizes = PRETRAINED if "pretrained" in cell else {}
+    sizes = PRETRAINED[cell["pretrained"]] if "pretrained" in cell else {}
     return config({**sizes, **cell}, vocab_size=1, causal=causal).patterns()
 
 
@@ -40,7 +48,7 @@ def mean_keys(name: str, cell: Settings) -> float:
     of_heads = [
         sum(visible_pairs(pattern, length, head=head))
         for pattern in patterns(name, cell)
-        for head in range(cell.get("heads", PRETRAINED["heads"]))
+        for head in range((PRETRAINED[cell["pretrained"]] if "pretrained" in cell else cell)["heads"])
     ]
     return fmean(of_heads) / length
 

@@ -83,6 +83,7 @@ class Convert:
         pattern.check_heads(heads)
         some_dense = self.dense_layers or layers is not None
         check_extension(self.extend_to, config, [pattern, DENSE] if some_dense else [pattern])
+        known = getattr(config, "max_position_embeddings", self.context)
         free = len(free_layers(config))
         if self.dense_layers >= max(1, free):
             raise ValueError(f"dense_layers={self.dense_layers} leaves none of {free} layers to convert: give fewer.")
@@ -93,6 +94,8 @@ class Convert:
         need_convertible(model, pattern, self.gate)
         model = model.to(best_device())
         facts = {"data": f"{self.data}, 10% held out", "context": f"{self.context:,} tokens"}
+        if self.extend_to is not None:
+            facts["extended to"] = f"{self.extend_to:,} tokens, from {known:,}"
 
         def report(what: str) -> None:
             if self.eval_blocks:
@@ -105,7 +108,6 @@ class Convert:
             report("dense")
             del converted
         if self.dense_layers:
-            known = getattr(config, "max_position_embeddings", self.context)
             text = training if self.context <= known else self._blocks(tokenizer, known)[0]
             layers, facts["dense layers"] = self._chosen(model, pattern, text, console)
         converted = convert(model, pattern, gate=self.gate, layers=layers, extend_to=self.extend_to)
