@@ -22,11 +22,11 @@ test: $(VENV)/installed
 
 test-oldest: $(VENV)/oldest  # models, caches and conversion with the oldest transformers that the package accepts
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n auto -m "not slow and not gpu" \
-		tests/test_models.py tests/test_static_cache.py tests/test_convert.py
+		tests/test_models.py tests/test_static_cache.py tests/test_convert.py tests/test_extension.py
 
 test-newest: $(VENV)/newest  # the same with the newest
 	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest -n auto -m "not slow and not gpu" \
-		tests/test_models.py tests/test_static_cache.py tests/test_convert.py
+		tests/test_models.py tests/test_static_cache.py tests/test_convert.py tests/test_extension.py
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto -m "not gpu" --cov=pi_attention --cov-report=term

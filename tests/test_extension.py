@@ -5,6 +5,7 @@ import torch
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -13,15 +14,21 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
 )
 
 from pi_attention import PiPattern, coordinated_heads
 from pi_attention.cli.main import parse
+from pi_attention.cli.runs import known_context
 from pi_attention.convert import convert
 from pi_attention.convert.extension import check_extension
 from pi_attention.data.tokenizers import byte_tokenizer
+from pi_attention.models.card import card_text
+from pi_attention.models.fingerprint import difference, fingerprint
 from pi_attention.stack import DENSE
 
 KNOWN, LONGER = 32, 128
@@ -93,6 +100,18 @@ def test_only_layers_that_see_beyond_the_pretraining_turn_slower(pattern):
     assert torch.equal(first, usual) and torch.equal(last, usual) and not torch.allclose(middle, usual)
 
 
+def test_sinks_of_layers_that_turn_slower_move_by_their_angles_beyond_the_new_context():
+    pattern, ids = PiPattern(8, 8, 10, sinks=2), prompt(2, 200)
+    found = convert(pretrained(), pattern, extend_to=LONGER)
+    longer = base("llama", (LONGER / KNOWN) ** (8 / 6))
+    longer.config.max_position_embeddings = LONGER
+    wanted = convert(longer, pattern)(ids, use_cache=False).logits
+    assert torch.allclose(found(ids, use_cache=False).logits, wanted, atol=1e-9)
+    cache = found.new_cache()
+    parts = [found(part, past_key_values=cache, use_cache=True).logits for part in ids.split([90, 1, 60, 49], dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), wanted, atol=1e-9)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_and_loaded(family, tmp_path):
     model = extended(family=family)
@@ -144,10 +163,11 @@ def test_a_later_conversion_of_the_same_weights_is_not_extended():
 @pytest.mark.parametrize(
     ("pattern", "layers", "extend_to", "error", "words"),
     [
-        (WINDOW, [0], KNOWN, ValueError, "extend_to=32 is no more than the pretrained context of 32: leave it out"),
+        (WINDOW, [0], KNOWN, ValueError, "extend_to=32 is no more than the pretrained context of 32 .*: leave it out"),
         (WINDOW, None, 64, ValueError, "extend_to=64 is of layers that see beyond .* context of 32, and none does"),
         (WINDOW, [0], 64.0, TypeError, "extend_to must be an int"),
         (WINDOW, [0], True, TypeError, "extend_to must be an int"),
+        (PiPattern(8, 8, 10), None, "64", TypeError, "extend_to must be an int"),
     ],
 )
 def test_what_cannot_be_extended_is_refused(pattern, layers, extend_to, error, words):
@@ -172,6 +192,38 @@ def test_only_plain_rotary_embeddings_are_extended(model):
         check_extension(64, model().config, [DENSE])
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1]),
+        Cohere2Config(**SIZES, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    ],
+)
+def test_layers_without_angles_are_not_extended(config):
+    patterns = [PiPattern(8, 1, 0), DENSE, PiPattern(8, 1, 0)]
+    with pytest.raises(NotImplementedError, match="have no rotary embedding: leave it out"):
+        check_extension(64, config, patterns)
+
+
+def test_a_model_that_tells_its_attention_nothing_is_refused_beyond_its_context():
+    model = convert(NemotronForCausalLM(NemotronConfig(**SIZES, head_dim=8)), WINDOW)
+    assert model(prompt(1, 20), use_cache=False).logits.isfinite().all()
+    with pytest.raises(NotImplementedError, match="NemotronForCausalLM hands its attention no further arguments"):
+        model(prompt(1, 40), use_cache=False)
+
+
+def test_a_cache_from_before_extensions_is_of_a_model_without_one(tmp_path):
+    plain, longer = (fingerprint(model) for model in (convert(pretrained(), WINDOW, layers=[0, 2]), extended()))
+    earlier = {**plain, "config": {name: x for name, x in plain["config"].items() if name != "extend_to"}}
+    assert difference(earlier, plain) is None
+    assert difference(earlier, longer) == "extend_to=None, and this one has 128"
+
+
+def test_a_card_says_what_was_extended():
+    said = card_text("model", extended().config, {})
+    assert "beyond the pretrained context of 32 tokens turn slower, for 128 tokens." in said
+
+
 def test_the_command_extends_a_model_and_says_what_it_cannot(tmp_path):
     tokenizer = byte_tokenizer()
     LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": len(tokenizer)})).save_pretrained(tmp_path / "llama")
@@ -183,6 +235,12 @@ def test_the_command_extends_a_model_and_says_what_it_cannot(tmp_path):
         parse([*command, "--context", "256"]).execute(Console(quiet=True))
     with pytest.raises(ValueError, match="and none does: leave it out, or let some layers stay dense"):
         parse([*command, "--context", "64"]).execute(Console(quiet=True))
+    with pytest.raises(ValueError, match="in the pretrained context of 32, and window=30 with sinks=4 covers it"):
+        parse([*command, "--context", "64", "--dense-layers", "1", "--window", "30"]).execute(Console(quiet=True))
+    with pytest.warns(UserWarning, match="context=32 is within the pretrained context of 32, so that nothing"):
+        parse([*command, "--context", "32", "--layers", "0", "--out", str(tmp_path / "short")]).execute(
+            Console(quiet=True)
+        )
     assert parse([*command, "--context", "64", "--dense-layers", "1"]).execute(Console(quiet=True)) == 0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
-    assert saved.config.extend_to == 128 and sum(pattern == DENSE for pattern in saved.config.patterns()) == 1
+    assert known_context(saved.config) == 128 and sum(pattern == DENSE for pattern in saved.config.patterns()) == 1

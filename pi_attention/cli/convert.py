@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -70,7 +71,7 @@ class Convert:
         self._refuse()
         from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
-        from pi_attention.convert.config import free_layers, need_layers
+        from pi_attention.convert.config import free_layers, need_layers, patterns_with
         from pi_attention.convert.extension import check_extension
         from pi_attention.convert.model import need_convertible
         from pi_attention.stack import DENSE
@@ -81,12 +82,9 @@ class Convert:
         heads = getattr(config, "num_attention_heads", 1)  # convert refuses a model without any
         pattern = self._pattern(heads)
         pattern.check_heads(heads)
-        some_dense = self.dense_layers or layers is not None
-        check_extension(self.extend_to, config, [pattern, DENSE] if some_dense else [pattern])
+        check_extension(self.extend_to, config, patterns_with(config, DENSE if self.dense_layers else pattern, layers))
         known = getattr(config, "max_position_embeddings", self.context)
-        free = len(free_layers(config))
-        if self.dense_layers >= max(1, free):
-            raise ValueError(f"dense_layers={self.dense_layers} leaves none of {free} layers to convert: give fewer.")
+        self._refuse_beside(len(free_layers(config)), known)
         tokenizer = load_tokenizer_of(self.model)
         training, validation = self._blocks(tokenizer, self.context)
         model = load_decoder(self.model)
@@ -105,7 +103,7 @@ class Convert:
 
         if self.eval_blocks:
             converted = convert(model, DENSE, extend_to=self.extend_to)  # every key of a block
-            report("dense")
+            report("dense" if self.extend_to is None else "dense, extended")
             del converted
         if self.dense_layers:
             text = training if self.context <= known else self._blocks(tokenizer, known)[0]
@@ -167,6 +165,23 @@ class Convert:
                 f"sinks={self.sinks} covers context={self.context}: give a longer context, or name --layers."
             )
 
+    def _refuse_beside(self, free: int, known: int) -> None:
+        """Raise an error for what is wrong beside a model of so many free layers that knows so many tokens."""
+        if self.dense_layers >= max(1, free):
+            raise ValueError(f"dense_layers={self.dense_layers} leaves none of {free} layers to convert: give fewer.")
+        if self.dense_layers and self.window + self.sinks >= known:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} are chosen by what a window misses in the pretrained context of "
+                f"{known}, and window={self.window} with sinks={self.sinks} covers it: give a smaller window, or name "
+                "--layers."
+            )
+        if self.extend_to is not None and self.context <= known:
+            warnings.warn(
+                f"context={self.context} is within the pretrained context of {known}, so that nothing beyond it is "
+                f"measured or trained: give --context up to extend_to={self.extend_to}.",
+                stacklevel=2,
+            )
+
     def _pattern(self, heads: int) -> PiPattern:
         """That of a model of so many query heads, which may not fit them yet."""
         from pi_attention.heads import pattern_for
@@ -196,7 +211,7 @@ class Convert:
         gains = dense_gains(model, pattern, lambda tried: evaluate(tried, text, limit=self.eval_blocks).loss)
         if max(gains.values()) <= 0:
             raise ValueError(
-                f"dense_layers={self.dense_layers}: no dense layer lowers the loss of these blocks of {self.context} "
+                f"dense_layers={self.dense_layers}: no dense layer lowers the loss of blocks of at most {self.context} "
                 "tokens. Give a longer --context or more --eval-blocks, name --layers, or leave it out."
             )
         dense = neediest(gains, self.dense_layers)

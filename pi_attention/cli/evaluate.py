@@ -79,6 +79,7 @@ class Eval:
         return 0
 
     def _blocks(self, model: Any, tokenizer: Any) -> PackedBlocks:
+        from pi_attention.cli.runs import known_context
         from pi_attention.data.corpus import load_documents
         from pi_attention.data.packing import blocks_named
         from pi_attention.training.config import TrainConfig, load_yaml
@@ -87,7 +88,7 @@ class Eval:
 
         if self.data is None and not (self.run / SETTINGS).exists():
             raise ValueError("data is needed: a saved model, unlike a run, has no validation text of its own.")
-        context = self.context or model.config.get_text_config().max_position_embeddings
+        context = self.context or known_context(model.config)
         need_positions(model, context)
         if self.data is not None:
             documents = load_documents(self.data, split=self.split, text_field=self.text_field)

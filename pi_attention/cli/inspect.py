@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pi_attention.cli.runs import model_folder, need_ours
+from pi_attention.cli.runs import known_context, model_folder, need_ours
 from pi_attention.describe import by_layers, in_words, is_dense
 from pi_attention.heads import pattern_for
 from pi_attention.paths import need_folder
@@ -162,7 +162,7 @@ class Inspect:
         config = AutoConfig.from_pretrained(model_folder(self.run), trust_remote_code=False)
         text, heads = config.get_text_config(), config.get_text_config().num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        context = text.max_position_embeddings if self.context is None else self.context
+        context = known_context(config) if self.context is None else self.context
         return config.patterns(), context, heads, getattr(text, "num_key_value_heads", None) or heads, head_dim
 
     @staticmethod

@@ -86,3 +86,9 @@ def opening(run: Path, tokenizer: Any, tokens: int = 64) -> str:
         return "\n"
     ids = tokenizer(sample.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     return tokenizer.decode(ids[:tokens], skip_special_tokens=True).rstrip("\ufffd") or "\n"
+
+
+def known_context(config: Any) -> int:
+    """Tokens that a model was trained or extended for."""
+    extended: int | None = getattr(config, "extend_to", None)
+    return extended or int(config.get_text_config().max_position_embeddings)

@@ -69,7 +69,7 @@ class Serve:
 
     def _engine(self) -> Any:
         """The model, loaded and running."""
-        from pi_attention.cli.runs import load_run
+        from pi_attention.cli.runs import known_context, load_run
         from pi_attention.serving.engine import Engine
         from pi_attention.serving.handlers import read_template
         from pi_attention.serving.requests import Limits
@@ -78,7 +78,8 @@ class Serve:
         model, tokenizer = load_run(self.run)
         if template is not None:
             tokenizer.chat_template = template
-        context = model.config.get_text_config().max_position_embeddings
+        moving = any(pattern.sinks for pattern in model.config.patterns())  # beyond that context, and not in pages
+        context = model.config.get_text_config().max_position_embeddings if moving else known_context(model.config)
         limits = Limits(self.max_prompt_tokens or context, self.max_new_tokens, context, self.requests + self.waiting)
         name = self.model_name or self.run.resolve().name
         return Engine(model, tokenizer, name, limits, self.requests, self.batch_tokens)

@@ -98,6 +98,14 @@ def windows_of(config: Any) -> list[int | None]:
     return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
+def patterns_with(config: Any, pattern: PiPattern, layers: list[int] | None = None) -> list[PiPattern]:
+    """What the layers of a decoder attend to once these take the pattern; None for all that attend to everything."""
+    return [
+        PiPattern(window, 1, 0) if window is not None else pattern if layers is None or layer in layers else DENSE
+        for layer, window in enumerate(windows_of(config))
+    ]
+
+
 def free_layers(config: Any) -> list[int]:
     """The layers that attend to everything, and can take a pattern."""
     return [layer for layer, window in enumerate(windows_of(config)) if window is None]

@@ -21,6 +21,8 @@ from pi_attention.pattern import PiPattern, need_int
 
 ANGLES = "position_embeddings"
 """Argument of an attention of transformers: cos and sin of the rotary embedding."""
+UNTURNED = ("cohere2", "exaone4")
+"""Models whose layers of full attention have no rotary embedding."""
 CALL = "pi_call"
 """Argument in which a converted model tells its layers about the call."""
 
@@ -43,8 +45,17 @@ def check_extension(extend_to: Any, config: PretrainedConfig, patterns: list[PiP
             f"rope_parameters={rotary}: leave extend_to out."
         )
     if extend_to <= known:
-        raise ValueError(f"extend_to={extend_to} is no more than the pretrained context of {known}: leave it out.")
-    if not far_layers(patterns, known):
+        raise ValueError(
+            f"extend_to={extend_to} is no more than the pretrained context of {known} (max_position_embeddings): leave "
+            "it out, or set that back if it was changed after the conversion."
+        )
+    far, turned = far_layers(patterns, known), getattr(config, "no_rope_layers", None)  # in SmolLM3, 0 does not turn
+    if far and (config.model_type in UNTURNED or not any(turned is None or turned[layer] for layer in far)):
+        raise NotImplementedError(
+            f"extend_to={extend_to} makes layers turn slower that see beyond the pretrained context of {known}, and "
+            f"those of {config.model_type} have no rotary embedding: leave it out."
+        )
+    if not far:
         raise ValueError(
             f"extend_to={extend_to} is of layers that see beyond the pretrained context of {known}, and none does: "
             "leave it out, or let some layers stay dense."
@@ -57,15 +68,27 @@ def far_layers(patterns: list[PiPattern], context: int) -> list[int]:
 
 
 def slower_rotary(model: PreTrainedModel, extend_to: int) -> nn.Module:
-    """A rotary embedding like the model's, that turns slower for a context of so many tokens; see the module."""
-    found = next(rotary_modules(model))
-    kind: Any = type(found)
-    config, dim = deepcopy(model.config), 2 * len(found.inv_freq)  # type: ignore[arg-type]
+    """A rotary embedding like the model's, that turns slower for a context of so many tokens; see the module.
+
+    Raises:
+        NotImplementedError: the model has none, several, or one of two features.
+    """
+    known: list[Any] = [module for module in rotary_modules(model) if hasattr(module, "inv_freq")]
+    real = [module.inv_freq for module in known if not module.inv_freq.is_meta]  # of a model that is not being loaded
+    if not known or any(not torch.equal(real[0], other) for other in real[1:]):
+        raise NotImplementedError(
+            f"extend_to={extend_to} makes a rotary embedding turn slower that all layers share, and "
+            f"{type(model).__name__} has {len(known)} that differ: leave it out."
+        )
+    found, config = known[0], deepcopy(model.config)
+    kind, dim = type(found), 2 * len(found.inv_freq)
+    if dim == 2:
+        raise NotImplementedError(f"extend_to={extend_to} needs more than two features that turn: leave it out.")
     ratio = extend_to / config.max_position_embeddings
     config.rope_parameters["rope_theta"] *= ratio ** (dim / (dim - 2))
     config.max_position_embeddings = extend_to
     rotary: nn.Module = kind(config=config)
-    return rotary.to(found.inv_freq.device)  # type: ignore[arg-type]
+    return rotary.to(found.inv_freq.device)
 
 
 @dataclass
@@ -113,6 +136,6 @@ def let_turn(model: PreTrainedModel, layers: list[int]) -> None:
 
 def _turn(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     angles = getattr(kwargs.get(CALL), "angles", None)
-    if angles is None or module.layer_idx not in angles.layers or ANGLES not in kwargs:
+    if angles is None or module.layer_idx not in angles.layers or kwargs.get(ANGLES) is None:
         return args, kwargs
     return args, kwargs | {ANGLES: angles.like(kwargs[ANGLES])}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class ConvertedCall:
     """Of the layers, beyond the pretrained context."""
     angles: SlowerAngles | None = None
     """Of the layers that see beyond the pretrained context, where the model was extended."""
+    arrived: set[int] = field(default_factory=set)
+    """The layers that were told."""
 
     def segments_of_keys(self, layer: int) -> Tensor | None:
         """The segment ids [B, S] of the keys that a layer sees."""
@@ -49,6 +51,7 @@ class ConvertedCall:
         self, layer: int, operator: Operator, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None
     ) -> Tensor:
         """The operator, each query with the sinks where its own position puts them; requests of a row apart."""
+        self.arrived.add(layer)
         ids = self.segments_of_keys(layer)
         if ids is not None and ids.device != key.device:  # the layers of one model may lie on several GPUs
             ids = ids.to(key.device)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pi_attention.cache.near import NearSinks
-from pi_attention.convert.config import SETTINGS, PiConvertedConfig, need_layers, settings_of, windows_of
+from pi_attention.convert.config import SETTINGS, PiConvertedConfig, need_layers, patterns_with, settings_of, windows_of
 from pi_attention.convert.extension import SlowerAngles, check_extension, far_layers, let_turn, slower_rotary
 from pi_attention.convert.gates import GATE, add_gates, initialise_gates_of, takes_gate
 from pi_attention.convert.interface import NAME, ConvertedCall, register_names
@@ -62,7 +62,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         self._patterns = config.patterns()
         if config.gate:
             add_gates(model, self._patterns)
-        self.slower_rotary: nn.Module | None = None
+        self.slower_rotary: Any = None
         if config.extend_to is not None:
             check_extension(config.extend_to, config.text_config, self._patterns)
             let_turn(model, self._far_layers)
@@ -91,6 +91,10 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             frequencies = layer_frequencies(self.model, len(cache.layers))
             if frequencies is not None:
                 cache.keep_sinks_near(self._context, frequencies)
+        if self.config.extend_to is not None:
+            slower = NearSinks(self.config.extend_to, self.slower_rotary.inv_freq.float())
+            for layer in (cache.layers[number] for number in self._far_layers):
+                layer.near = slower if layer.near is not None else None
         return cache
 
     @property
@@ -207,17 +211,24 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             attention_mask = past_key_values.library_mask(attention_mask, like)
         else:
             segment_ids = starts_of_batch(segment_ids, attention_mask, position_ids, 0, batch, tokens)
-        return self.model(
+        call = ConvertedCall(self._patterns, segment_ids, past_key_values, near, angles)
+        out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
-            pi_call=ConvertedCall(self._patterns, segment_ids, past_key_values, near, angles),
+            pi_call=call,
             **{CACHE: past_key_values},
             **kwargs,
         )
+        if not call.arrived and (near is not None or angles is not None):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} hands its attention no further arguments, so that no layer can be told "
+                f"how to see beyond the pretrained context of {self._context}: give shorter texts, and no extend_to."
+            )
+        return out
 
 
 def convert(
@@ -262,9 +273,11 @@ def convert(
         model = convert(AutoModelForCausalLM.from_pretrained(name), PiPattern(512, 512, 16, sinks=4))
     """
     need_convertible(model, pattern, gate)
-    _warn_of_reach(model, pattern, extend_to)
     config = model.config
-    settings = settings_of(pattern, need_layers(layers, config))
+    converted_layers = need_layers(layers, config)
+    check_extension(extend_to, config, patterns_with(config, pattern, converted_layers))
+    _warn_of_reach(model, pattern, extend_to)
+    settings = settings_of(pattern, converted_layers)
     _refuse_in_use(model, settings, gate)
     register_names()
     with undone_on_failure(model):
@@ -335,7 +348,7 @@ def _warn_of_reach(model: PreTrainedModel, pattern: PiPattern, extend_to: int | 
     context = extend_to or getattr(config, "max_position_embeddings", None)
     if context is not None and pattern.skips != 0 and pattern.reach is not None and pattern.reach > context:
         warnings.warn(
-            f"{pattern} reaches {pattern.reach} tokens back, further than the context of {context} that the model was "
-            "trained for: beyond it are lags that it does not know.",
+            f"{pattern} reaches {pattern.reach} tokens back, further than the {context} tokens that the model was "
+            f"{'extended' if extend_to else 'trained'} for: beyond them are lags that it does not know.",
             stacklevel=3,
         )

@@ -41,7 +41,7 @@ def card_text(name: str, config: Any, facts: Mapping[str, str], base_model: str 
     patterns = config.patterns()
     parts = [
         _front_matter(base_model, sparse=not all(map(is_dense, patterns))),
-        f"# {name}\n\nThis is {what}: {_in_one_sentence(patterns)}.",
+        f"# {name}\n\nThis is {what}: {_in_one_sentence(patterns)}.{_extension(config)}",
         "## Pattern\n\n" + _table_of_patterns(patterns),
     ]
     if picture:
@@ -53,6 +53,15 @@ def card_text(name: str, config: Any, facts: Mapping[str, str], base_model: str 
     bounded = not any(is_dense(pattern) or pattern.reach is None for pattern in patterns)
     parts.append(_use(name, converted, bounded))
     return "\n\n".join(parts) + "\n"
+
+
+def _extension(config: Any) -> str:
+    """What was done to layers that see beyond the pretrained context."""
+    longer = getattr(config, "extend_to", None)
+    if longer is None:
+        return ""
+    known = config.text_config.max_position_embeddings
+    return f" Layers that see beyond the pretrained context of {known:,} tokens turn slower, for {longer:,} tokens."
 
 
 def _in_one_sentence(patterns: Sequence[PiPattern]) -> str:

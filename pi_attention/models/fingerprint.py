@@ -18,6 +18,8 @@ WITHOUT_EFFECT = {
 }
 """Settings of a configuration that no key or value depends on; those that begin with _ are others."""
 
+LATER = ("extend_to",)
+"""Settings of ours that caches of earlier versions lack; these were None."""
 Fingerprint = dict[str, Any]
 
 
@@ -43,9 +45,9 @@ def difference(saved: Fingerprint, model: Fingerprint) -> str | None:
         if saved.get(name) != model[name]:
             return f"{name} {_shown(saved.get(name))}, and this one has {_shown(model[name])}"
     was, settings = saved.get("config", {}), model["config"]
-    for name in settings:
-        if name in was and was[name] != settings[name]:  # another version of transformers may know other settings
-            return f"{name}={was[name]!r}, and this one has {settings[name]!r}"
+    for name in settings:  # another version of transformers may know other settings
+        if (name in was or name in LATER) and was.get(name) != settings[name]:
+            return f"{name}={was.get(name)!r}, and this one has {settings[name]!r}"
     return None if saved.get("weights") == model["weights"] else "other weights"
 
 
