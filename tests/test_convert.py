@@ -1,7 +1,9 @@
 """Pretrained decoders of transformers with π-Attention: exact, bounded, saved and restored."""
 
+import io
 import shutil
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -572,6 +574,21 @@ def test_the_command_converts_the_first_layer(llama, tmp_path):
     assert parse(asked).execute(Console(quiet=True)) == 0
     patterns = AutoModelForCausalLM.from_pretrained(tmp_path / "new").config.patterns()
     assert patterns == [PiPattern(8, 8, 4, sinks=4), DENSE, PiPattern(8, 8, 4, sinks=4)]
+
+
+@pytest.mark.parametrize(("converted", "said"), [(10.4, False), (11.2, True)])
+def test_the_command_names_dense_layers_where_much_is_lost(converted, said, llama, tmp_path, monkeypatch):
+    from pi_attention.cli.main import parse
+    from pi_attention.tasks import language_modelling
+
+    perplexities = iter([10.0, converted])
+    monkeypatch.setattr(
+        language_modelling, "evaluate", lambda *_, **__: SimpleNamespace(perplexity=next(perplexities), tokens=99)
+    )
+    console = Console(record=True, width=200, file=io.StringIO())
+    parse([*llama, "--model", str(tmp_path / "llama"), "--eval-blocks", "1"]).execute(console)
+    hint = "That is 12% above dense attention. A few dense layers may give most of it back: --dense-layers 1"
+    assert (hint in console.export_text()) == said
 
 
 def test_without_a_period_the_command_gives_heads_that_share_the_distance(llama, tmp_path):

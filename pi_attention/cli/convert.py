@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,15 @@ from rich.console import Console
 from pi_attention.cli.pretrained import load_decoder, load_tokenizer_of, need_decoder, need_positions
 from pi_attention.files import replacing_folder
 from pi_attention.paths import need_folder, status_of
+from pi_attention.recommended import EVERY
 
 if TYPE_CHECKING:
     from pi_attention.data.packing import PackedBlocks
     from pi_attention.pattern import PiPattern
+
+
+MUCH = 0.05
+"""A perplexity so far above dense attention's, as a share of it, has a remedy named."""
 
 
 @dataclass
@@ -95,21 +101,31 @@ class Convert:
         if self.extend_to is not None:
             facts["extended to"] = f"{self.extend_to:,} tokens, from {known:,}"
 
-        def report(what: str) -> None:
-            if self.eval_blocks:
-                result = evaluate(converted, validation, limit=self.eval_blocks)
-                facts[f"perplexity, {what}"] = f"{result.perplexity:.2f} a token ({result.tokens:,} tokens)"
-                console.print(f"{what}: perplexity {result.perplexity:.2f} a token ({result.tokens:,} tokens)")
+        def report(what: str) -> float:
+            if not self.eval_blocks:
+                return math.nan
+            result = evaluate(converted, validation, limit=self.eval_blocks)
+            facts[f"perplexity, {what}"] = f"{result.perplexity:.2f} a token ({result.tokens:,} tokens)"
+            console.print(f"{what}: perplexity {result.perplexity:.2f} a token ({result.tokens:,} tokens)")
+            return result.perplexity
 
+        dense = math.nan
         if self.eval_blocks:
             converted = convert(model, DENSE, extend_to=self.extend_to)  # every key of a block
-            report("dense" if self.extend_to is None else "dense, extended")
+            dense = report("dense" if self.extend_to is None else "dense, extended")
             del converted
         if self.dense_layers:
             text = training if self.context <= known else self._blocks(tokenizer, known)[0]
             layers, facts["dense layers"] = self._chosen(model, pattern, text, console)
         converted = convert(model, pattern, gate=self.gate, layers=layers, extend_to=self.extend_to)
-        report("converted, untrained")
+        above = report("converted, untrained") / dense - 1
+        if above > MUCH and layers is None:
+            some = max(1, len(free_layers(config)) // EVERY)
+            console.print(
+                f"That is {above:.0%} above dense attention. A few dense layers may give most of it back: "
+                f"--dense-layers {some}",
+                soft_wrap=True,
+            )
         if self.finetune_steps:
             self._finetune(converted, training, console)
             report(f"after {self.finetune_steps} steps of {self.part}")
