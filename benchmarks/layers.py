@@ -83,7 +83,7 @@ def main() -> None:
         add(f"{count} that give most back", neediest(gains, count))
         add(f"{count} that cost most", neediest(costs, count))
         step = len(gains) // count
-        for first in dict.fromkeys((0, step // 2, step - 1)):
+        for first in dict.fromkeys((0, step // 2, step - 1)) if step > 1 else ():
             add(f"{count}, one in {step} from {first}", list(gains)[first::step][:count])
 
 
