@@ -117,7 +117,7 @@ def let_all_turn_slower(model: Any, context: int) -> None:
 
 
 def converted_layers(model: Any, form: Form, settings: Settings, data: Path) -> list[int] | None:
-    """Those of a form; what a layer gives back when dense is measured on four texts of the pretraining's length."""
+    """Those of a form; what a layer gives back when dense is measured on four blocks that the pretraining knows."""
     config = model.config
     if form.chosen is None:
         return form.layers(config.num_hidden_layers)

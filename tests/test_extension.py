@@ -221,7 +221,7 @@ def test_a_cache_from_before_extensions_is_of_a_model_without_one(tmp_path):
 
 def test_a_card_says_what_was_extended():
     said = card_text("model", extended().config, {})
-    assert "beyond the pretrained context of 32 tokens turn slower, for 128 tokens." in said
+    assert "beyond the pretrained context of 32 tokens, the rotary embedding turns slower, for 128 tokens." in said
 
 
 def test_the_command_extends_a_model_and_says_what_it_cannot(tmp_path):

@@ -58,8 +58,8 @@ class PiConvertedConfig(PretrainedConfig):
     Args:
         text_config: of the decoder, with the pattern in its `pi_attention`.
         gate: learn a fusion gate in each converted layer.
-        extend_to: tokens, beyond the pretrained context, for which the layers that see so far turn slower; see
-            `convert`. None leaves them.
+        extend_to: tokens, beyond the pretrained context, for which the rotary embedding of layers that see so far turns
+            slower; see `convert`. None leaves it.
     """
 
     model_type = "pi_converted"

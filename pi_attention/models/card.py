@@ -61,7 +61,10 @@ def _extension(config: Any) -> str:
     if longer is None:
         return ""
     known = config.text_config.max_position_embeddings
-    return f" Layers that see beyond the pretrained context of {known:,} tokens turn slower, for {longer:,} tokens."
+    return (
+        f" In layers that see beyond the pretrained context of {known:,} tokens, the rotary embedding turns slower, "
+        f"for {longer:,} tokens."
+    )
 
 
 def _in_one_sentence(patterns: Sequence[PiPattern]) -> str:

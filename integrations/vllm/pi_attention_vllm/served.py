@@ -55,7 +55,7 @@ def _parts(model_config: Any) -> Iterator[str]:
     """Parts of a model that are not served."""
     config = model_config.get_text_config()
     if getattr(model_config, "extend_to", None) is not None:
-        yield f"layers that turn slower than others (extend_to={model_config.extend_to})"
+        yield f"layers whose rotary embedding turns slower (extend_to={model_config.extend_to})"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         yield f"soft-capped scores (attn_logit_softcapping={config.attn_logit_softcapping})"
     if getattr(config, "softcap", None) is not None:

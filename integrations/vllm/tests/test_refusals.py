@@ -52,7 +52,7 @@ def test_settings_that_were_not_tried(settings, message, tmp_path):
     [
         (
             PiConvertedConfig(converted().text_config, architectures=["PiConvertedForCausalLM"], extend_to=4096),
-            r"layers that turn slower than others \(extend_to=4096\)",
+            r"layers whose rotary embedding turns slower \(extend_to=4096\)",
         ),
         (converted(Gemma2Config, head_dim=8, attn_logit_softcapping=50.0), r"soft-capped scores \(attn_logit_"),
         (PiConfig(**SIZES, **PLAIN, softcap=30.0, architectures=["PiForCausalLM"]), r"soft-capped scores \(softcap=30"),
