@@ -27,7 +27,7 @@ from experiments.recurrence import by_recurrence
 from experiments.texts import Documents, blocks, corpus, encoded, file_name, split, windows
 from experiments.training import DEVICE, Batch, Pace, fit
 from pi_attention.convert import convert, dense_gains, neediest
-from pi_attention.convert.extension import slower_rotary
+from pi_attention.convert.extension import far_layers, slower_rotary
 from pi_attention.data.tokenizers import beginning
 from pi_attention.heads import coordinated_heads
 from pi_attention.models.loss import cross_entropy
@@ -77,8 +77,7 @@ class Form:
 
     def sees_beyond(self, context: int) -> bool:
         """Whether some layer sees keys that are further away."""
-        reach = self.pattern.reach
-        return reach is None or reach >= context or self.every is not None or self.chosen is not None
+        return bool(far_layers(self.patterns(EVERY), context))
 
 
 def forms(keys: int, heads: int) -> dict[str, Form]:

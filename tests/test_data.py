@@ -152,3 +152,13 @@ def test_corpus_file_is_compressed():
     file = resources.files("pi_attention.data") / "corpora" / "shakespeare.jsonl.xz"
     with file.open("rb") as raw:
         assert len(lzma.decompress(raw.read())) > 5_000_000
+
+
+def test_blocks_are_cut_shorter_without_reading_the_text_again():
+    documents, tokenizer = ["one text", "and another, longer text"], byte_tokenizer()
+    blocks = PackedBlocks(documents, tokenizer, 12)
+    wanted = PackedBlocks(documents, tokenizer, 5)
+    found = blocks.cut(5)
+    assert len(found) == len(wanted) and blocks.context == blocks.cut(40).context == 12
+    for number in range(len(wanted)):
+        assert all(torch.equal(found[number][name], value) for name, value in wanted[number].items())

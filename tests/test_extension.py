@@ -1,6 +1,7 @@
 """Layers of a converted model that see beyond the pretrained context turn slower, and the others as before."""
 
 import pytest
+import small_models
 import torch
 from rich.console import Console
 from transformers import (
@@ -32,17 +33,7 @@ from pi_attention.models.fingerprint import difference, fingerprint
 from pi_attention.stack import DENSE
 
 KNOWN, LONGER = 32, 128
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": KNOWN,
-    "pad_token_id": 0,
-    "initializer_range": 0.3,
-}
+SIZES = small_models.SIZES | {"max_position_embeddings": KNOWN, "initializer_range": 0.3}
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),

@@ -8,11 +8,8 @@ import torch.nn.functional as F
 from experiments import pass_keys, pretrained
 from experiments.decoders import decoder_of, tokenizer_of
 from experiments.pass_keys import DEPTHS, asked, needles
-from experiments.pretrained import ALIKE, CHOSEN, Sliced, decoder, forms, neighbours
+from experiments.pretrained import ALIKE, ALL_SKIPS, BEST, CHOSEN, Sliced, decoder, forms, neighbours
 from pi_attention.stack import DENSE
-
-LONGEST = "coordinated heads, all skips"
-APART = f"{CHOSEN} chosen dense, slower alone"
 
 
 def settings_of(variant, keys=24):
@@ -22,15 +19,15 @@ def settings_of(variant, keys=24):
 def test_forms_spend_the_same_keys():
     made = forms(1024, 9)
     for name, form in made.items():
-        if form.pattern != DENSE and name != LONGEST:
+        if form.pattern != DENSE and name != ALL_SKIPS:
             assert form.pattern.window + form.pattern.skips + form.pattern.sinks == 1024
-        beyond = name in ("dense", LONGEST, "single period + sinks") or "1 in" in name or "chosen" in name
+        beyond = name in ("dense", ALL_SKIPS, "single period + sinks") or "1 in" in name or "chosen" in name
         assert form.sees_beyond(8192) == beyond
     assert made[f"{ALIKE} + dense, 1 in 6"].layers(12) == [0, 1, 2, 4, 5, 6, 7, 8, 10, 11]
     assert made[f"{ALIKE} + dense, 1 in 6"].patterns(6)[2:4] == [made[ALIKE].pattern, DENSE]
     gains = {layer: float(layer % 2) for layer in range(12)}
     assert made[f"{ALIKE} + {CHOSEN} chosen dense"].layers(12, gains) == [0, 2, 4, 6, 8, 10, 11]
-    apart, spread = (made[f"{ALIKE} + {more}"].patterns(30) for more in (APART, "dense, 1 in 6"))
+    apart, spread = (made[name].patterns(30) for name in (BEST, f"{ALIKE} + dense, 1 in 6"))
     assert apart.count(DENSE) == spread.count(DENSE)
     assert made[ALIKE].layers(12) is None and made["dense"].patterns(2) == [DENSE, DENSE]
 
@@ -47,7 +44,7 @@ def test_only_what_sees_beyond_the_pretraining_turns_slower(made_up):
 def test_chosen_layers_may_turn_slower_alone(made_up):
     """Dense layers of the two forms see the same angles, and the windows those of the pretraining."""
     seen = {}
-    for name in (ALIKE, f"{ALIKE} + {CHOSEN} chosen dense", f"{ALIKE} + {APART}"):
+    for name in (ALIKE, f"{ALIKE} + {CHOSEN} chosen dense", BEST):
         model = decoder(settings_of(name) | {"corpus": "shakespeare"}, made_up)
         angles = seen.setdefault(name, [])
         for layer in model.model.base_model.layers:

@@ -90,9 +90,10 @@ class Convert:
         pattern.check_heads(heads)
         check_extension(self.extend_to, config, patterns_with(config, DENSE if self.dense_layers else pattern, layers))
         known = getattr(config, "max_position_embeddings", self.context)
-        self._refuse_beside(len(free_layers(config)), known)
+        free = len(free_layers(config))
+        self._refuse_beside(free, known)
         tokenizer = load_tokenizer_of(self.model)
-        training, validation = self._blocks(tokenizer, self.context)
+        training, validation = self._blocks(tokenizer)
         model = load_decoder(self.model)
         need_positions(model, self.context)
         need_convertible(model, pattern, self.gate)
@@ -115,15 +116,13 @@ class Convert:
             dense = report("dense" if self.extend_to is None else "dense, extended")
             del converted
         if self.dense_layers:
-            text = training if self.context <= known else self._blocks(tokenizer, known)[0]
-            layers, facts["dense layers"] = self._chosen(model, pattern, text, console)
+            layers, facts["dense layers"] = self._chosen(model, pattern, training.cut(known), free, console)
         converted = convert(model, pattern, gate=self.gate, layers=layers, extend_to=self.extend_to)
         above = report("converted, untrained") / dense - 1
         if above > MUCH and layers is None:
-            some = max(1, len(free_layers(config)) // EVERY)
             console.print(
                 f"That is {above:.0%} above dense attention. A few dense layers may give most of it back: "
-                f"--dense-layers {some}",
+                f"--dense-layers {max(1, free // EVERY)}",
                 soft_wrap=True,
             )
         if self.finetune_steps:
@@ -205,24 +204,24 @@ class Convert:
 
         return pattern_for(heads, fields_of_pattern(self))
 
-    def _blocks(self, tokenizer: Any, context: int) -> list[PackedBlocks]:
-        """Blocks of so many tokens of the text to train on, and of the tenth of it that is held out."""
+    def _blocks(self, tokenizer: Any) -> list[PackedBlocks]:
+        """Blocks of the text to train on, and of the tenth of it that is held out."""
         from pi_attention.data.corpus import load_documents
         from pi_attention.data.packing import blocks_named, hold_out
 
         parts = zip(("training", "held-out"), hold_out(load_documents(self.data), 0.1, 0), strict=True)
         return [
-            blocks_named(f"the {name} part of data={self.data!r}, 10 % held out", part, tokenizer, context)
+            blocks_named(f"the {name} part of data={self.data!r}, 10 % held out", part, tokenizer, self.context)
             for name, part in parts
         ]
 
-    def _chosen(self, model: Any, pattern: PiPattern, text: PackedBlocks, console: Console) -> tuple[list[int], str]:
-        """The layers to convert, and in words those that stay dense."""
+    def _chosen(
+        self, model: Any, pattern: PiPattern, text: PackedBlocks, free: int, console: Console
+    ) -> tuple[list[int], str]:
+        """The layers to convert, and in words those that stay dense, of so many free ones."""
         from pi_attention.convert import dense_gains, neediest
-        from pi_attention.convert.config import free_layers
         from pi_attention.tasks.language_modelling import evaluate
 
-        free = len(free_layers(model.config))
         console.print(f"trying each of {free} layers as the only one of them that stays dense")
         gains = dense_gains(model, pattern, lambda tried: evaluate(tried, text, limit=self.eval_blocks).loss)
         if max(gains.values()) <= 0:

@@ -62,9 +62,11 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         self._patterns = config.patterns()
         if config.gate:
             add_gates(model, self._patterns)
+        self._far_layers: list[int] = []  # those that turn slower
         self.slower_rotary: Any = None
         if config.extend_to is not None:
             check_extension(config.extend_to, config.text_config, self._patterns)
+            self._far_layers = far_layers(self._patterns, config.text_config.max_position_embeddings)
             let_turn(model, self._far_layers)
             self.slower_rotary = slower_rotary(model, config.extend_to)
         self.post_init()
@@ -101,11 +103,6 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
     def _context(self) -> int | None:
         """Tokens that the pretrained model knows."""
         return getattr(self.config.text_config, "max_position_embeddings", None)
-
-    @property
-    def _far_layers(self) -> list[int]:
-        """The layers that turn slower where the model was extended."""
-        return far_layers(self._patterns, self.config.text_config.max_position_embeddings)
 
     def _angles(self, position_ids: Tensor | None, cache: BoundedCache | None, new: Tensor) -> SlowerAngles | None:
         """Those of the layers that turn slower, for new tokens [B, T, …]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,12 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
                 f"the text has {len(self.tokens)} tokens, fewer than one block of context={context}: "
                 "use more data or a shorter context."
             )
+
+    def cut(self, context: int) -> PackedBlocks:
+        """The same text in blocks of at most so many tokens."""
+        shorter = copy(self)
+        shorter.context = min(context, self.context)
+        return shorter
 
     @property
     def bytes_per_token(self) -> float:
