@@ -31,7 +31,7 @@ from transformers import (
 
 from pi_attention import PiPattern, coordinated_heads
 from pi_attention.convert import PiConvertedForCausalLM, convert, dense_gains, neediest, register
-from pi_attention.convert.model import need_convertible
+from pi_attention.convert.conversion import need_convertible
 from pi_attention.masks import dense_mask
 from pi_attention.models import PiCache, PiConfig, PiStaticCache
 from pi_attention.stack import DENSE

@@ -234,7 +234,7 @@ def test_the_gate_of_a_quantised_model_takes_its_compute_dtype(dtype):
     assert converted.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 43)
 
 
-@pytest.mark.parametrize("where", ["gates.FusionGate", "model.PiConvertedConfig", "model.initialise_gates_of"])
+@pytest.mark.parametrize("where", ["gates.FusionGate", "conversion.PiConvertedConfig", "model.initialise_gates_of"])
 def test_a_conversion_that_fails_changes_nothing(where, monkeypatch):
     model, ids = pretrained(), prompt()
     want, before = model(ids).logits, dict(vars(model.config))

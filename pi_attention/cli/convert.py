@@ -78,8 +78,8 @@ class Convert:
         from pi_attention.accelerator import best_device
         from pi_attention.convert import convert
         from pi_attention.convert.config import free_layers, need_layers, patterns_with
+        from pi_attention.convert.conversion import need_convertible
         from pi_attention.convert.extension import check_extension
-        from pi_attention.convert.model import need_convertible
         from pi_attention.stack import DENSE
         from pi_attention.tasks.language_modelling import evaluate
 

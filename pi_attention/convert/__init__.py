@@ -7,8 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pi_attention.convert.choice import dense_gains, neediest
 from pi_attention.convert.config import PiConvertedConfig
+from pi_attention.convert.conversion import convert
 from pi_attention.convert.interface import register
-from pi_attention.convert.model import PiConvertedForCausalLM, convert
+from pi_attention.convert.model import PiConvertedForCausalLM
 
 AutoConfig.register("pi_converted", PiConvertedConfig, exist_ok=True)
 AutoModelForCausalLM.register(PiConvertedConfig, PiConvertedForCausalLM, exist_ok=True)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from transformers import PreTrainedModel
 
 from pi_attention.convert.config import free_layers
-from pi_attention.convert.model import PiConvertedForCausalLM, convert, need_convertible
+from pi_attention.convert.conversion import convert, need_convertible
+from pi_attention.convert.model import PiConvertedForCausalLM
 from pi_attention.pattern import PiPattern, need_int
 
 
