@@ -69,7 +69,8 @@ def draw() -> None:
     hybrids = pareto.measured()
     if hybrids:
         plots.save(pareto.picture(hybrids), FIGURES / "pareto.svg")
-    write_explorer(DOCS / "explorer.html", PiPattern(64, 64, 8), heads=8, layers=6, context=8192)
+    layers = PiConfig(num_hidden_layers=6, num_attention_heads=8).patterns()
+    write_explorer(DOCS / "explorer.html", layers, heads=8, context=8192)
     plots.save(plots.growth_picture(fields(32768)), FIGURES / "growth.svg")
     plots.save(plots.hops_picture(fields(8192)), FIGURES / "hops.svg")
     plots.save(labelled_pattern(), FIGURES / "window_and_skips.svg")

@@ -108,7 +108,7 @@ WITHIN = {
         "modeling_pi",
         "heads",
     ],
-    "convert": ["config", "rotary", "extension", "interface", "gates", "undo", "model", "choice"],
+    "convert": ["config", "rotary", "extension", "interface", "gates", "undo", "model", "conversion", "choice"],
     "plots": ["style", "lines", "pattern", "reach", "network"],
     "training": [
         "values",

@@ -10,10 +10,11 @@ from importlib.resources import files
 import pytest
 
 from pi_attention import PiPattern
-from pi_attention.accounting import attention_flops, cache_tokens, dense_flops, visible_pairs
+from pi_attention.accounting import attention_flops, cache_tokens, visible_pairs
 from pi_attention.explorer import write_explorer
 from pi_attention.heads import coordinated_heads, coprime_periods, geometric_periods
 from pi_attention.receptive_field import joint_coverage, positions_of, receptive_field
+from pi_attention.stack import DENSE, stacked
 
 PAGE = files("pi_attention").joinpath("explorer.html").read_text()
 COMPARED = 600
@@ -34,7 +35,9 @@ def drawn(seed):
         sinks=random.choice([0, 0, 1, 4]),
         phase=phases if heads > 1 else phases[0],
     )
-    return pattern, heads, random.randint(1, 5), random.randint(1, 200)
+    kinds = ["pi"] if seed % 2 else random.choices(["pi", "local", "all-skips", "dense"], k=random.randint(1, 4))
+    kinds = kinds if pattern.skips else ["local" if kind == "all-skips" else kind for kind in kinds]
+    return pattern, heads, stacked(kinds, pattern, random.randint(1, 5)), random.randint(1, 200), kinds
 
 
 def per_head(values):
@@ -52,8 +55,8 @@ def cell_by_pairs(pattern, query, key, size):
     return [3 + n for n, band in enumerate(bands) if any(band.contains(q - k) for q, k in pairs)] or [0]
 
 
-def expected(pattern, heads, layers, context):
-    field = receptive_field([pattern] * layers, context)
+def expected(pattern, heads, layers, context, kinds):
+    field = receptive_field(layers, context)
     holes = field.holes()
     hops = field.layers_to_cover()
     sinks = f", sinks={pattern.sinks}" if pattern.sinks else ""
@@ -62,9 +65,10 @@ def expected(pattern, heads, layers, context):
     return {
         "reach": pattern.reach,
         "pairs": [list(visible_pairs(pattern, context, head=h)) for h in range(len(pattern.periods))],
-        "flops": attention_flops(pattern, context, heads=heads, head_dim=8),
-        "dense": dense_flops(context, heads=heads, head_dim=8),
-        "cache": cache_tokens(pattern, context),
+        "flops": sum(attention_flops(layer, context, heads=heads, head_dim=8) for layer in layers),
+        "cache": sum(cache_tokens(layer, context) for layer in layers),
+        "one cache": cache_tokens(pattern, context),
+        "kinds": f"layer_patterns={json.dumps(kinds)}",
         "seen": [sorted(positions_of(bits)) for bits in field.seen],
         "covered": field.covered(),
         "hole": holes[0][0] if holes else -1,
@@ -88,12 +92,13 @@ def expected(pattern, heads, layers, context):
 SCRIPT = """
 const inputs = JSON.parse(require("fs").readFileSync(0, "utf8"));
 const of = test => [...Array(200).keys()].filter(test);
-console.log(JSON.stringify(inputs.map(([p, heads, layers, context]) => {
-  const fields = rules.receptiveField(p, layers, context), every = p.periods.map((_, h) => h);
+console.log(JSON.stringify(inputs.map(([p, heads, layers, context, kinds]) => {
+  const stack = rules.stack(kinds, p, layers), cost = rules.costOfStack(stack, context, heads);
+  const fields = rules.receptiveField(stack, context), every = p.periods.map((_, h) => h);
   return {
     reach: rules.reach(p), pairs: every.map(h => rules.pairs(p, context, h)),
-    flops: rules.flops(p, context, heads, 8), dense: rules.denseFlops(context, heads, 8),
-    cache: rules.cacheTokens(p, context), seen: fields.map(seen => of(at => seen[at] === 1)),
+    flops: 4 * 8 * cost.pairs, cache: cost.cacheTokens, "one cache": rules.cacheTokens(p, context),
+    kinds: rules.layerPatterns(kinds), seen: fields.map(seen => of(at => seen[at] === 1)),
     covered: rules.covered(fields[layers]), hole: rules.firstHole(fields[layers]), hops: rules.layersToCover(fields),
     keys: every.map(h => [of(k => rules.seesLocal(p, context - 1, k)), of(k => rules.seesSkip(p, context - 1, k, h))]),
     code: rules.code(p), stretch: rules.stretch(p, context),
@@ -111,8 +116,8 @@ console.log(JSON.stringify(inputs.map(([p, heads, layers, context]) => {
 def test_the_rules_in_javascript_are_those_in_python():
     cases = [drawn(seed) for seed in range(COMPARED)]
     given = [
-        [{**p.to_dict(), "periods": list(p.periods), "phases": list(p.phases)}, heads, layers, context]
-        for p, heads, layers, context in cases
+        [{**p.to_dict(), "periods": list(p.periods), "phases": list(p.phases)}, heads, len(layers), context, kinds]
+        for p, heads, layers, context, kinds in cases
     ]
     rules = re.search(r'<script id="rules">(.*?)</script>', PAGE, re.DOTALL)[1]
     done = subprocess.run(
@@ -142,8 +147,10 @@ setTimeout(() => {
     input.value = value;
     input.dispatchEvent(new Event("input", {bubbles: true}));
   }
-  document.getElementById("schedule").value = "SCHEDULE";
-  document.getElementById("schedule").dispatchEvent(new Event("input", {bubbles: true}));
+  for (const [name, value] of [["schedule", "SCHEDULE"], ["kinds", "KINDS"]]) {
+    document.getElementById(name).value = value;
+    document.getElementById(name).dispatchEvent(new Event("input", {bubbles: true}));
+  }
   setTimeout(() => {
     const boxes = [...document.querySelectorAll("#figures b")];
     const figures = Object.fromEntries(boxes.map(b => [b.dataset.name, b.textContent]));
@@ -156,25 +163,26 @@ setTimeout(() => {
 """
 
 
-def moved(tmp_path, schedule):
-    """What the page says at first, and after its sliders and its schedule were moved."""
+def moved(tmp_path, patterns, schedule="one", kinds="all have this pattern"):
+    """What the page says at first, and after its sliders, its schedule and its layers were moved."""
     page = tmp_path / "explorer.html"
-    write_explorer(page, PiPattern(100, 64, 8, phase=3), heads=4, layers=4, context=5000)
-    page.write_text(page.read_text().replace("</html>", MOVE.replace("SCHEDULE", schedule) + "</html>"))
+    write_explorer(page, patterns, heads=4, context=5000)
+    move = MOVE.replace("SCHEDULE", schedule).replace("KINDS", kinds)
+    page.write_text(page.read_text().replace("</html>", move + "</html>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--enable-logging=stderr"]
     done = subprocess.run(
         [browser(), *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
     found = json.loads(re.search(r'data-found="([^"]*)"', done.stdout)[1].replace("&quot;", '"'))
     assert found["log"] == [] and "CONSOLE" not in done.stderr
-    assert found["before"] == "PiPattern(window=100, period=64, skips=8, phase=3)"
     return found
 
 
 @pytest.mark.skipif(browser() is None, reason="needs Chromium")
 @pytest.mark.parametrize("schedule", ["coprime", "coordinated"])
 def test_moving_the_sliders_in_a_browser(tmp_path, schedule):
-    found = moved(tmp_path, schedule)
+    found = moved(tmp_path, [PiPattern(100, 64, 8, phase=3)] * 4, schedule)
+    assert found["before"] == "PiPattern(window=100, period=64, skips=8, phase=3)"
     if schedule == "coprime":
         periods = coprime_periods(48, 4)
         pattern = PiPattern(16, periods, 3, sinks=2, phase=5)
@@ -186,17 +194,58 @@ def test_moving_the_sliders_in_a_browser(tmp_path, schedule):
     field = receptive_field([pattern] * 3, 4096)
     assert found["figures"]["seen through all layers"] == f"{100 * field.covered() / 4096:.2f} %"
     assert found["figures"]["first hole (lag)"] == f"{field.holes()[0][0]:,}"
-    assert found["figures"]["decoding cache (tokens)"] == f"{cache_tokens(pattern, 4096):,}"
+    assert found["figures"]["decoding cache (tokens a layer)"] == f"{cache_tokens(pattern, 4096):,}"
     assert found["figures"]["lags without a hole, one layer"] == f"{joint_coverage(pattern, 4096).stretch:,}"
     drawn = pattern.reach * 5 // 4 + 2  # rows and columns of the mask: the whole reach
     assert pattern.reach < found["cells"] <= drawn + 1
 
 
-def test_the_page_starts_at_the_given_pattern(tmp_path):
-    write_explorer(tmp_path / "a" / "page.html", PiPattern(64, (60, 70), 8), heads=2, layers=4, context=512)
-    assert '"periods": [60, 70]' in (tmp_path / "a" / "page.html").read_text()
-    write_explorer(tmp_path / "page.html", coordinated_heads(16, 64, 4), heads=4, layers=4, context=512)
-    page = (tmp_path / "page.html").read_text()
-    assert '"phases": [0, 1, 2, 3]' in page and '"schedule": "coordinated"' in page
+@pytest.mark.skipif(browser() is None, reason="needs Chromium")
+@pytest.mark.parametrize(
+    ("kinds", "of_one"),
+    [
+        ("windows, one of six is dense", ["local"] * 3 + ["dense"] + ["local"] * 2),
+        ("windows, one of six has all skips", ["local"] * 3 + ["all-skips"] + ["local"] * 2),
+        ("as given", ["local", "dense"]),
+    ],
+)
+def test_layers_of_several_kinds_in_a_browser(tmp_path, kinds, of_one):
+    found = moved(tmp_path, stacked(["local", "dense"], PiPattern(100, 64, 8), 4), "one", kinds)
+    assert found["before"] == 'PiPattern(window=100, period=1, skips=0)\nlayer_patterns=["pi", "dense"]'
+    pattern = PiPattern(16, 48, 3, sinks=2)  # a window has one phase only, when the slider of phases is moved
+    if kinds == "as given":  # the windows are the pattern of the sliders
+        of_one = ["pi", "dense"]
+    layers = stacked(of_one, pattern, 3)
+    assert found["code"].endswith(f"layer_patterns={json.dumps(of_one)}")
+    field, flops = receptive_field(layers, 4096), [attention_flops(p, 4096, heads=4, head_dim=8) for p in layers]
+    dense = attention_flops(DENSE, 4096, heads=4, head_dim=8)
+    assert found["figures"]["seen through all layers"] == f"{100 * field.covered() / 4096:.2f} %"
+    assert found["figures"]["attention FLOPs, of dense"] == f"{100 * sum(flops) / (3 * dense):.2f} %"
+    kept = round(sum(cache_tokens(layer, 4096) for layer in layers) / 3)
+    assert found["figures"]["decoding cache (tokens a layer)"] == f"{kept:,}"
+
+
+def started(tmp_path, patterns, heads):
+    """What the page is set to."""
+    write_explorer(tmp_path / "a" / "page.html", patterns, heads=heads, context=512)
+    return json.loads(re.search(r"const initial = (.*);", (tmp_path / "a" / "page.html").read_text())[1])
+
+
+def test_the_page_starts_at_the_given_patterns(tmp_path):
+    found = started(tmp_path, [PiPattern(64, (60, 70), 8)] * 4, 2)
+    assert found["periods"] == [60, 70] and found["kinds"] == ["pi"] and found["layers"] == 4
+    found = started(tmp_path, [coordinated_heads(16, 64, 4)] * 4, 4)
+    assert found["phases"] == [0, 1, 2, 3] and found["schedule"] == "coordinated"
     with pytest.raises(ValueError, match="causal patterns"):
-        write_explorer(tmp_path / "page.html", PiPattern(64, 64, 8, causal=False), heads=2, layers=4, context=512)
+        started(tmp_path, [PiPattern(64, 64, 8, causal=False)], 2)
+
+
+def test_the_page_starts_at_layers_of_several_kinds(tmp_path):
+    windows = PiPattern(64, 1, 0, sinks=4)
+    found = started(tmp_path, [windows, DENSE, windows] * 2, 2)
+    assert found["window"] == 64 and found["skips"] == 0 and found["kinds"] == ["pi", "dense", "pi"]
+    pattern = PiPattern(16, 4, None, sinks=4)  # with all skips; the sliders have some of them
+    found = started(tmp_path, [PiPattern(16, 1, 0, sinks=4), pattern, windows], 2)
+    assert found["window"] == 16 and found["period"] == 4 and found["skips"] == 8
+    assert found["kinds"][:2] == ["local", "all-skips"] and found["kinds"][2]["window"] == 64
+    assert started(tmp_path, [DENSE] * 2, 2)["kinds"] == ["pi"]

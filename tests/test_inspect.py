@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from pi_attention import PiPattern
@@ -69,3 +70,11 @@ def test_means_are_those_of_all_heads():
     both = printed(PiPattern(4, (4, 16), 8), context=64, heads=2, kv_heads=2)
     skips = [float(rows["keys per query"].split("local and ")[1].split(" skip")[0]) for rows in (one, other, both)]
     assert skips[0] != skips[1] and abs(skips[2] - (skips[0] + skips[1]) / 2) < 0.1
+
+
+def test_the_page_shows_layers_of_several_kinds(tmp_path):
+    console = Console(record=True, width=300, file=io.StringIO())
+    Inspect(window=80, layer_patterns=("local", "dense"), context=256, html=True, out=tmp_path).execute(console)
+    assert '"kinds": ["pi", "dense"]' in (tmp_path / "explorer.html").read_text()
+    with pytest.raises(ValueError, match="html=True"):
+        Inspect(causal=False, period=(64,), context=256, html=True, out=tmp_path).execute(console)

@@ -57,7 +57,7 @@ class Inspect:
     out: Path | None = None
     """Folder of the pictures; the run's folder, or the current one, by default."""
     html: bool = False
-    """Also write the interactive explorer, explorer.html, set to the (first) pattern."""
+    """Also write the interactive explorer, explorer.html, set to these layers."""
     empirical: bool = False
     """Measure what the run's network depends on, by the Jacobian of its last position (needs a run)."""
     tokens: int = 512
@@ -77,8 +77,8 @@ class Inspect:
         stack, context, heads, kv_heads, head_dim = self._describe()
         if context < 1 or not stack:
             raise ValueError(f"context={context} and layers={len(stack)} must be at least 1.")
-        if self.html and (len(set(stack)) > 1 or not stack[0].causal or stack[0].skips is None):
-            raise ValueError("html=True shows one causal pattern with a number of skips for all layers: leave it out.")
+        if self.html and not stack[0].causal:
+            raise ValueError("html=True shows causal patterns: leave it out.")
         layers = by_layers(stack)
         for pattern, title in layers.items():
             console.print(self._table(pattern, title, context, heads, kv_heads, head_dim))
@@ -99,7 +99,7 @@ class Inspect:
         written = list(pictures)
         if self.html:
             written.append("explorer.html")
-            write_explorer(out / written[-1], stack[0], heads=heads, layers=len(stack), context=context)
+            write_explorer(out / written[-1], stack, heads=heads, context=context)
         console.print(f"written: {', '.join(str(out / name) for name in written)}", soft_wrap=True)
         return 0
 
