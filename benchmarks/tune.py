@@ -1,6 +1,7 @@
 """Measure tile sizes for each kernel, from which `pi_attention/ops/fused/tuning.py` is filled by hand.
 
     python -m benchmarks.tune [--dim 128] [--workers 14]
+    python -m benchmarks.tune --dim 256 --window 512 --heads 4 --key-heads 1 --only local    # the windows of Gemma 3
 
 Workers first compile every candidate into Triton's disk cache; then one process times them.
 """
@@ -22,12 +23,15 @@ from pi_attention.ops.fused.launch import backward_plan, described_keys, forward
 from pi_attention.ops.fused.tiling import problem_of
 from pi_attention.ops.fused.tuning import Tiles
 
-PATTERN = PiPattern(256, 256, 48)  # more skips than the one-pass backward kernel serves
+SKIPS = 48
+"""More than the one-pass backward kernel serves."""
 KERNELS = ["forward", "backward query", "backward key"]
 
 
-def candidates(skip: bool, kernel: str) -> Iterator[Tiles]:
-    if skip:
+def candidates(skip: bool, kernel: str, dim: int) -> Iterator[Tiles]:
+    if dim > 128 and not skip:  # sums of a row fill the registers
+        sizes, stages = [(32, 32), (64, 32), (64, 64), (128, 32), (128, 64)], (1, 2, 3)
+    elif skip:
         sizes = [(32, 16), (64, 16), (64, 32), (128, 16)]
         stages = (1, 2, 3, 4) if kernel == "forward" else (1, 2, 3)
     elif kernel == "backward key":
@@ -40,21 +44,25 @@ def candidates(skip: bool, kernel: str) -> Iterator[Tiles]:
 
 
 class Bench:
-    """The kernels of one band on one problem."""
+    """The kernels of one band on one problem; the local band stands alone, if it is the only one that is asked for."""
 
-    def __init__(self, skip: bool, length: int, dim: int) -> None:
+    def __init__(self, skip: bool, length: int, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        tensors = [torch.randn(1, 16, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-        *self.inputs, self.grad = tensors
+        heads = (options.heads, options.key_heads, options.key_heads, options.heads)
+        sizes = [(1, count, length, options.dim) for count in heads]
+        *self.inputs, self.grad = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for size in sizes)
         self.skip = skip
-        self.problem = problem_of(*self.inputs, None, None, PATTERN, True, dim**-0.5)
+        skips = 0 if options.only.startswith("local") else SKIPS
+        pattern = PiPattern(options.window, options.window if skips else 1, skips)
+        self.problem = problem_of(*self.inputs, None, None, pattern, True, options.dim**-0.5)
         self.outputs = run_forward(*self.inputs, None, None, None, self.problem)
         self.terms = torch.randn(4, *self.outputs[1].shape, device="cuda")
         self.grads = [torch.empty_like(x) for x in self.inputs]
 
     def run(self, kernel: str) -> None:
         query, key, value = self.inputs
-        out, lse, skip_out, skip_lse = self.outputs
+        out, lse = self.outputs[:2]
+        skip_out, skip_lse = (out, lse) if self.outputs[2] is None else self.outputs[2:]
         if kernel == "forward":
             plan = forward_plan(self.problem)
             step, other = (plan.skip, (out, lse)) if self.skip else (plan.local, (skip_out, skip_lse))
@@ -77,26 +85,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--key-heads", type=int, default=16)
+    parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--shard", type=int, default=None)
-    parser.add_argument("--only", default="", help='one kernel, such as "skip backward"')
+    parser.add_argument("--only", default="", help='kernels whose name begins so, such as "local" or "skip forward"')
     options = parser.parse_args()
     todo = [
         (skip, kernel, tiles)
         for skip in (False, True)
         for kernel in KERNELS
-        for tiles in candidates(skip, kernel)
-        if options.only in ("", f"{'skip' if skip else 'local'} {kernel}")
+        for tiles in candidates(skip, kernel, options.dim)
+        if f"{'skip' if skip else 'local'} {kernel}".startswith(options.only)
     ]
     if options.shard is not None:
         todo = todo[options.shard :: options.workers]
     else:
-        command = [sys.executable, "-m", "benchmarks.tune", f"--dim={options.dim}", f"--workers={options.workers}"]
-        command += [f"--only={options.only}"]
-        shards = [subprocess.Popen([*command, f"--shard={i}", "--length=2048"]) for i in range(options.workers)]
+        alike = ("dim", "workers", "only", "heads", "key-heads", "window")
+        command = [f"--{name}={getattr(options, name.replace('-', '_'))}" for name in alike]
+        command = [sys.executable, "-m", "benchmarks.tune", *command, "--length=2048"]
+        shards = [subprocess.Popen([*command, f"--shard={i}"]) for i in range(options.workers)]
         for shard in shards:
             shard.wait()
-    benches = {skip: Bench(skip, options.length, options.dim) for skip in (False, True)}
+    benches = {skip: Bench(skip, options.length, options) for skip in dict.fromkeys(skip for skip, *_ in todo)}
     times: dict[tuple[bool, str], list[tuple[float, Tiles]]] = {}
     for skip, kernel, tiles in todo:
         (tuning.SKIP if skip else tuning.LOCAL)[kernel] = {options.dim: tiles}
