@@ -97,6 +97,7 @@ def forms(keys: int, heads: int) -> dict[str, Form]:
         COORDINATED: Form(coordinated),
         WHOLE: Form(DENSE),
         f"{ALIKE} + dense, 1 in {EVERY}": Form(window, EVERY),
+        f"{ALIKE} + dense, 1 in {EVERY}, slower alone": Form(window, EVERY, apart=True),
         f"{ALIKE} + {CHOSEN} chosen dense": Form(window, chosen=CHOSEN),
         BEST: Form(window, chosen=CHOSEN, apart=True),
         f"{ALIKE} + {FEWER} chosen dense, slower alone": Form(window, chosen=FEWER, apart=True),
