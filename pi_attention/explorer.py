@@ -14,12 +14,12 @@ from pi_attention.files import write_text
 from pi_attention.pattern import PiPattern
 from pi_attention.stack import stacked
 
-SKIPS = 8
-"""Where the slider of skips starts if all layers that have skips have all of them."""
+SKIPS, WINDOW = 8, 64
+"""Where the sliders start if all layers that have skips have all of them, and if all layers are dense."""
 
 
 def write_explorer(path: Path, patterns: Sequence[PiPattern], *, heads: int, context: int) -> None:
-    """Write the page. Its sliders start at the first pattern with skips, or else at the first window.
+    """Write the page. Its sliders start at the first pattern with skips, or else at the largest window.
 
     Args:
         path: of the page.
@@ -49,14 +49,15 @@ def write_explorer(path: Path, patterns: Sequence[PiPattern], *, heads: int, con
 
 
 def _of_the_sliders(patterns: Sequence[PiPattern]) -> PiPattern:
-    """The first pattern with a number of skips, or with all of them, or else the first that is not dense."""
+    """The first pattern with a number of skips, or with all of them, or else the largest window that is not dense."""
     for pattern in patterns:
         if pattern.skips:
             return pattern
     for pattern in patterns:
         if pattern.skips is None:
             return replace(pattern, skips=SKIPS)
-    return next((pattern for pattern in patterns if not is_dense(pattern)), patterns[0])
+    windows = [pattern for pattern in patterns if not is_dense(pattern)]
+    return max(windows, key=lambda pattern: pattern.window, default=PiPattern(WINDOW, 1, 0))
 
 
 def _kind(layer: PiPattern, pattern: PiPattern) -> str | dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from pi_attention import PiPattern
 from pi_attention.accounting import attention_flops, cache_tokens, visible_pairs
-from pi_attention.explorer import write_explorer
+from pi_attention.explorer import _fields, write_explorer
 from pi_attention.heads import coordinated_heads, coprime_periods, geometric_periods
 from pi_attention.receptive_field import joint_coverage, positions_of, receptive_field
 from pi_attention.stack import DENSE, stacked
@@ -35,8 +35,10 @@ def drawn(seed):
         sinks=random.choice([0, 0, 1, 4]),
         phase=phases if heads > 1 else phases[0],
     )
-    kinds = ["pi"] if seed % 2 else random.choices(["pi", "local", "all-skips", "dense"], k=random.randint(1, 4))
+    own = PiPattern(random.randint(1, 30), 1, 0, sinks=random.choice([0, 2]))
+    kinds = ["pi"] if seed % 2 else random.choices(["pi", "local", "all-skips", "dense", own], k=random.randint(1, 4))
     kinds = kinds if pattern.skips else ["local" if kind == "all-skips" else kind for kind in kinds]
+    kinds = [kind if isinstance(kind, str) else kind.to_dict() for kind in kinds]
     return pattern, heads, stacked(kinds, pattern, random.randint(1, 5)), random.randint(1, 200), kinds
 
 
@@ -68,7 +70,7 @@ def expected(pattern, heads, layers, context, kinds):
         "flops": sum(attention_flops(layer, context, heads=heads, head_dim=8) for layer in layers),
         "cache": sum(cache_tokens(layer, context) for layer in layers),
         "one cache": cache_tokens(pattern, context),
-        "kinds": f"layer_patterns={json.dumps(kinds)}",
+        "stack": seen_by(layers),
         "seen": [sorted(positions_of(bits)) for bits in field.seen],
         "covered": field.covered(),
         "hole": holes[0][0] if holes else -1,
@@ -89,6 +91,18 @@ def expected(pattern, heads, layers, context, kinds):
     }
 
 
+def said(base, kinds, layers):
+    """What the heads of the layers see that the page's code gives."""
+    names = {"PiPattern": PiPattern}
+    return seen_by(stacked(eval(kinds.removeprefix("layer_patterns="), names), eval(base, names), layers))
+
+
+def seen_by(layers):
+    """Window, sinks and skips of each layer, those of heads that are alike once."""
+    bands = [list(p.skip_bands()) if p.skips != 0 else [] for p in layers]
+    return [(p.window, p.sinks, of[:1] if len(set(of)) == 1 else of) for p, of in zip(layers, bands, strict=True)]
+
+
 SCRIPT = """
 const inputs = JSON.parse(require("fs").readFileSync(0, "utf8"));
 const of = test => [...Array(200).keys()].filter(test);
@@ -98,7 +112,8 @@ console.log(JSON.stringify(inputs.map(([p, heads, layers, context, kinds]) => {
   return {
     reach: rules.reach(p), pairs: every.map(h => rules.pairs(p, context, h)),
     flops: 4 * 8 * cost.pairs, cache: cost.cacheTokens, "one cache": rules.cacheTokens(p, context),
-    kinds: rules.layerPatterns(kinds), seen: fields.map(seen => of(at => seen[at] === 1)),
+    stack: [rules.code(rules.base(kinds, p)), rules.layerPatterns(kinds, p)],
+    seen: fields.map(seen => of(at => seen[at] === 1)),
     covered: rules.covered(fields[layers]), hole: rules.firstHole(fields[layers]), hops: rules.layersToCover(fields),
     keys: every.map(h => [of(k => rules.seesLocal(p, context - 1, k)), of(k => rules.seesSkip(p, context - 1, k, h))]),
     code: rules.code(p), stretch: rules.stretch(p, context),
@@ -116,7 +131,7 @@ console.log(JSON.stringify(inputs.map(([p, heads, layers, context, kinds]) => {
 def test_the_rules_in_javascript_are_those_in_python():
     cases = [drawn(seed) for seed in range(COMPARED)]
     given = [
-        [{**p.to_dict(), "periods": list(p.periods), "phases": list(p.phases)}, heads, len(layers), context, kinds]
+        [_fields(p), heads, len(layers), context, [k if isinstance(k, str) else _fields(PiPattern(**k)) for k in kinds]]
         for p, heads, layers, context, kinds in cases
     ]
     rules = re.search(r'<script id="rules">(.*?)</script>', PAGE, re.DOTALL)[1]
@@ -128,6 +143,7 @@ def test_the_rules_in_javascript_are_those_in_python():
         check=True,
     )
     for case, got in zip(cases, json.loads(done.stdout), strict=True):
+        got["stack"] = said(*got["stack"], layers=len(case[2]))
         assert got == expected(*case), case
 
 
@@ -141,15 +157,10 @@ const log = [];
 addEventListener("error", event => log.push(event.message));
 setTimeout(() => {
   const before = document.getElementById("code").textContent;
-  const values = {window: 4, period: 48, phase: 5, skips: 3, layers: 3, sinks: 2, context: 12};
-  for (const [name, value] of Object.entries(values)) {
+  for (const [name, value] of Object.entries(VALUES)) {
     const input = document.getElementById(name);
-    input.value = value;
+    input.value = value;  // of a slider, or of a list
     input.dispatchEvent(new Event("input", {bubbles: true}));
-  }
-  for (const [name, value] of [["schedule", "SCHEDULE"], ["kinds", "KINDS"]]) {
-    document.getElementById(name).value = value;
-    document.getElementById(name).dispatchEvent(new Event("input", {bubbles: true}));
   }
   setTimeout(() => {
     const boxes = [...document.querySelectorAll("#figures b")];
@@ -163,12 +174,14 @@ setTimeout(() => {
 """
 
 
-def moved(tmp_path, patterns, schedule="one", kinds="all have this pattern"):
-    """What the page says at first, and after its sliders, its schedule and its layers were moved."""
+SLIDERS = {"window": 4, "period": 48, "phase": 5, "skips": 3, "layers": 3, "sinks": 2, "context": 12}
+
+
+def moved(tmp_path, patterns, values):
+    """What the page says at first, and after its controls were moved."""
     page = tmp_path / "explorer.html"
     write_explorer(page, patterns, heads=4, context=5000)
-    move = MOVE.replace("SCHEDULE", schedule).replace("KINDS", kinds)
-    page.write_text(page.read_text().replace("</html>", move + "</html>"))
+    page.write_text(page.read_text().replace("</html>", MOVE.replace("VALUES", json.dumps(values)) + "</html>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--enable-logging=stderr"]
     done = subprocess.run(
         [browser(), *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
@@ -181,7 +194,7 @@ def moved(tmp_path, patterns, schedule="one", kinds="all have this pattern"):
 @pytest.mark.skipif(browser() is None, reason="needs Chromium")
 @pytest.mark.parametrize("schedule", ["coprime", "coordinated"])
 def test_moving_the_sliders_in_a_browser(tmp_path, schedule):
-    found = moved(tmp_path, [PiPattern(100, 64, 8, phase=3)] * 4, schedule)
+    found = moved(tmp_path, [PiPattern(100, 64, 8, phase=3)] * 4, SLIDERS | {"schedule": schedule})
     assert found["before"] == "PiPattern(window=100, period=64, skips=8, phase=3)"
     if schedule == "coprime":
         periods = coprime_periods(48, 4)
@@ -210,19 +223,29 @@ def test_moving_the_sliders_in_a_browser(tmp_path, schedule):
     ],
 )
 def test_layers_of_several_kinds_in_a_browser(tmp_path, kinds, of_one):
-    found = moved(tmp_path, stacked(["local", "dense"], PiPattern(100, 64, 8), 4), "one", kinds)
+    given = stacked(["local", "dense"], PiPattern(100, 64, 8), 4)
+    found = moved(tmp_path, given, SLIDERS | {"schedule": "one", "kinds": kinds})
     assert found["before"] == 'PiPattern(window=100, period=1, skips=0)\nlayer_patterns=["pi", "dense"]'
     pattern = PiPattern(16, 48, 3, sinks=2)  # a window has one phase only, when the slider of phases is moved
     if kinds == "as given":  # the windows are the pattern of the sliders
         of_one = ["pi", "dense"]
     layers = stacked(of_one, pattern, 3)
-    assert found["code"].endswith(f"layer_patterns={json.dumps(of_one)}")
+    assert said(*found["code"].split("\n"), layers=3) == seen_by(layers)
     field, flops = receptive_field(layers, 4096), [attention_flops(p, 4096, heads=4, head_dim=8) for p in layers]
     dense = attention_flops(DENSE, 4096, heads=4, head_dim=8)
     assert found["figures"]["seen through all layers"] == f"{100 * field.covered() / 4096:.2f} %"
     assert found["figures"]["attention FLOPs, of dense"] == f"{100 * sum(flops) / (3 * dense):.2f} %"
     kept = round(sum(cache_tokens(layer, 4096) for layer in layers) / 3)
     assert found["figures"]["decoding cache (tokens a layer)"] == f"{kept:,}"
+
+
+@pytest.mark.skipif(browser() is None, reason="needs Chromium")
+def test_heads_of_their_own_stay_until_what_they_follow_is_moved(tmp_path):
+    pattern = PiPattern(16, (1, 3, 9, 25), 8)
+    assert moved(tmp_path, [pattern] * 4, {"layers": 5, "sinks": 2})["code"] == (
+        "PiPattern(window=16, period=(1, 3, 9, 25), skips=8, sinks=2)"
+    )
+    assert moved(tmp_path, [pattern] * 4, {"heads": 2})["code"] == "PiPattern(window=16, period=(1, 2), skips=8)"
 
 
 def started(tmp_path, patterns, heads):
@@ -248,4 +271,6 @@ def test_the_page_starts_at_layers_of_several_kinds(tmp_path):
     found = started(tmp_path, [PiPattern(16, 1, 0, sinks=4), pattern, windows], 2)
     assert found["window"] == 16 and found["period"] == 4 and found["skips"] == 8
     assert found["kinds"][:2] == ["local", "all-skips"] and found["kinds"][2]["window"] == 64
-    assert started(tmp_path, [DENSE] * 2, 2)["kinds"] == ["pi"]
+    assert started(tmp_path, [DENSE] * 2, 2)["kinds"] == ["dense"]
+    wide = PiPattern(100, 1, 0)  # as a converted model whose other layers keep their own windows
+    assert started(tmp_path, [windows, wide, windows], 2)["window"] == 100
