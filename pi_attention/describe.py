@@ -24,9 +24,25 @@ def layers_alike(patterns: Sequence[PiPattern]) -> dict[PiPattern, list[int]]:
 
 
 def by_layers(patterns: Sequence[PiPattern]) -> dict[PiPattern, str]:
-    """The same in words: "layer 3", "layers 0, 1"."""
+    """The same in words: "layer 3", "layers 0, 1", "layers 0 to 4, 6"."""
     alike = layers_alike(patterns).items()
-    return {pattern: f"layer{'s' if layers[1:] else ''} {', '.join(map(str, layers))}" for pattern, layers in alike}
+    return {pattern: f"layer{'s' if layers[1:] else ''} {in_runs(layers)}" for pattern, layers in alike}
+
+
+def in_runs(numbers: Sequence[int]) -> str:
+    """Increasing numbers in words, three and more successive ones as a run.
+
+    >>> in_runs([0, 1, 2, 3, 5, 7, 8])
+    '0 to 3, 5, 7, 8'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = (f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    return ", ".join(words)
 
 
 def in_words(pattern: PiPattern, context: int = EVERYTHING) -> str:

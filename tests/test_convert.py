@@ -1,6 +1,7 @@
 """Pretrained decoders of transformers with π-Attention: exact, bounded, saved and restored."""
 
 import io
+import json
 import shutil
 from copy import deepcopy
 from types import SimpleNamespace
@@ -574,6 +575,28 @@ def test_the_command_converts_the_first_layer(llama, tmp_path):
     assert parse(asked).execute(Console(quiet=True)) == 0
     patterns = AutoModelForCausalLM.from_pretrained(tmp_path / "new").config.patterns()
     assert patterns == [PiPattern(8, 8, 4, sinks=4), DENSE, PiPattern(8, 8, 4, sinks=4)]
+
+
+def test_the_command_keeps_the_dtype_of_weights_that_it_does_not_train(llama, tmp_path):
+    from pi_attention.cli.main import parse
+
+    folder = tmp_path / "llama"
+    AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
+    assert parse([*llama, "--model", str(folder)]).execute(Console(quiet=True)) == 0
+    saved, before = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "new", folder))
+    assert saved.dtype == saved.config.text_config.dtype == torch.bfloat16
+    assert all(map(torch.equal, saved.parameters(), before.parameters()))
+
+
+def test_the_command_reads_another_field_of_the_records(llama, tmp_path):
+    from pi_attention.cli.main import parse
+
+    records = tmp_path / "text.jsonl"
+    records.write_text(json.dumps({"content": "To be, or not to be, that is the question. " * 60}) + "\n")
+    asked = [*llama, "--model", str(tmp_path / "llama"), "--data", str(records)]
+    with pytest.raises(ValueError, match=r"set text_field to one of \['content'\]"):
+        parse(asked).execute(Console(quiet=True))
+    assert parse([*asked, "--text-field", "content"]).execute(Console(quiet=True)) == 0
 
 
 @pytest.mark.parametrize(("converted", "said"), [(10.4, False), (11.2, True)])

@@ -454,7 +454,7 @@ def test_a_process_serves_frees_and_ends(tmp_path):
     )
     try:
         assert "serves 'book': PiForCausalLM" in server.told and "bytes a request" in server.told
-        assert "layers 0, 1, 2: the last 8 tokens" in server.told and "32 requests at once" in server.told
+        assert "layers 0 to 2: the last 8 tokens" in server.told and "32 requests at once" in server.told
         for command in curls(server.port):
             done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
             assert '"error"' not in done.stdout and (

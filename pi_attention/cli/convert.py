@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class Convert:
     gate: bool = False
     """Add a learned fusion gate to each converted layer."""
     finetune_steps: int = 0
-    """Steps of fine-tuning; 0 saves the pretrained weights as they are."""
+    """Steps of fine-tuning, after which weights are saved in fp32; 0 saves the pretrained ones as they are."""
     part: Literal["gates", "lora", "all"] = "all"
     """What is fine-tuned: the gates alone (needs --gate), low-rank adapters (merged at the end) and the gates, if any,
     or all weights."""
@@ -65,6 +66,8 @@ class Convert:
     """Peak learning rate of the fine-tune; 3e-3 for gates, 2e-4 for adapters, 2e-5 for all weights when None."""
     data: str = "shakespeare"
     """Text to fine-tune and evaluate on: see `pi-attention train`."""
+    text_field: str = "text"
+    """Field of the records that holds the text, in .jsonl, .csv and .parquet files and on the hub."""
     context: int = 2048
     """Tokens of a block."""
     eval_blocks: int = 4
@@ -128,6 +131,9 @@ class Convert:
         if self.finetune_steps:
             self._finetune(converted, training, console)
             report(f"after {self.finetune_steps} steps of {self.part}")
+        else:
+            converted.config.text_config.dtype = config.dtype or converted.dtype
+            converted.to(converted.config.text_config.dtype)  # the weights are still those that were loaded
         self._save(converted, tokenizer, facts)
         console.print(f"Saved in {self.out}. Next: pi-attention generate {self.out}", soft_wrap=True)
         return 0
@@ -209,10 +215,10 @@ class Convert:
         from pi_attention.data.corpus import load_documents
         from pi_attention.data.packing import blocks_named, hold_out
 
-        parts = zip(("training", "held-out"), hold_out(load_documents(self.data), 0.1, 0), strict=True)
+        documents = load_documents(self.data, text_field=self.text_field)
         return [
             blocks_named(f"the {name} part of data={self.data!r}, 10 % held out", part, tokenizer, self.context)
-            for name, part in parts
+            for name, part in zip(("training", "held-out"), hold_out(documents, 0.1, 0), strict=True)
         ]
 
     def _chosen(
@@ -223,7 +229,21 @@ class Convert:
         from pi_attention.tasks.language_modelling import evaluate
 
         console.print(f"trying each of {free} layers as the only one of them that stays dense")
-        gains = dense_gains(model, pattern, lambda tried: evaluate(tried, text, limit=self.eval_blocks).loss)
+        begun, done = time.monotonic(), 0
+
+        def loss(tried: Any) -> float:
+            nonlocal done
+            found, done = evaluate(tried, text, limit=self.eval_blocks).loss, done + 1
+            if done == 1:  # of none of them
+                left = free * (time.monotonic() - begun)
+                console.print(
+                    f"none of them dense: perplexity {math.exp(found):.2f} a token of the text to train on; the others "
+                    f"take about {f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'}",
+                    soft_wrap=True,
+                )
+            return found
+
+        gains = dense_gains(model, pattern, loss)
         if max(gains.values()) <= 0:
             raise ValueError(
                 f"dense_layers={self.dense_layers}: no dense layer lowers the loss of blocks of at most {self.context} "

@@ -59,7 +59,8 @@ class Inspect:
     html: bool = False
     """Also write the interactive explorer, explorer.html, set to these layers."""
     empirical: bool = False
-    """Measure what the run's network depends on, by the Jacobian of its last position (needs a run)."""
+    """Measure what the run's network depends on, by the Jacobian of its last position (needs a run of
+    `pi-attention train`)."""
     tokens: int = 512
     """Context of that measurement, in tokens; its cost grows with it."""
 
@@ -158,8 +159,13 @@ class Inspect:
 
         import pi_attention.convert  # noqa: F401  registers our configurations
 
-        need_ours(self.run, ("pi",) if self.empirical else ("pi", "pi_converted"))
+        need_ours(self.run, ("pi", "pi_converted"))
         config = AutoConfig.from_pretrained(model_folder(self.run), trust_remote_code=False)
+        if self.empirical and config.model_type != "pi":
+            raise ValueError(
+                f"empirical=True measures models of `pi-attention train`, and run={str(self.run)!r} holds a converted "
+                "one: leave it out."
+            )
         text, heads = config.get_text_config(), config.get_text_config().num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         context = known_context(config) if self.context is None else self.context

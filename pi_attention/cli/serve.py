@@ -78,11 +78,27 @@ class Serve:
         model, tokenizer = load_run(self.run)
         if template is not None:
             tokenizer.chat_template = template
-        moving = any(pattern.sinks for pattern in model.config.patterns())  # beyond that context, and not in pages
-        context = model.config.get_text_config().max_position_embeddings if moving else known_context(model.config)
+        context = self._bound(model.config) or known_context(model.config)
         limits = Limits(self.max_prompt_tokens or context, self.max_new_tokens, context, self.requests + self.waiting)
         name = self.model_name or self.run.resolve().name
         return Engine(model, tokenizer, name, limits, self.requests, self.batch_tokens)
+
+    def _bound(self, config: Any) -> int | None:
+        """Tokens of the longest text of a model whose sinks would have to move along, which in pages they do not.
+
+        Raises:
+            ValueError: prompts may be longer.
+        """
+        if config.model_type != "pi_converted" or not any(pattern.sinks for pattern in config.patterns()):
+            return None
+        context: int = config.text_config.max_position_embeddings
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens >= context:
+            raise ValueError(
+                f"max_prompt_tokens={self.max_prompt_tokens} leaves no room in the pretrained context of {context}, "
+                "beyond which sinks move along, and in a served model they cannot: give less, use generate, or convert "
+                "with --sinks 0."
+            )
+        return context
 
     def _told(self, engine: Any) -> str:
         """The line of a server that is ready."""
@@ -91,9 +107,10 @@ class Serve:
         model, limits = engine.model, engine.limits
         layers = by_layers(model.config.patterns()).items()
         patterns = "; ".join(f"{where}: {in_words(pattern)}" for pattern, where in layers)
-        most = request_bytes(model, limits.prompt_tokens + limits.new_tokens)
+        most, bound = request_bytes(model, limits.prompt_tokens + limits.new_tokens), self._bound(model.config)
+        together = "" if bound is None else f", of a text of up to {bound:,}"
         return (
             f"serves {engine.name!r}: {type(model).__name__} of {model.num_parameters():,} parameters, {model.device}; "
             f"{patterns}; cache {most:,} bytes a request at most, {self.requests} requests at once; "
-            f"prompts up to {limits.prompt_tokens:,} tokens, {limits.new_tokens:,} new ones"
+            f"prompts up to {limits.prompt_tokens:,} tokens, {limits.new_tokens:,} new ones{together}"
         )

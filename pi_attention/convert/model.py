@@ -135,7 +135,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} may outgrow the pretrained "
                 f"context of {self._context}, beyond which sinks move along, and continuous batching keeps them where "
-                "they are: set a smaller max_new_tokens, or use generate."
+                "they are: shorten the prompt or set a smaller max_new_tokens, or use generate."
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

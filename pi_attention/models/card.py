@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pi_attention.describe import by_layers, is_dense, layers_alike
+from pi_attention.describe import by_layers, in_runs, is_dense, layers_alike
 from pi_attention.files import PARTIAL, write_text
 from pi_attention.pattern import PiPattern
 
@@ -95,7 +95,7 @@ def _cell(text: str) -> str:
 def _table_of_patterns(patterns: Sequence[PiPattern]) -> str:
     lines = ["| layers | window | period | phase | skips | sinks | keys a query | reach |", "| --- " * 8 + "|"]
     for pattern, alike in layers_alike(patterns).items():
-        layers = ", ".join(map(str, alike))
+        layers = in_runs(alike)
         if is_dense(pattern):
             lines.append(f"| {layers} | dense | | | | | all | everything before |")
             continue
@@ -147,7 +147,7 @@ def _use(name: str, converted: bool, bounded: bool) -> str:
     return f"""## Use
 
 ```bash
-pip install 'pi-attention[train]'
+pip install '.[train]'   # in a clone of the repository
 pi-attention generate {name} --prompt "It was"
 ```
 
@@ -160,8 +160,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
 `model.generate` decodes with a cache {memory}.
-To serve it, call `generate` in a process that imports `{module}`: servers that do not know π-Attention cannot
-load it, or compute dense attention in its place."""
+`pi-attention serve {name}` answers over HTTP. Servers that do not know π-Attention cannot load the model, or compute
+dense attention in its place."""
 
 
 class WithCard:
