@@ -110,13 +110,13 @@ class Convert:
                 return math.nan
             result = evaluate(converted, validation, limit=self.eval_blocks)
             facts[f"perplexity, {what}"] = f"{result.perplexity:.2f} a token ({result.tokens:,} tokens)"
-            console.print(f"{what}: perplexity {result.perplexity:.2f} a token ({result.tokens:,} tokens)")
+            console.print(f"{what}: perplexity {result.perplexity:.2f} a token ({result.tokens:,} tokens, held out)")
             return result.perplexity
 
         dense = math.nan
-        if self.eval_blocks:
-            converted = convert(model, DENSE, extend_to=self.extend_to)  # every key of a block
-            dense = report("dense" if self.extend_to is None else "dense, extended")
+        for further in dict.fromkeys((None, self.extend_to)) if self.eval_blocks else ():  # as it was, and extended
+            converted = convert(model, DENSE, extend_to=further)  # every key of a block
+            dense = report("dense" if further is None else "dense, extended")
             del converted
         if self.dense_layers:
             layers, facts["dense layers"] = self._chosen(model, pattern, training.cut(known), free, console)
