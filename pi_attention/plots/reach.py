@@ -52,7 +52,7 @@ def coverage_picture(field: ReceptiveField, *, columns: int = 1024) -> Figure:
         share.sqrt().numpy(), aspect="auto", cmap=LinearSegmentedColormap.from_list("seen", [PAPER, LOCAL]), vmin=0,
         vmax=1, interpolation="nearest", extent=(0, len(hops), field.layers + 0.5, 0.5),
     )  # fmt: skip
-    axes.set(xlabel="lag (tokens back)", ylabel="layers")
+    axes.set(xlabel="lag (tokens back)", ylabel="layers, counted from the last")
     axes.grid(False)
     return figure
 
