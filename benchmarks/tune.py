@@ -49,10 +49,10 @@ def candidates(skip: bool, kernel: str, dim: int) -> Iterator[Tiles]:
 class Bench:
     """The kernels of one band on one problem; the local band stands alone, if it is the only one that is asked for."""
 
-    def __init__(self, skip: bool, length: int, options: argparse.Namespace) -> None:
+    def __init__(self, skip: bool, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         heads = (options.heads, options.key_heads, options.key_heads, options.heads)
-        sizes = [(1, count, length, options.dim) for count in heads]
+        sizes = [(1, count, options.length, options.dim) for count in heads]
         *self.inputs, self.grad = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for size in sizes)
         self.skip = skip
         skips = 0 if options.only.startswith("local") else SKIPS
@@ -106,13 +106,12 @@ def main() -> None:
     if options.shard is not None:
         todo = todo[options.shard :: options.workers]
     else:
-        alike = ("dim", "workers", "only", "heads", "key-heads", "window")
-        command = [f"--{name}={getattr(options, name.replace('-', '_'))}" for name in alike]
-        command = [sys.executable, "-m", "benchmarks.tune", *command, f"--length={options.length}"]
+        alike = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if name != "shard"]
+        command = [sys.executable, "-m", "benchmarks.tune", *alike]
         shards = [subprocess.Popen([*command, f"--shard={i}"]) for i in range(options.workers)]
         for shard in shards:
             shard.wait()
-    benches = {skip: Bench(skip, options.length, options) for skip in dict.fromkeys(skip for skip, *_ in todo)}
+    benches = {skip: Bench(skip, options) for skip in dict.fromkeys(skip for skip, *_ in todo)}
     times: dict[tuple[bool, str], list[tuple[float, Tiles]]] = {}
     for skip, kernel, tiles in todo:
         (tuning.SKIP if skip else tuning.LOCAL)[kernel] = {options.dim: tiles}

@@ -122,31 +122,28 @@ def speed() -> str:
 
 def trained_on() -> str:
     """Forms of a decoder after training: perplexity beside the window's, where the difference lies, pass keys found."""
-    groups, by_time = grouped("pretrained"), SAME_TIME.values()
-    parts = [_trained_on(common, members) for common, members in groups if common["steps"] not in by_time]
-    in_time = [cell for common, members in groups if common["steps"] in by_time for cell in members]
-    best = [cell for _, members in groups for cell in members if cell[0]["variant"] == BEST]
-    return "\n\n".join(parts + ([_in_same_time(in_time, best)] if in_time else [])) or NOTHING
+    groups, of_time = grouped("pretrained"), SAME_TIME.values()
+    parts = [_trained_on(common, members) for common, members in groups if common["steps"] not in of_time]
+    in_time = [_in_same_time(members) for _, members in grouped("pretrained", ("variant", "steps"))]
+    return "\n\n".join([*parts, *filter(None, in_time)]) or NOTHING
 
 
-def _in_same_time(cells: list[Cell], best: list[Cell]) -> str:
-    """Forms that trained as long as the best one did, beside it."""
-    cell, rows = next((cell, rows) for cell, rows in best if cell | SIZE_OF_TIME == cells[0][0] | SIZE_OF_TIME)
+def _in_same_time(members: list[Cell]) -> str:
+    """Forms that trained as long as the best one did, beside it; nothing where there are none."""
+    timed = [cell for cell in members if cell[0]["steps"] == SAME_TIME.get(cell[0]["variant"])]
+    if not timed:
+        return ""
+    best = next(cell for cell in members if cell[0]["variant"] == BEST)
     lines = []
-    for settings, of_form in [(cell, rows), *cells]:
-        results = [row["result"] for row in of_form]
-        gaps = [percent_above(of_seeds(of_form, itemgetter(part)), of_seeds(rows, itemgetter(part))) for part in PARTS]
+    for settings, rows in [best, *timed]:
+        gaps = [percent_above(*(of_seeds(of, itemgetter(part)) for of in (rows, best[1]))) for part in PARTS]
         line = [settings["variant"], f"{settings['steps'] * settings['context'] / 1e6:.0f} M"]
-        line.append(shown([result["test"] for result in results], 2))
-        line += ["–" if of_form is rows or not gap else shown(gap, 1) for gap in gaps]
-        lines.append([*line, str(len(of_form))])
+        line.append(shown([row["result"]["test"] for row in rows], 2))
+        line += ["–" if rows is best[1] or not gap else shown(gap, 1) for gap in gaps]
+        lines.append([*line, str(len(rows))])
     head = ["variant", "tokens", "test perplexity", "from the first, test, %", "validation, %", "seeds"]
     said = "As much time of training as the first, without that of choosing its layers. "
-    return said + measured_on([row for _, of_form in cells for row in of_form]) + ".\n\n" + table(head, lines)
-
-
-SIZE_OF_TIME = {"variant": None, "steps": None}
-"""Settings in which forms of as much time differ."""
+    return said + measured_on([row for _, rows in timed for row in rows]) + ".\n\n" + table(head, lines)
 
 
 def _trained_on(common: dict[str, object], members: list[Cell]) -> str:

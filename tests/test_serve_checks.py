@@ -295,12 +295,12 @@ def test_prompts_beyond_what_sinks_can_be_served_are_refused_at_the_start():
     from pi_attention.cli.serve import Serve
     from pi_attention.convert import convert
 
-    def config(sinks):
+    def model(sinks):
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         llama = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=16, max_position_embeddings=64))
-        return convert(llama, PiPattern(8, 1, 0, sinks=sinks)).config
+        return convert(llama, PiPattern(8, 1, 0, sinks=sinks))
 
     with pytest.raises(ValueError, match="max_prompt_tokens=64 leaves no room in the pretrained context of 64"):
-        Serve(max_prompt_tokens=64)._bound(config(4))
-    assert Serve(max_prompt_tokens=63)._bound(config(4)) == 64
-    assert Serve(max_prompt_tokens=640)._bound(config(0)) is None
+        Serve(max_prompt_tokens=64)._bound(model(4))
+    assert Serve(max_prompt_tokens=63)._bound(model(4)) == 64
+    assert Serve(max_prompt_tokens=640)._bound(model(0)) is None

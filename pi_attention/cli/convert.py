@@ -67,7 +67,7 @@ class Convert:
     data: str = "shakespeare"
     """Text to fine-tune and evaluate on: see `pi-attention train`."""
     text_field: str = "text"
-    """Field of the records that holds the text, in .jsonl, .csv and .parquet files and on the hub."""
+    """The field of .jsonl, .csv and .parquet files and data sets that holds the text."""
     context: int = 2048
     """Tokens of a block."""
     eval_blocks: int = 4
@@ -114,10 +114,11 @@ class Convert:
             return result.perplexity
 
         dense = math.nan
-        for further in dict.fromkeys((None, self.extend_to)) if self.eval_blocks else ():  # as it was, and extended
-            converted = convert(model, DENSE, extend_to=further)  # every key of a block
-            dense = report("dense" if further is None else "dense, extended")
-            del converted
+        if self.eval_blocks:
+            for further in dict.fromkeys((None, self.extend_to)):  # as it was, and extended
+                converted = convert(model, DENSE, extend_to=further)  # every key of a block
+                dense = report("dense" if further is None else "dense, extended")
+                del converted
         if self.dense_layers:
             layers, facts["dense layers"] = self._chosen(model, pattern, training.cut(known), free, console)
         converted = convert(model, pattern, gate=self.gate, layers=layers, extend_to=self.extend_to)
@@ -229,19 +230,18 @@ class Convert:
         from pi_attention.tasks.language_modelling import evaluate
 
         console.print(f"trying each of {free} layers as the only one of them that stays dense")
-        begun, done = time.monotonic(), 0
+        begun, losses = time.monotonic(), list[float]()
 
         def loss(tried: Any) -> float:
-            nonlocal done
-            found, done = evaluate(tried, text, limit=self.eval_blocks).loss, done + 1
-            if done == 1:  # of none of them
+            losses.append(evaluate(tried, text, limit=self.eval_blocks).loss)
+            if len(losses) == 1:  # of none of them
                 left = free * (time.monotonic() - begun)
                 console.print(
-                    f"none of them dense: perplexity {math.exp(found):.2f} a token of the text to train on; the others "
-                    f"take about {f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'}",
+                    f"none of them dense: perplexity {math.exp(losses[0]):.2f} a token of the text to train on; the "
+                    f"others take about {f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'}",
                     soft_wrap=True,
                 )
-            return found
+            return losses[-1]
 
         gains = dense_gains(model, pattern, loss)
         if max(gains.values()) <= 0:

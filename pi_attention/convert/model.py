@@ -83,10 +83,10 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         So a text of any length can be streamed through it, in calls of any number of tokens.
         """
         cache = PiCache(self._patterns)
-        if self._context is not None and any(pattern.sinks for pattern in self._patterns):
+        if self.sinks_move_beyond is not None:
             frequencies = layer_frequencies(self.model, len(cache.layers))
             if frequencies is not None:
-                cache.keep_sinks_near(self._context, frequencies)
+                cache.keep_sinks_near(self.sinks_move_beyond, frequencies)
         if self.config.extend_to is not None:
             slower = NearSinks(self.config.extend_to, self.slower_rotary.inv_freq.float())
             for layer in (cache.layers[number] for number in self._far_layers):
@@ -97,6 +97,11 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
     def _context(self) -> int | None:
         """Tokens that the pretrained model knows."""
         return getattr(self.config.text_config, "max_position_embeddings", None)
+
+    @property
+    def sinks_move_beyond(self) -> int | None:
+        """See `BoundedGeneration`: the pretrained context, where a layer has sinks."""
+        return self._context if any(pattern.sinks for pattern in self._patterns) else None
 
     def _angles(self, position_ids: Tensor | None, cache: BoundedCache | None, new: Tensor) -> SlowerAngles | None:
         """Those of the layers that turn slower, for new tokens [B, T, …]."""
@@ -109,11 +114,10 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
 
     def _moving_sinks(self, cache: BoundedCache | None, tokens: int) -> list[NearSinks | None] | None:
         """How the sinks of each layer move for so many new tokens; None within the pretrained context."""
-        if self._context is None or not any(pattern.sinks for pattern in self._patterns):
+        context = self.sinks_move_beyond
+        if context is None or (cache is not None and not cache.moves_sinks):
             return None
-        if cache is not None and not cache.moves_sinks:
-            return None
-        if (0 if cache is None else cache.get_seq_length()) + tokens <= self._context:
+        if (0 if cache is None else cache.get_seq_length()) + tokens <= context:
             return None
         near = [] if cache is None else [layer.near for layer in cache.layers]
         if not any(near):  # no cache, or one that new_cache did not make
@@ -129,12 +133,11 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             TypeError, ValueError: as there, or the text may become longer than the pretrained context.
         """
         super().check_request(prompt, max_new_tokens)
-        if self._context is None or not any(pattern.sinks for pattern in self._patterns):
-            return
-        if max_new_tokens is None or len(prompt) + max_new_tokens > self._context:
+        context = self.sinks_move_beyond
+        if context is not None and (max_new_tokens is None or len(prompt) + max_new_tokens > context):
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} may outgrow the pretrained "
-                f"context of {self._context}, beyond which sinks move along, and continuous batching keeps them where "
+                f"context of {context}, beyond which sinks move along, and continuous batching keeps them where "
                 "they are: shorten the prompt or set a smaller max_new_tokens, or use generate."
             )
 
@@ -150,8 +153,8 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
     def _prepare_static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
     ) -> PiStaticCache:
-        context = max_cache_len if self._context is None else self._context
-        if max_cache_len > context and any(pattern.sinks for pattern in self._patterns):
+        context = self.sinks_move_beyond
+        if context is not None and max_cache_len > context:
             raise NotImplementedError(
                 f'cache_implementation="static" with sinks serves the pretrained context of {context} tokens only, and '
                 f"{max_cache_len} were asked for: leave it out, so that the sinks can move along."

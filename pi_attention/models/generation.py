@@ -71,6 +71,11 @@ class BoundedGeneration:
             self.check_request(prompt, most)
         return super().generate_batch(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
+    @property
+    def sinks_move_beyond(self) -> int | None:
+        """Tokens beyond which sinks move along with the text, which they cannot in pages; None where they stay."""
+        return None
+
     def check_request(self, prompt: list[int], max_new_tokens: int | None) -> None:
         """Refuse a request that continuous batching would not serve exactly, or with which it would end all others.
 
