@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help='kernels whose name begins so, such as "local" or "skip forward"')
     options = parser.parse_args()
     hopper.MEASURED = False
+    tuning.HOPPER = {kernel: {} for kernel in KERNELS}  # candidates stand in the other tables
     todo = [
         (skip, kernel, tiles)
         for skip in (False, True)

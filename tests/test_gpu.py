@@ -49,6 +49,24 @@ def test_long_sequences_agree_with_the_blocked_implementation(pattern, dim, grou
         assert relative_error(got, want) < 1e-2
 
 
+@pytest.mark.parametrize("dim", [200, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "pattern", [PiPattern(512, 1, 0), PiPattern(300, 1, 0, sinks=4), coordinated_heads(100, 400, 4, sinks=4)], ids=str
+)
+def test_large_heads_agree_where_keys_are_loaded_by_descriptors(pattern, dtype, dim):
+    """From 2²⁴ elements of the query on; on Hopper with tiles of its own."""
+    query, key, value = qkv(1, 4, 1 << 15, dim, dtype=dtype, grad=False)
+    inputs = [x.requires_grad_() for x in (query, key[:, :1].clone(), value[:, :1].clone())]
+    grad = torch.randn_like(query)
+    results = []
+    for impl in ("triton", "blocked"):
+        out = pi_attention(*inputs, pattern, fusion="mass", impl=impl)
+        results.append([out, *torch.autograd.grad(out, inputs, grad)])
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) < 1e-2
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("fusion", ["gate", "mass"])
 @pytest.mark.parametrize(

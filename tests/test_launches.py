@@ -144,7 +144,7 @@ def test_constants_are_the_last_arguments_in_the_order_of_the_kernel(pattern, ho
 
     monkeypatch.setattr(serves, "INTERPRETED", False)
     monkeypatch.setattr(serves, "MEASURED", hopper)
-    monkeypatch.setattr(serves, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(serves, "is_hopper", lambda device: True)
     monkeypatch.setattr(of_hopper, "multiprocessors", lambda device: 132)
     x = torch.empty(1, 16, 32768, 128, dtype=torch.bfloat16, device="meta")
     sizes = (x.shape, x.shape, x.stride() * 3, None, False, x.dtype, x.device, "tf32", True)

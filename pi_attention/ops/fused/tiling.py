@@ -213,7 +213,8 @@ def plan_tiles(kernel: str, problem: Problem, skip: bool, **flags: bool) -> Tile
     rows, wide = cdiv(length, min(periods)), problem.dtype.itemsize > 2
     lags = row_lags(pattern, skip, 0, keys)
     few = skip and lags[3] - lags[2] < MANY
-    tiles = choose_tiles(kernel, few, dim, rows, wide=wide, interpreted=INTERPRETED)
+    hopper = is_hopper(problem.device)
+    tiles = choose_tiles(kernel, few, dim, rows, wide=wide, hopper=hopper, interpreted=INTERPRETED)
     # Queries leave out the residues that have none.
     residues = [period if of_key else min(period, length) for period in periods]
     count = max(r * cdiv(cdiv(length, period), tiles.rows) for r, period in zip(residues, periods, strict=True))
@@ -296,6 +297,12 @@ def capability(device: torch.device) -> tuple[int, int]:
     """
     nvidia = device.type == "cuda" and torch.version.hip is None
     return torch.cuda.get_device_capability(device) if nvidia else (0, 0)
+
+
+@lru_cache(maxsize=16)
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is an H100, an H200 or a sibling of theirs."""
+    return capability(device) == (9, 0)
 
 
 @lru_cache(maxsize=16)

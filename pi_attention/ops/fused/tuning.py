@@ -31,11 +31,23 @@ SKIP = {
 }
 """For a row with few keys, as of long periods, which is bound by memory; measured at D = 128 with 16 keys."""
 
+HOPPER: dict[str, dict[int, Tiles]] = {
+    "forward": {256: Tiles(128, 64, 8, 2)},
+    "backward query": {256: Tiles(64, 64, 4, 2)},
+    "backward key": {256: Tiles(64, 32, 8, 2)},
+}
+"""Instead of `LOCAL`, for elements of 2 bytes on an H100 or H200: up to 192 KiB of shared memory, which few GPUs have.
+
+Measured with 512 keys, as in Gemma 3 (`benchmarks/tune.py --dim 256 --window 512 --heads 4 --key-heads 1`).
+"""
+
 MANY = 48
 """Keys of a row from which the skip band, too, is bound by arithmetic."""
 
 
-def choose_tiles(kernel: str, few: bool, head_dim: int, rows: int, *, wide: bool, interpreted: bool) -> Tiles:
+def choose_tiles(
+    kernel: str, few: bool, head_dim: int, rows: int, *, wide: bool, hopper: bool, interpreted: bool
+) -> Tiles:
     """Tiles of a kernel.
 
     Args:
@@ -44,11 +56,14 @@ def choose_tiles(kernel: str, few: bool, head_dim: int, rows: int, *, wide: bool
         head_dim: D.
         rows: of a sequence in residue order; a tile need not be larger.
         wide: elements of 4 bytes, which take twice the shared memory.
+        hopper: an H100 or H200, with 227 KiB of shared memory for a program instead of 99.
         interpreted: small tiles, for tests on a CPU.
     """
     if interpreted:
         return Tiles(INTERPRETER_ROWS, INTERPRETER_ROWS, 4, 1)
     table = (SKIP if few else LOCAL)[kernel]
+    if hopper and not few and not wide:
+        table = table | HOPPER[kernel]
     return _fit(table[min(size for size in table if size >= head_dim)], rows, wide)
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import torch
 import triton
 
-from pi_attention.ops.fused.tiling import INTERPRETED, Problem, capability, row_lags
+from pi_attention.ops.fused.tiling import INTERPRETED, Problem, is_hopper, row_lags
 
 MEASURED = triton.__version__.startswith("3.6.")
 """Whether this version of Gluon was tried on a GPU. Its names change from version to version."""
@@ -22,11 +19,6 @@ HEAD_DIMS = {"forward": (128,), "query": (128,), "key": (64, 128)}
 """Head dims at which they are the faster ones, measured on an H200."""
 
 
-@lru_cache(maxsize=16)
-def _is_hopper(device: torch.device) -> bool:
-    return capability(device) == (9, 0)
-
-
 def serves(kernel: str, problem: Problem, skip: bool, grad_strides: tuple[int, ...] = ()) -> bool:
     """Whether the Hopper kernel "forward", "query" or "key" serves the local band of a call, or the skip band.
 
@@ -37,7 +29,7 @@ def serves(kernel: str, problem: Problem, skip: bool, grad_strides: tuple[int, .
         return False
     if not MEASURED or INTERPRETED or batch * heads * queries * dim < LEAST or dim not in HEAD_DIMS[kernel]:
         return False
-    if not _is_hopper(problem.device) or problem.dtype.itemsize != 2 or not problem.aligned:
+    if not is_hopper(problem.device) or problem.dtype.itemsize != 2 or not problem.aligned:
         return False
     if pattern.ring or not pattern.causal or (problem.segments and problem.sinks and kernel != "key"):
         return False
