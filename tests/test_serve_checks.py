@@ -285,22 +285,3 @@ def test_what_the_server_needs_is_named(monkeypatch):
     monkeypatch.setattr("pi_attention.models.continuous.INSTALLED", "5.22.1")
     with pytest.raises(NotImplementedError, match=r"tested with transformers 5.23, and 5.22.1 is installed"):
         need_server()
-
-
-def test_prompts_beyond_what_sinks_can_be_served_are_refused_at_the_start():
-    """In a converted model sinks move along beyond the pretrained context, and in pages they cannot."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from pi_attention import PiPattern
-    from pi_attention.cli.serve import Serve
-    from pi_attention.convert import convert
-
-    def model(sinks):
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        llama = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=16, max_position_embeddings=64))
-        return convert(llama, PiPattern(8, 1, 0, sinks=sinks))
-
-    with pytest.raises(ValueError, match="max_prompt_tokens=64 leaves no room in the pretrained context of 64"):
-        Serve(max_prompt_tokens=64)._bound(model(4))
-    assert Serve(max_prompt_tokens=63)._bound(model(4)) == 64
-    assert Serve(max_prompt_tokens=640)._bound(model(0)) is None

@@ -8,10 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import need_triton
 from served_models import MODELS, greedy, known, model_of, one_thread, small, wanted  # noqa: F401
-from small_models import PLAIN, SIZES, prompts_of
-from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
+from small_models import HEADS, HYBRID, PLAIN, SIZES, converted, prompts_of, telling
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from benchmarks.paged import served
+from pi_attention import PiPattern
+from pi_attention.convert import convert
 from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.ops import paged
 from pi_attention.ops.fused.attention import paged_decoding, why_not_triton
@@ -268,19 +278,53 @@ def test_a_rotary_embedding_that_depends_on_the_batch_is_refused():
         model.generate_batch([[3, 4]], greedy(2), continuous_batching_config=small())
 
 
+BEYOND = {
+    "llama: sinks": converted(LlamaForCausalLM, LlamaConfig, PLAIN | {"sinks": 3}, max_position_embeddings=40),
+    "llama: heads that differ": converted(
+        LlamaForCausalLM, LlamaConfig, HEADS | {"sinks": 2}, max_position_embeddings=70
+    ),
+    "gemma 3: two rotary embeddings": converted(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        PLAIN | {"sinks": 2},
+        num_hidden_layers=4,
+        max_position_embeddings=40,
+        **HYBRID,
+    ),
+    "llama: all skips": converted(
+        LlamaForCausalLM, LlamaConfig, PLAIN | {"skips": None, "sinks": 2}, max_position_embeddings=40
+    ),
+    "llama: a dense layer that turns slower": lambda: convert(
+        LlamaForCausalLM(LlamaConfig(**SIZES | {"max_position_embeddings": 40})),
+        PiPattern(8, 1, 0, sinks=2),
+        layers=[0, 2],
+        extend_to=200,
+    ),
+}
+"""Models of a short context, whose sinks move along in the texts of the test below."""
+
+
 @known
-def test_a_text_whose_sinks_would_move_is_refused_before_it_is_queued():
-    model = model_of("llama: sinks")
-    with pytest.raises(ValueError, match=r"prompt of 390 tokens and max_new_tokens=11 .* context of 400"):
-        texts(model, prompts_of([390]), 11)
-    manager_of = model.continuous_batching_context_manager
-    with (
-        manager_of(generation_config=greedy(11), continuous_batching_config=small()) as manager,
-        pytest.raises(ValueError, match="outgrow the pretrained context"),
-    ):
-        manager.add_request(prompts_of([390])[0])
-    without = model_of("llama")
-    assert texts(without, prompts_of([390]), 20) == [wanted(without, prompts_of([390])[0], 20)]
+@pytest.mark.parametrize("batch", [16, 300])
+@pytest.mark.parametrize("name", BEYOND)
+def test_sinks_move_along_in_each_request_for_itself(name, batch):
+    """In chunks, packed, whole, and where all requests decode; some texts outgrow the context, others do not."""
+    torch.manual_seed(0)
+    model = telling(BEYOND[name]())
+    prompts = prompts_of([5, 130, 36, 1, 90])
+    want = [wanted(model, prompt, 20) for prompt in prompts]
+    assert len({tuple(text) for text in want}) == len(prompts)
+    assert texts(model, prompts, 20, small(max_batch_tokens=batch, num_blocks=400)) == want
+
+
+@known
+def test_sinks_that_stayed_would_give_other_texts(monkeypatch):
+    """So that the test above can fail."""
+    torch.manual_seed(0)
+    model, prompts = telling(BEYOND["llama: sinks"]()), prompts_of([130, 36])
+    want = [wanted(model, prompt, 20) for prompt in prompts]
+    monkeypatch.setattr(type(model), "_move_sinks_of_requests", lambda *arguments: None)
+    assert texts(model, prompts, 20, small(num_blocks=400)) != want
 
 
 @known

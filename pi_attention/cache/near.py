@@ -10,7 +10,7 @@ queries of a chunk, each with its own n, take one call of the operator over twic
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,43 @@ class NearSinks:
         keys = torch.cat([key.masked_fill(sink, 0.0), key.masked_fill(~sink, 0.0)], dim=-1)
         both = torch.cat([query, turned], dim=-1)
         return operator(both, keys, F.pad(value, (0, value.shape[-1])))[..., : value.shape[-1]]
+
+
+@dataclass(frozen=True)
+class RaggedSinks:
+    """Sinks that move along with the texts of many requests, which lie one behind another in a row.
+
+    Args:
+        near: how far they may lie behind.
+        sinks: of a request, its first keys.
+        position: [B, T] of the queries, each in its own request; one row for all, or a row for each request.
+    """
+
+    near: NearSinks
+    sinks: int
+    position: Tensor
+
+    def at(self, places: Tensor | slice) -> RaggedSinks:
+        """The same for some of the queries in a row."""
+        return replace(self, position=self.position[:, places])
+
+    def a_row_each(self) -> RaggedSinks:
+        """The same where each query of a row is alone in a row of its own."""
+        return replace(self, position=self.position.T)
+
+    def around(self, operator: Callable[..., Tensor], number: Tensor) -> Callable[..., Tensor]:
+        """The operator, each query seeing the sinks moved by its own shift.
+
+        Args:
+            operator: output of query, key, value and whatever else.
+            number: [B or 1, S], which key of its request each is; −1 for padding.
+        """
+        is_sink, shift = (number >= 0) & (number < self.sinks), self.near.shift(self.position, 0)
+
+        def moved(query: Tensor, key: Tensor, value: Tensor, *more: Tensor | None) -> Tensor:
+            return self.near.attend(lambda *keys: operator(*keys, *more), query, key, value, shift, is_sink)
+
+        return moved
 
 
 def sinks_among(position: Tensor, start: Tensor | int, pattern: PiPattern) -> Tensor:

@@ -78,25 +78,10 @@ class Serve:
         model, tokenizer = load_run(self.run)
         if template is not None:
             tokenizer.chat_template = template
-        context = self._bound(model) or known_context(model.config)
+        context = known_context(model.config)
         limits = Limits(self.max_prompt_tokens or context, self.max_new_tokens, context, self.requests + self.waiting)
         name = self.model_name or self.run.resolve().name
         return Engine(model, tokenizer, name, limits, self.requests, self.batch_tokens)
-
-    def _bound(self, model: Any) -> int | None:
-        """Tokens of the longest text of a model whose sinks would have to move along beyond them.
-
-        Raises:
-            ValueError: prompts may be longer.
-        """
-        context: int | None = model.sinks_move_beyond
-        if context is not None and self.max_prompt_tokens is not None and self.max_prompt_tokens >= context:
-            raise ValueError(
-                f"max_prompt_tokens={self.max_prompt_tokens} leaves no room in the pretrained context of {context}, "
-                "beyond which sinks move along, and in a served model they cannot: give less, use generate, or convert "
-                "with --sinks 0."
-            )
-        return context
 
     def _told(self, engine: Any) -> str:
         """The line of a server that is ready."""
@@ -105,10 +90,9 @@ class Serve:
         model, limits = engine.model, engine.limits
         layers = by_layers(model.config.patterns()).items()
         patterns = "; ".join(f"{where}: {in_words(pattern)}" for pattern, where in layers)
-        most, bound = request_bytes(model, limits.prompt_tokens + limits.new_tokens), model.sinks_move_beyond
-        together = "" if bound is None else f", of a text of up to {bound:,}"
+        most = request_bytes(model, limits.prompt_tokens + limits.new_tokens)
         return (
             f"serves {engine.name!r}: {type(model).__name__} of {model.num_parameters():,} parameters, {model.device}; "
             f"{patterns}; cache {most:,} bytes a request at most, {self.requests} requests at once; "
-            f"prompts up to {limits.prompt_tokens:,} tokens, {limits.new_tokens:,} new ones{together}"
+            f"prompts up to {limits.prompt_tokens:,} tokens, {limits.new_tokens:,} new ones"
         )

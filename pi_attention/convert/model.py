@@ -22,6 +22,7 @@ from pi_attention.models.caching import BoundedCache, PiCache, PiStaticCache
 from pi_attention.models.card import WithCard
 from pi_attention.models.generation import BoundedGeneration
 from pi_attention.models.inputs import check_cache, check_inputs, without_padding
+from pi_attention.models.ragged import RaggedCall
 from pi_attention.models.rotary import keep_in_fp32
 from pi_attention.segments import starts_of_batch
 
@@ -83,15 +84,24 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         So a text of any length can be streamed through it, in calls of any number of tokens.
         """
         cache = PiCache(self._patterns)
-        if self.sinks_move_beyond is not None:
-            frequencies = layer_frequencies(self.model, len(cache.layers))
-            if frequencies is not None:
-                cache.keep_sinks_near(self.sinks_move_beyond, frequencies)
+        cache.keep_sinks_near(self._near_sinks())
+        return cache
+
+    def _near_sinks(self) -> list[NearSinks | None]:
+        """How the sinks of each layer move beyond the context that it knows; None where they stay."""
+        known = self.sinks_move_beyond
+        frequencies = None if known is None else layer_frequencies(self.model, len(self._patterns))
+        if known is None or frequencies is None:
+            return [None] * len(self._patterns)
+        near = [
+            NearSinks(known, of_layer) if pattern.sinks and of_layer is not None else None
+            for pattern, of_layer in zip(self._patterns, frequencies, strict=True)
+        ]
         if self.config.extend_to is not None:
             slower = NearSinks(self.config.extend_to, self.slower_rotary.inv_freq.float())
-            for layer in (cache.layers[number] for number in self._far_layers):
-                layer.near = slower if layer.near is not None else None
-        return cache
+            for layer in self._far_layers:
+                near[layer] = slower if near[layer] is not None else None
+        return near
 
     @property
     def _context(self) -> int | None:
@@ -100,7 +110,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
 
     @property
     def sinks_move_beyond(self) -> int | None:
-        """See `BoundedGeneration`: the pretrained context, where a layer has sinks."""
+        """Tokens beyond which sinks move along with the text, the pretrained context; None where they stay."""
         return self._context if any(pattern.sinks for pattern in self._patterns) else None
 
     def _angles(self, position_ids: Tensor | None, cache: BoundedCache | None, new: Tensor) -> SlowerAngles | None:
@@ -112,6 +122,12 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             position_ids = torch.arange(new.shape[1], device=new.device)[None] + past
         return SlowerAngles(self.slower_rotary, self._far_layers, position_ids)
 
+    def _move_sinks_of_requests(self, requests: RaggedCall, position_ids: Tensor) -> None:
+        """Let the sinks of each request move along where one of them goes beyond the pretrained context."""
+        context = self.sinks_move_beyond
+        if context is not None and int(position_ids.max()) >= context:
+            requests.keep_sinks_near(self._near_sinks(), position_ids)
+
     def _moving_sinks(self, cache: BoundedCache | None, tokens: int) -> list[NearSinks | None] | None:
         """How the sinks of each layer move for so many new tokens; None within the pretrained context."""
         context = self.sinks_move_beyond
@@ -121,25 +137,10 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             return None
         near = [] if cache is None else [layer.near for layer in cache.layers]
         if not any(near):  # no cache, or one that new_cache did not make
-            near = [layer.near for layer in self.new_cache().layers]
+            near = self._near_sinks()
             for layer, of_layer in zip([] if cache is None else cache.layers, near, strict=False):
                 layer.near = of_layer
         return near
-
-    def check_request(self, prompt: list[int], max_new_tokens: int | None) -> None:
-        """See `BoundedGeneration.check_request`: sinks move along beyond the context, and in a paged cache they cannot.
-
-        Raises:
-            TypeError, ValueError: as there, or the text may become longer than the pretrained context.
-        """
-        super().check_request(prompt, max_new_tokens)
-        context = self.sinks_move_beyond
-        if context is not None and (max_new_tokens is None or len(prompt) + max_new_tokens > context):
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} may outgrow the pretrained "
-                f"context of {context}, beyond which sinks move along, and continuous batching keeps them where "
-                "they are: shorten the prompt or set a smaller max_new_tokens, or use generate."
-            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but keep the frequencies of rotary embeddings in fp32."""
@@ -197,6 +198,8 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         if past_key_values is not None:
             check_cache(past_key_values, self._patterns)
         batch, tokens = like.shape[:2]
+        if isinstance(past_key_values, RaggedCall) and position_ids is not None:
+            self._move_sinks_of_requests(past_key_values, position_ids)
         near = self._moving_sinks(past_key_values, tokens)
         angles = self._angles(position_ids, past_key_values, like)
         if past_key_values is not None:

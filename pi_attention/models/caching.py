@@ -242,18 +242,14 @@ class PiCache(BoundedCache, DynamicCache):
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
-    def keep_sinks_near(self, most: int, frequencies: list[Tensor | None]) -> None:
-        """Let sinks move along, so that none is `most` tokens or more before the newest token.
-
-        A converted model does so: see `NearSinks` for why, and how.
+    def keep_sinks_near(self, near: list[NearSinks | None]) -> None:
+        """Let sinks move along with the text, as a converted model does: see `NearSinks` for why, and how.
 
         Args:
-            most: tokens, the context of the pretrained model.
-            frequencies: of each layer's rotary embedding, [rotated features / 2]; None for a layer without one.
+            near: how those of each layer move; None where they stay.
         """
-        for layer, of_layer in zip(self.layers, frequencies, strict=True):
-            if layer.storage.pattern.sinks and of_layer is not None:
-                layer.near = NearSinks(most, of_layer)
+        for layer, of_layer in zip(self.layers, near, strict=True):
+            layer.near = of_layer
 
 
 class PiStaticCache(BoundedCache, StaticCache):

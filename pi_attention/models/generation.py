@@ -65,18 +65,11 @@ class BoundedGeneration:
                 f"inputs must be a list of prompts, each a list of token ids, got {type(inputs).__name__}: of a tensor "
                 "without padding pass tolist()."
             )
-        most = kwargs.get("max_new_tokens")
-        most = getattr(generation_config or self.generation_config, "max_new_tokens", None) if most is None else most
         for prompt in inputs:
-            self.check_request(prompt, most)
+            self.check_request(prompt)
         return super().generate_batch(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
-    @property
-    def sinks_move_beyond(self) -> int | None:
-        """Tokens beyond which sinks move along with the text, which they cannot in pages; None where they stay."""
-        return None
-
-    def check_request(self, prompt: list[int], max_new_tokens: int | None) -> None:
+    def check_request(self, prompt: list[int]) -> None:
         """Refuse a request that continuous batching would not serve exactly, or with which it would end all others.
 
         Raises:

@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
-from pi_attention.models.ragged import RaggedCall, RaggedLayer, Requests
+from pi_attention.models.ragged import RaggedCall, RaggedLayer, Requests, decode
 from pi_attention.ops.paged import Pages
 from pi_attention.pattern import PiPattern
 
@@ -161,12 +161,13 @@ class PagedLayer(RaggedLayer):
         self, operator: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None
     ) -> Tensor:
         """See `RaggedKeys`; keys and values as `extend` returns them."""
-        if self._batch.pages is None:
+        pages = self._batch.pages
+        if pages is None:
             return super().attend(operator, query, key, value, gate)
-        queries = query[0].transpose(0, 1)[:, :, None]  # [requests, H, 1, D]
-        of_gate = None if gate is None else gate[0].T[:, :, None]
-        out = operator(queries, key, value, of_gate, None, self._batch.pages)
-        return out[:, :, 0].transpose(0, 1)[None]
+        if self.moving is None:
+            return decode(operator, query, key, value, gate, None, None, pages)
+        keys, values, ids = pages.gathered(key, value)  # which hold the sinks where they came
+        return decode(operator, query, keys, values, gate, ids, self.moving)
 
 
 def paged_call(cache: Any, arguments: dict[str, Any], patterns: list[PiPattern]) -> RaggedCall:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from pi_attention.cache.contract import RaggedKeys
+from pi_attention.cache.near import NearSinks, RaggedSinks
 from pi_attention.models.caching import BoundedCache
 from pi_attention.nn.sources import Operator
 from pi_attention.ops.paged import Pages
@@ -87,7 +88,15 @@ class Requests:
             parts = parts._replace(decoding=(_places([q for q, _ in decoding], device), *pages.padded()))
         return parts
 
-    def attend(self, operator: Operator, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        operator: Operator,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor | None,
+        moving: RaggedSinks | None = None,
+    ) -> Tensor:
         """The operator, each request for itself: [1, H, ΣT, D].
 
         Requests without earlier keys are one packed call, those with one query one left-padded batch.
@@ -98,18 +107,26 @@ class Requests:
             key: [1, G, ΣS, D], like value.
             value: like key.
             gate: logits [1, H, ΣT], or None.
+            moving: sinks that move along; None where they stay.
         """
         parts = self.parts(query.device)
         out = torch.empty_like(query)
         if parts.fresh is not None:
             places, of_keys, ids = parts.fresh
             of_gate = None if gate is None else gate[:, :, places]
-            out[:, :, places] = operator(query[:, :, places], key[:, :, of_keys], value[:, :, of_keys], of_gate, ids)
+            attend = operator if moving is None else moving.at(places).around(operator, moving.position[:, places])
+            out[:, :, places] = attend(query[:, :, places], key[:, :, of_keys], value[:, :, of_keys], of_gate, ids)
         if parts.decoding is not None:
-            out[:, :, parts.decoding[0]] = _decode(operator, query, key, value, gate, *parts.decoding)
+            places, slots, ids = parts.decoding
+            keys, values = (x[0][:, slots].transpose(0, 1) for x in (key, value))  # [requests, G, longest, D]
+            of_gate = None if gate is None else gate[:, :, places]
+            of_moving = None if moving is None else moving.at(places)
+            out[:, :, places] = decode(operator, query[:, :, places], keys, values, of_gate, ids, of_moving)
         for q, k in parts.others:
             of_gate = None if gate is None else gate[:, :, q]
-            out[:, :, q] = operator(query[:, :, q], key[:, :, k], value[:, :, k], of_gate, None)
+            number = torch.arange(k.stop - k.start, device=query.device)[None]
+            attend = operator if moving is None else moving.at(q).around(operator, number)
+            out[:, :, q] = attend(query[:, :, q], key[:, :, k], value[:, :, k], of_gate, None)
         return out
 
 
@@ -124,6 +141,8 @@ class RaggedLayer(RaggedKeys):
     length = 0
     seen_ids: None = None
     near: None = None
+    moving: RaggedSinks | None = None
+    """See `RaggedCall.keep_sinks_near`."""
 
     def __init__(self, pattern: PiPattern, requests: Requests) -> None:
         self.pattern, self._requests = pattern, requests
@@ -139,7 +158,7 @@ class RaggedLayer(RaggedKeys):
 
     def attend(self, operator: Operator, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
         """See `RaggedKeys`."""
-        return self._requests.attend(operator, query, key, value, gate)
+        return self._requests.attend(operator, query, key, value, gate, self.moving)
 
 
 class RaggedCall(BoundedCache, Cache):
@@ -158,6 +177,16 @@ class RaggedCall(BoundedCache, Cache):
     def get_seq_length(self, layer: int = 0) -> int:
         """Not asked for: every forward passes its positions."""
         return 0
+
+    def keep_sinks_near(self, near: list[NearSinks | None], position: Tensor) -> None:
+        """Let the sinks of layers move along in this forward: how those of each move, None where they stay.
+
+        Args:
+            near: of each layer.
+            position: [1, ΣT] of the new tokens, each in its own request.
+        """
+        for layer, of_layer in zip(self.layers, near, strict=True):
+            layer.moving = None if of_layer is None else RaggedSinks(of_layer, layer.pattern.sinks, position)
 
     def segments(self, *args: Any) -> None:
         """None: `RaggedLayer.attend` keeps requests apart."""
@@ -185,19 +214,32 @@ def _numbered(lengths: list[int], device: torch.device) -> Tensor:
     return number.repeat_interleave(torch.tensor(lengths, device=device))[None]
 
 
-def _decode(
-    operator: Operator,
+def decode(
+    operator: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     gate: Tensor | None,
-    places: Tensor,
-    slots: Tensor,
     ids: Tensor | None,
+    moving: RaggedSinks | None,
+    *more: Any,
 ) -> Tensor:
-    """One query a request: rows of a batch, padded on the left. Returns [1, H, requests, D]."""
-    keys, values = (x[0][:, slots].transpose(0, 1) for x in (key, value))  # [requests, G, longest, D]
-    queries = query[0][:, places].transpose(0, 1)[:, :, None]  # [requests, H, 1, D]
-    of_gate = None if gate is None else gate[0][:, places].T[:, :, None]
-    out = operator(queries, keys, values, of_gate, ids)
+    """The operator where each of N requests has one query: [1, H, N, D].
+
+    Args:
+        operator: of the layer.
+        query: [1, H, N, D].
+        key: [N, G, longest, D], padded on the left, like value; or what `more` tells the operator to read.
+        value: like key.
+        gate: logits [1, H, N], or None.
+        ids: [N, longest], −1 for padding; None where nothing is padded.
+        moving: sinks that move along, of these queries; None where they stay.
+        more: further arguments of the operator.
+    """
+    if moving is not None:
+        present = key.new_ones(1, key.shape[2], dtype=torch.bool) if ids is None else ids >= 0
+        operator = moving.a_row_each().around(operator, present.cumsum(dim=1) - 1)
+    queries = query[0].transpose(0, 1)[:, :, None]  # [N, H, 1, D]
+    of_gate = None if gate is None else gate[0].T[:, :, None]
+    out = operator(queries, key, value, of_gate, ids, *more)
     return out[:, :, 0].transpose(0, 1)[None]
