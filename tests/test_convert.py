@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from copy import deepcopy
 from types import SimpleNamespace
@@ -597,6 +598,34 @@ def test_the_command_reads_another_field_of_the_records(llama, tmp_path):
     with pytest.raises(ValueError, match=r"set text_field to one of \['content'\]"):
         parse(asked).execute(Console(quiet=True))
     assert parse([*asked, "--text-field", "content"]).execute(Console(quiet=True)) == 0
+
+
+def test_a_pretrained_model_is_evaluated_as_it_is_on_the_text_that_a_conversion_holds_out(llama, tmp_path):
+    from pi_attention.cli.main import parse
+
+    folder, text = str(tmp_path / "llama"), str(tmp_path / "text.txt")
+    before = {path.name for path in (tmp_path / "llama").iterdir()}
+    lines = {}
+    commands = {
+        "convert": [*llama, "--model", folder, "--eval-blocks", "4"],
+        "before": ["eval", folder, "--data", text, "--held-out", "--context", "64", "--out", str(tmp_path / "before")],
+        "after": ["eval", str(tmp_path / "new"), "--data", text, "--held-out", "--context", "64"],
+        "all": ["eval", str(tmp_path / "new"), "--data", text, "--context", "64"],
+    }
+    for name, command in commands.items():
+        console = Console(record=True, width=200, file=io.StringIO())
+        assert parse([*command, "--limit", "4"] if command[0] == "eval" else command).execute(console) == 0
+        lines[name] = console.export_text()
+    dense, converted = re.findall(r"perplexity (\S+) a token \((\S+) tokens", lines["convert"])
+    for (perplexity, tokens), name in ((dense, "before"), (converted, "after")):
+        found, again = re.search(r"(\S+) tokens: .* perplexity (\S+) a token", lines[name]).groups()
+        assert found == tokens and float(again) == pytest.approx(float(perplexity), abs=0.006)
+    assert lines["all"] != lines["after"]
+    assert {path.name for path in (tmp_path / "llama").iterdir()} == before
+    with pytest.raises(ValueError, match=r"out is needed: run=.*llama.* is a pretrained model"):
+        parse(["eval", folder, "--data", text]).execute(Console(quiet=True))
+    with pytest.raises(ValueError, match="held_out=True is of data, and none is given"):
+        parse(["eval", str(tmp_path / "new"), "--held-out"]).execute(Console(quiet=True))
 
 
 @pytest.mark.parametrize(("converted", "said"), [(10.4, False), (11.2, True)])

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from pi_attention.cli.pretrained import load_decoder, load_tokenizer_of, need_decoder, need_positions
+from pi_attention.cli.pretrained import (
+    HELD_OUT,
+    load_decoder,
+    load_tokenizer_of,
+    need_decoder,
+    need_positions,
+    training_and_held_out,
+)
 from pi_attention.files import replacing_folder
 from pi_attention.paths import need_folder, status_of
 from pi_attention.recommended import EVERY
@@ -101,7 +108,7 @@ class Convert:
         need_positions(model, self.context)
         need_convertible(model, pattern, self.gate)
         model = model.to(best_device())
-        facts = {"data": f"{self.data}, 10% held out", "context": f"{self.context:,} tokens"}
+        facts = {"data": f"{self.data}, {HELD_OUT:.0%} held out", "context": f"{self.context:,} tokens"}
         if self.extend_to is not None:
             facts["extended to"] = f"{self.extend_to:,} tokens, from {known:,}"
 
@@ -214,13 +221,12 @@ class Convert:
     def _blocks(self, tokenizer: Any) -> list[PackedBlocks]:
         """Blocks of the text to train on, and of the tenth of it that is held out."""
         from pi_attention.data.corpus import load_documents
-        from pi_attention.data.packing import blocks_named, hold_out
+        from pi_attention.data.packing import blocks_named
 
         documents = load_documents(self.data, text_field=self.text_field)
-        return [
-            blocks_named(f"the {name} part of data={self.data!r}, 10 % held out", part, tokenizer, self.context)
-            for name, part in zip(("training", "held-out"), hold_out(documents, 0.1, 0), strict=True)
-        ]
+        parts = zip(("training", "held-out"), training_and_held_out(documents), strict=True)
+        text = f"part of data={self.data!r}, {HELD_OUT:.0%} held out"
+        return [blocks_named(f"the {name} {text}", part, tokenizer, self.context) for name, part in parts]
 
     def _chosen(
         self, model: Any, pattern: PiPattern, text: PackedBlocks, free: int, console: Console

@@ -13,7 +13,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pi_attention.cli.pretrained import need_positions
+from pi_attention.cli.pretrained import (
+    load_decoder,
+    load_tokenizer_of,
+    need_decoder,
+    need_positions,
+    training_and_held_out,
+)
 from pi_attention.files import write_text
 from pi_attention.paths import need_folder
 
@@ -26,9 +32,11 @@ class Eval:
     """Measure perplexity, bits per byte and loss by position on a text."""
 
     run: Annotated[Path, tyro.conf.Positional] = Path("runs/pi")
-    """Folder of a run, or a saved model."""
+    """Folder of a run, of a saved model, or of a pretrained model of transformers, measured as it is."""
     data: str | None = None
     """Text to evaluate on, as for train; the run's own validation text by default."""
+    held_out: bool = False
+    """Only the tenth of --data that convert holds out from what it trains on."""
     text_field: str = "text"
     """The field of .jsonl, .csv and .parquet files and data sets that holds the text."""
     split: str = "test"
@@ -40,16 +48,17 @@ class Eval:
     limit: int | None = None
     """Evaluate only the first so many blocks."""
     out: Path | None = None
-    """Folder for eval.json and loss_by_position.png; the run's by default."""
+    """Folder for eval.json and loss_by_position.png; the run's by default. A pretrained model needs one."""
 
     def execute(self, console: Console) -> int:
         """Run the command; the exit code."""
         from pi_attention import plots
-        from pi_attention.cli.runs import load_run
         from pi_attention.tasks.language_modelling import evaluate
 
         need_folder("run" if self.out is None else "out", self.out or self.run)
-        model, tokenizer = load_run(self.run)
+        if self.held_out and self.data is None:
+            raise ValueError("held_out=True is of data, and none is given: a run's own text is held out already.")
+        model, tokenizer = self._model()
         blocks = self._blocks(model, tokenizer)
         if not console.is_terminal:  # where no bar is shown
             console.print(
@@ -78,6 +87,25 @@ class Eval:
         console.print(table)
         return 0
 
+    def _model(self) -> tuple[Any, Any]:
+        """The model and its tokenizer; a pretrained one sees every token, as it did."""
+        from pi_attention.accelerator import best_device
+        from pi_attention.cli.runs import OURS, kind_of, load_run
+
+        if kind_of(self.run) in OURS:
+            return load_run(self.run)
+        if self.out is None:
+            raise ValueError(
+                f"out is needed: run={str(self.run)!r} is a pretrained model, whose folder is left as it is."
+            )
+        from pi_attention.convert import convert
+        from pi_attention.stack import DENSE
+
+        name = str(self.run)
+        need_decoder(name)
+        tokenizer = load_tokenizer_of(name)
+        return convert(load_decoder(name), DENSE).to(best_device()).eval(), tokenizer
+
     def _blocks(self, model: Any, tokenizer: Any) -> PackedBlocks:
         from pi_attention.cli.runs import known_context
         from pi_attention.data.corpus import load_documents
@@ -91,8 +119,10 @@ class Eval:
         context = self.context or known_context(model.config)
         need_positions(model, context)
         if self.data is not None:
-            documents = load_documents(self.data, split=self.split, text_field=self.text_field)
-            return blocks_named(f"data={self.data!r}", documents, tokenizer, context)
+            documents, what = load_documents(self.data, split=self.split, text_field=self.text_field), "data"
+            if self.held_out:
+                documents, what = training_and_held_out(documents)[1], "the held-out part of data"
+            return blocks_named(f"{what}={self.data!r}", documents, tokenizer, context)
         need_whole_settings(self.run / SETTINGS)
         config = load_yaml(TrainConfig, self.run / SETTINGS)
         config.data.context = context

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pi_attention.cli.runs import known_context, model_folder, need_ours
+from pi_attention.cli.runs import OURS, known_context, model_folder, need_ours
 from pi_attention.describe import by_layers, in_words, is_dense
 from pi_attention.heads import pattern_for
 from pi_attention.paths import need_folder
@@ -159,7 +159,7 @@ class Inspect:
 
         import pi_attention.convert  # noqa: F401  registers our configurations
 
-        need_ours(self.run, ("pi", "pi_converted"))
+        need_ours(self.run, OURS)
         config = AutoConfig.from_pretrained(model_folder(self.run), trust_remote_code=False)
         if self.empirical and config.model_type != "pi":
             raise ValueError(

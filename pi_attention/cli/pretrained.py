@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pi_attention.cli.runs import SAFELY
+from pi_attention.cli.runs import OURS, SAFELY
 from pi_attention.paths import shown, status_of
+
+HELD_OUT = 0.1
+"""Share of a text that a pretrained model is not trained on."""
+
+
+def training_and_held_out(documents: list[str]) -> tuple[list[str], list[str]]:
+    """The two parts of a text, always the same ones, so that models of several conversions are compared on one text."""
+    from pi_attention.data.packing import hold_out
+
+    return hold_out(documents, HELD_OUT, seed=0)
 
 
 def _refusal(model: str, what: str, error: Exception) -> ValueError:
@@ -37,7 +47,7 @@ def need_decoder(model: str) -> Any:
             model, "cannot be loaded, give the folder or the hub name of a pretrained model", error
         ) from error
     kind = config.model_type
-    if kind in ("pi", "pi_converted"):
+    if kind in OURS:
         raise ValueError(f"model={shown(model)} is a model of π-Attention already ({kind}): give a pretrained one.")
     return config.get_text_config()
 

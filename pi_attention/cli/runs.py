@@ -12,6 +12,10 @@ SAFELY: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 """How weights of a stranger are loaded: no pickle is read, and no code of theirs runs."""
 
 
+OURS = "pi", "pi_converted"
+"""Kinds of models that are ours."""
+
+
 def model_folder(run: Path) -> Path:
     """The folder with the model of a run, or `run` itself where `save_pretrained` wrote it.
 
@@ -37,7 +41,7 @@ def load_run(run: Path) -> tuple[Any, Any]:
     import pi_attention.convert  # noqa: F401  registers our models
     from pi_attention.accelerator import best_device
 
-    need_ours(run, ("pi", "pi_converted"))
+    need_ours(run, OURS)
     need_own_weights(run)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **SAFELY)
@@ -66,16 +70,26 @@ def need_own_weights(run: Path) -> None:
             )
 
 
-def need_ours(run: Path, kinds: tuple[str, ...]) -> None:
-    """Raise ValueError unless the model of a run is of one of these kinds (`model_type` of its configuration)."""
+def kind_of(run: Path) -> Any:
+    """`model_type` of the configuration of a run's model.
+
+    Raises:
+        FileNotFoundError: there is no model.
+        ValueError: its configuration cannot be read.
+    """
     file = model_folder(run) / "config.json"
     need_file("run", file, "a folder that save_pretrained wrote")
     try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"run={str(run)!r} has a config.json that cannot be read: {error}") from error
+
+
+def need_ours(run: Path, kinds: tuple[str, ...]) -> None:
+    """Raise ValueError unless the model of a run is of one of these kinds."""
+    kind = kind_of(run)
     if kind not in kinds:
-        remedy = " Convert it first: pi-attention convert." if kind not in ("pi", "pi_converted") else ""
+        remedy = " Convert it first: pi-attention convert." if kind not in OURS else ""
         raise ValueError(f"run={str(run)!r} holds a model of the kind {kind!r}, not {' or '.join(kinds)}.{remedy}")
 
 
