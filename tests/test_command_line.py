@@ -275,7 +275,7 @@ def test_paths_are_named_with_their_argument(place, monkeypatch):
         (["eval", run, "--out", place / "text.txt"], "is a file: choose another one"),
         (["generate", run, "--prompt", "caf\udcff"], r"prompt='caf\udcff' is not UTF-8"),
         (["generate", run, "--prompt", ""], "prompt is empty"),
-        (["eval", place / "llama"], "a model of the kind 'llama'"),
+        (["generate", place / "llama"], "a model of the kind 'llama'"),
         (["eval", place / "cut-weights"], "cannot be loaded"),
     ):
         code, _, err = called(arguments, monkeypatch)
