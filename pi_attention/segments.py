@@ -140,10 +140,10 @@ def starts_of_batch(
 
 def _running_maximum(x: Tensor) -> Tensor:
     """cummax of [B, S] with values from 0 upwards."""
-    return x.cummax(dim=1).values if torch.compiler.is_compiling() or x.device.type == "cpu" else in_runs(x)
+    return x.cummax(dim=1).values if torch.compiler.is_compiling() or x.device.type == "cpu" else cummax_in_runs(x)
 
 
-def in_runs(x: Tensor) -> Tensor:
+def cummax_in_runs(x: Tensor) -> Tensor:
     """cummax of [B, S] with values from 0 upwards, a long row in runs: a GPU takes a row step by step.
 
     On an H200, PyTorch's cummax of one row of 32,768 takes 80 µs.
@@ -152,7 +152,7 @@ def in_runs(x: Tensor) -> Tensor:
     if length <= LONG:
         return x.cummax(dim=1).values
     runs = F.pad(x, (0, -length % RUN)).view(rows, -1, RUN).cummax(dim=2).values
-    before = in_runs(F.pad(runs[:, :-1, -1], (1, 0)))
+    before = cummax_in_runs(F.pad(runs[:, :-1, -1], (1, 0)))
     return torch.maximum(runs, before[:, :, None]).flatten(1)[:, :length]
 
 

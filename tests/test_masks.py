@@ -75,4 +75,4 @@ def test_a_running_maximum_in_runs_is_that_of_the_row(length, monkeypatch):
     monkeypatch.setattr(segments, "RUN", 4)
     monkeypatch.setattr(segments, "LONG", 8)
     x = torch.randint(1000, (3, length), dtype=torch.int32)
-    assert torch.equal(segments.in_runs(x), x.cummax(dim=1).values)
+    assert torch.equal(segments.cummax_in_runs(x), x.cummax(dim=1).values)
