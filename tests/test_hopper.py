@@ -100,6 +100,32 @@ def test_kernels_compile_for_hopper_and_fit_it():
         assert row["stack"] <= (SPILLS if row["kernel"].startswith("key") and " 128 " in row["kernel"] else 0), row
 
 
+@pytest.mark.parametrize("pattern", [PiPattern(70, 1, 0, sinks=4), PiPattern(40, 2, 60, phase=(0, 1))], ids=str)
+def test_tiles_of_large_heads_compute_the_same(pattern, monkeypatch):
+    """In the interpreter, which takes smaller ones otherwise; the keys of the local band come by descriptors."""
+    need_triton()
+    from pi_attention.ops.fused import tiling, tuning
+
+    if not tiling.INTERPRETED:
+        pytest.skip("test_gpu.py has them on a GPU")
+    taken = {}
+
+    def of_hopper(kernel, few, head_dim, rows, **_):
+        taken[kernel] = tuning.HOPPER[kernel][head_dim]
+        return taken[kernel]
+
+    monkeypatch.setattr(tiling, "choose_tiles", of_hopper)
+    query, key, value = (torch.randn(1, heads, 200, 256).half().requires_grad_() for heads in (2, 1, 1))
+    grad = torch.randn(1, 2, 200, 256).half()
+    results = []
+    for impl in ("triton", "reference"):
+        out = pi_attention(query, key, value, pattern, fusion="mass", impl=impl)
+        results.append([out, *torch.autograd.grad(out, (query, key, value), grad)])
+    assert taken.keys() == tuning.HOPPER.keys()
+    for got, want in zip(*results, strict=True):
+        assert (got.double() - want.double()).norm() < 2e-3 * want.double().norm()
+
+
 def is_hopper():
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
