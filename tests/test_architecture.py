@@ -133,9 +133,10 @@ WITHIN = {
         "report",
         "train",
         "finetune",
+        "unfinished",
     ],
     "serving": ["needs", "library", "requests", "text", "memory", "answer", "engine", "handlers", "app", "server"],
-    "cli": ["terminal", "limits", "options", "runs", "pretrained"],
+    "cli": ["terminal", "limits", "options", "runs", "pretrained", "conversion"],
 }
 """Files of a room, each importing only from those above it; the rest of the room stands behind them, free in itself."""
 

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import signal
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -630,12 +631,12 @@ def test_a_pretrained_model_is_evaluated_as_it_is_on_the_text_that_a_conversion_
 
 @pytest.mark.parametrize(("converted", "said"), [(10.4, False), (11.2, True)])
 def test_the_command_names_dense_layers_where_much_is_lost(converted, said, llama, tmp_path, monkeypatch):
+    from pi_attention.cli import conversion
     from pi_attention.cli.main import parse
-    from pi_attention.tasks import language_modelling
 
     perplexities = iter([10.0, converted])
     monkeypatch.setattr(
-        language_modelling, "evaluate", lambda *_, **__: SimpleNamespace(perplexity=next(perplexities), tokens=99)
+        conversion, "evaluate", lambda *_, **__: SimpleNamespace(perplexity=next(perplexities), tokens=99)
     )
     console = Console(record=True, width=200, file=io.StringIO())
     parse([*llama, "--model", str(tmp_path / "llama"), "--eval-blocks", "1"]).execute(console)
@@ -702,6 +703,59 @@ def test_a_pretrained_model_that_cannot_serve_is_named(kind, words, llama, tmp_p
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("part", ["gates", "lora", "all"])
+def test_an_interrupted_fine_tune_goes_on_to_the_same_result(part, llama, tmp_path):
+    from pi_attention.cli.main import parse
+
+    if part == "lora":
+        pytest.importorskip("peft")
+    options = ["--gate", "--finetune-steps", "8", "--part", part, "--save-every", "3", "--eval-blocks", "1"]
+    options += ["--dense-layers", "1"]
+    asked = [*llama, "--model", str(tmp_path / "llama"), *options]
+    assert parse([*asked, "--out", str(tmp_path / "whole")]).execute(Console(quiet=True)) == 0
+
+    def interrupted_after(step):
+        console = Console(record=True, width=200, file=io.StringIO())
+        usual = console.print
+
+        def tell(line, **style):
+            usual(line, **style)
+            if str(line).startswith(f"step {step}/"):
+                signal.raise_signal(signal.SIGINT)
+
+        console.print = tell
+        return console
+
+    console, new = interrupted_after(4), tmp_path / "new"
+    assert parse(asked).execute(console) == 130
+    assert "Interrupted at step 5, saved. Go on: pi-attention convert --out" in console.export_text()
+    assert not (new / "config.json").exists()
+    with pytest.raises(FileExistsError, match="holds a fine-tune that was interrupted: add --resume, or delete"):
+        parse(asked).execute(Console(quiet=True))
+    with pytest.raises(ValueError, match="window=9 differs from 8 of the fine-tune in out="):
+        parse(["convert", "--out", str(new), "--resume", "--window", "9"]).execute(Console(quiet=True))
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text(text.replace("question", "answer"))
+    with pytest.raises(ValueError, match="gives other training tokens than the run"):
+        parse(["convert", "--out", str(new), "--resume"]).execute(Console(quiet=True))
+    (tmp_path / "text.txt").write_text(text)
+    checkpoint = new / "finetune" / "checkpoint-6"  # as of a process that was killed while it wrote
+    checkpoint.mkdir()
+    console = interrupted_after(None)
+    assert parse(["convert", "--out", str(new), "--resume"]).execute(console) == 0
+    said = console.export_text()
+    assert "step 6/8" in said and "step 5/8" not in said and "trying each" not in said and "untrained" not in said
+    assert not (new / "finetune").exists()
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "new"))
+    assert one.config.patterns() == other.config.patterns()
+    differ = [name for name, x in one.state_dict().items() if not torch.equal(x, other.state_dict()[name])]
+    assert not differ
+    cards = [(tmp_path / name / "README.md").read_text().replace(name, "") for name in ("whole", "new")]
+    assert cards[0] == cards[1] and "| perplexity, dense |" in cards[0] and "| dense layers |" in cards[0]
+    with pytest.raises(FileNotFoundError, match="holds no fine-tune that was interrupted"):
+        parse(["convert", "--out", str(new), "--resume"]).execute(Console(quiet=True))
+
+
 @pytest.mark.parametrize("other_files", [False, True])
 def test_an_interrupted_conversion_leaves_nothing(other_files, llama, tmp_path, monkeypatch):
     from pi_attention.cli.main import parse
@@ -710,7 +764,7 @@ def test_an_interrupted_conversion_leaves_nothing(other_files, llama, tmp_path, 
     if other_files:
         new.mkdir()
         (new / "notes.txt").write_text("mine")
-    command = parse([*llama, "--model", str(tmp_path / "llama"), "--finetune-steps", "1"])
+    command = parse([*llama, "--model", str(tmp_path / "llama")])
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

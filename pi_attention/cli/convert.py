@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
@@ -20,17 +17,12 @@ from pi_attention.cli.pretrained import (
     need_positions,
     training_and_held_out,
 )
-from pi_attention.files import replacing_folder
 from pi_attention.paths import need_folder, status_of
-from pi_attention.recommended import EVERY
 
 if TYPE_CHECKING:
+    from pi_attention.cli.conversion import Conversion
     from pi_attention.data.packing import PackedBlocks
     from pi_attention.pattern import PiPattern
-
-
-MUCH = 0.05
-"""A perplexity so far above dense attention's, as a share of it, has a remedy named."""
 
 
 @dataclass
@@ -80,18 +72,36 @@ class Convert:
     eval_blocks: int = 4
     """Blocks on which perplexity is measured; 0 measures nothing."""
     seed: int = 0
-    """Seed of the fine-tune."""
+    """Seed of the fine-tune: of gates, adapters and the order of the blocks."""
+    save_every: int = 100
+    """Steps of fine-tuning between two checkpoints in OUT/finetune; Ctrl-C saves one as well."""
+    resume: bool = False
+    """Go on with the fine-tune that was interrupted in OUT, with its settings, to the same result."""
 
     def execute(self, console: Console) -> int:
         """Run the command; the exit code."""
-        self._refuse()
+        if not self.resume:
+            self._refuse()
+            return self._conversion(console).run(None)
+        from pi_attention.training.unfinished import kept
+
+        settings, found = kept(self.unfinished, self, ("out", "resume"))
+        settings.out = self.out
+        return settings._conversion(console).run(found)
+
+    @property
+    def unfinished(self) -> Path:
+        """Folder of a fine-tune that has not ended."""
+        return self.out / "finetune"
+
+    def _conversion(self, console: Console) -> Conversion:
+        """What the settings ask for: model and text are loaded, and what cannot be converted is refused before."""
         from pi_attention.accelerator import best_device
-        from pi_attention.convert import convert
+        from pi_attention.cli.conversion import Conversion
         from pi_attention.convert.config import free_layers, need_layers, patterns_with
         from pi_attention.convert.conversion import need_convertible
         from pi_attention.convert.extension import check_extension
         from pi_attention.stack import DENSE
-        from pi_attention.tasks.language_modelling import evaluate
 
         config = need_decoder(self.model)
         layers = need_layers(self.layers, config)
@@ -107,44 +117,19 @@ class Convert:
         model = load_decoder(self.model)
         need_positions(model, self.context)
         need_convertible(model, pattern, self.gate)
-        model = model.to(best_device())
-        facts = {"data": f"{self.data}, {HELD_OUT:.0%} held out", "context": f"{self.context:,} tokens"}
-        if self.extend_to is not None:
-            facts["extended to"] = f"{self.extend_to:,} tokens, from {known:,}"
-
-        def report(what: str) -> float:
-            if not self.eval_blocks:
-                return math.nan
-            result = evaluate(converted, validation, limit=self.eval_blocks)
-            facts[f"perplexity, {what}"] = f"{result.perplexity:.2f} a token ({result.tokens:,} tokens)"
-            console.print(f"{what}: perplexity {result.perplexity:.2f} a token ({result.tokens:,} tokens, held out)")
-            return result.perplexity
-
-        dense = math.nan
-        if self.eval_blocks:
-            for further in dict.fromkeys((None, self.extend_to)):  # as it was, and extended
-                converted = convert(model, DENSE, extend_to=further)  # every key of a block
-                dense = report("dense" if further is None else "dense, extended")
-                del converted
-        if self.dense_layers:
-            layers, facts["dense layers"] = self._chosen(model, pattern, training.cut(known), free, console)
-        converted = convert(model, pattern, gate=self.gate, layers=layers, extend_to=self.extend_to)
-        above = report("converted, untrained") / dense - 1
-        if above > MUCH and layers is None:
-            console.print(
-                f"That is {above:.0%} above dense attention. A few dense layers may give most of it back: "
-                f"--dense-layers {max(1, free // EVERY)}",
-                soft_wrap=True,
-            )
-        if self.finetune_steps:
-            self._finetune(converted, training, console)
-            report(f"after {self.finetune_steps} steps of {self.part}")
-        else:
-            converted.config.text_config.dtype = config.dtype or converted.dtype
-            converted.to(converted.config.text_config.dtype)  # the weights are still those that were loaded
-        self._save(converted, tokenizer, facts)
-        console.print(f"Saved in {self.out}. Next: pi-attention generate {self.out}", soft_wrap=True)
-        return 0
+        return Conversion(
+            asked=self,
+            pattern=pattern,
+            layers=layers,
+            model=model.to(best_device()),
+            tokenizer=tokenizer,
+            training=training,
+            validation=validation,
+            known=known,
+            free=free,
+            dtype=config.dtype,
+            console=console,
+        )
 
     def _refuse(self) -> None:
         """Raise an error for what is wrong whatever the model is, before it is read."""
@@ -153,13 +138,18 @@ class Convert:
         need_folder("out", self.out)
         if status_of("out", self.out / "config.json") is not None:
             raise FileExistsError(f"out={str(self.out)!r} holds a model already: choose another folder, or delete it.")
+        if status_of("out", self.unfinished / "settings.yaml") is not None:
+            raise FileExistsError(
+                f"out={str(self.out)!r} holds a fine-tune that was interrupted: add --resume, or delete "
+                f"{self.unfinished}."
+            )
         self._pattern(1)
         for name in ("period", "phase", "gate"):
             if not self.skips and getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} is of skips, and skips=0 is none: add --skips.")
         if self.part == "gates" and not self.gate:
             raise ValueError("part='gates', but gate=False leaves none: add --gate, or train --part lora or all.")
-        for name in ("learning_rate", "part", "seed"):
+        for name in ("learning_rate", "part", "seed", "save_every"):
             if not self.finetune_steps and getattr(self, name) != getattr(Convert, name):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is of a fine-tune, and finetune_steps=0 is none: leave it out."
@@ -225,64 +215,5 @@ class Convert:
 
         documents = load_documents(self.data, text_field=self.text_field)
         parts = zip(("training", "held-out"), training_and_held_out(documents), strict=True)
-        text = f"part of data={self.data!r}, {HELD_OUT:.0%} held out"
+        text = f"part of data={self.data!r}, {100 * HELD_OUT:.0f} % held out"
         return [blocks_named(f"the {name} {text}", part, tokenizer, self.context) for name, part in parts]
-
-    def _chosen(
-        self, model: Any, pattern: PiPattern, text: PackedBlocks, free: int, console: Console
-    ) -> tuple[list[int], str]:
-        """The layers to convert, and in words those that stay dense, of so many free ones."""
-        from pi_attention.convert import dense_gains, neediest
-        from pi_attention.tasks.language_modelling import evaluate
-
-        console.print(f"trying each of {free} layers as the only one of them that stays dense")
-        begun, losses = time.monotonic(), list[float]()
-
-        def loss(tried: Any) -> float:
-            losses.append(evaluate(tried, text, limit=self.eval_blocks).loss)
-            if len(losses) == 1:  # of none of them
-                left = free * (time.monotonic() - begun)
-                console.print(
-                    f"none of them dense: perplexity {math.exp(losses[0]):.2f} a token of the text to train on; the "
-                    f"others take about {f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'}",
-                    soft_wrap=True,
-                )
-            return losses[-1]
-
-        gains = dense_gains(model, pattern, loss)
-        if max(gains.values()) <= 0:
-            raise ValueError(
-                f"dense_layers={self.dense_layers}: no dense layer lowers the loss of blocks of at most {self.context} "
-                "tokens. Give a longer --context or more --eval-blocks, name --layers, or leave it out."
-            )
-        dense = neediest(gains, self.dense_layers)
-        said = ", ".join(f"{layer} ({gains[layer]:.4f})" for layer in dense)
-        console.print(f"dense layers, and the nats a token that each alone gives back: {said}", soft_wrap=True)
-        return [layer for layer in gains if layer not in dense], ", ".join(map(str, dense))
-
-    def _finetune(self, converted: Any, training: PackedBlocks, console: Console) -> None:
-        from pi_attention.training.finetune import LEARNING_RATES, finetune
-
-        with TemporaryDirectory() as folder:
-            finetune(
-                converted,
-                training,
-                steps=self.finetune_steps,
-                part=self.part,
-                learning_rate=self.learning_rate or LEARNING_RATES[self.part],
-                out=Path(folder),
-                seed=self.seed,
-                tell=console.print,
-            )
-
-    def _save(self, converted: Any, tokenizer: Any, facts: dict[str, str]) -> None:
-        """Model, tokenizer, card and picture, all or nothing."""
-        from pi_attention.models.card import write_card
-        from pi_attention.training.card import save_picture
-
-        with replacing_folder(self.out, "config.json") as partial:
-            converted.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            picture = save_picture(partial, converted.config.patterns(), self.context)
-            base_model = "" if Path(self.model).exists() else self.model
-            write_card(partial, converted.config, facts, base_model=base_model, picture=picture)

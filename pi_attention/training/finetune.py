@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pi_attention.accelerator import best_device, has_bf16
 from pi_attention.data.packing import PackedBlocks
+from pi_attention.training.checkpoints import contents, seal
+from pi_attention.training.interrupts import Interrupts
 
 Part = Literal["gates", "lora", "all"]
 
@@ -29,6 +32,21 @@ class _Lines(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.tell(f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}")
+
+
+class _Checkpoints(TrainerCallback):
+    """Seals each checkpoint, and ends the training after the step in which Ctrl-C came, with a checkpoint."""
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self.interrupts = interrupts
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupts.noted:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        seal(folder, contents(folder))
 
 
 def need_peft() -> None:
@@ -84,8 +102,10 @@ def finetune(
     learning_rate: float,
     out: Path,
     seed: int = 0,
+    save_every: int | None = None,
+    checkpoint: Path | None = None,
     tell: Callable[[str], None] = print,
-) -> None:
+) -> int:
     """Train a converted model in place by transformers.Trainer, one block a step.
 
     Args:
@@ -97,7 +117,13 @@ def finetune(
         learning_rate: peak; it decays to zero along a cosine.
         out: folder for the Trainer's files.
         seed: of the order of the blocks.
+        save_every: steps between two checkpoints in `out`; Ctrl-C saves one as well, and ends the training. None keeps
+            none.
+        checkpoint: one of those, to go on from: the result is that of a training that was not interrupted.
         tell: is given a line with step and loss, about twenty times.
+
+    Returns:
+        The step after which it ended.
 
     Raises:
         ValueError: part="gates" and the model has none, or part="lora" without PEFT, or without projections.
@@ -120,7 +146,9 @@ def finetune(
             max_grad_norm=1.0,
             bf16=has_bf16(best_device()),
             dataloader_pin_memory=best_device().type != "cpu",
-            save_strategy="no",
+            save_strategy="no" if save_every is None else "steps",
+            save_steps=save_every or steps,
+            save_total_limit=2,
             logging_steps=max(1, steps // 20),
             report_to=[],
             disable_tqdm=True,
@@ -129,7 +157,11 @@ def finetune(
         )
         trainer = Trainer(model=trained, args=arguments, train_dataset=blocks, callbacks=[_Lines(tell)])
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with nullcontext() if save_every is None else Interrupts() as interrupts:
+            if interrupts is not None:
+                trainer.add_callback(_Checkpoints(interrupts))
+            # from a checkpoint of the last step, the Trainer makes one more, at a rate of 0
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if part == "lora":
             trained.merge_and_unload()
     except BaseException:
@@ -139,3 +171,4 @@ def finetune(
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])
+    return int(trainer.state.global_step)
