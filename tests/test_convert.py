@@ -623,8 +623,18 @@ def test_a_pretrained_model_is_evaluated_as_it_is_on_the_text_that_a_conversion_
         assert found == tokens and float(again) == pytest.approx(float(perplexity), abs=0.006)
     assert lines["all"] != lines["after"]
     assert {path.name for path in (tmp_path / "llama").iterdir()} == before
-    with pytest.raises(ValueError, match=r"out is needed: run=.*llama.* is a pretrained model"):
-        parse(["eval", folder, "--data", text]).execute(Console(quiet=True))
+    for out in ([], ["--out", folder]):
+        with pytest.raises(ValueError, match=r"out=.*, and run=.*llama.* is a pretrained model, whose folder is left"):
+            parse(["eval", folder, "--data", text, *out]).execute(Console(quiet=True))
+    with pytest.raises(ValueError, match="split='validation' beside held_out=True"):
+        parse([*commands["before"], "--split", "validation"]).execute(Console(quiet=True))
+    said = json.loads((tmp_path / "before" / "eval.json").read_text())
+    assert (said["model"], said["data"], said["held_out"]) == (folder, text, True)
+    (tmp_path / "before" / "config.json").write_text((tmp_path / "llama" / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"run=.*before.* has no tokenizer"):
+        parse(["eval", str(tmp_path / "before"), "--data", text, "--out", str(tmp_path / "x")]).execute(
+            Console(quiet=True)
+        )
     with pytest.raises(ValueError, match="held_out=True is of data, and none is given"):
         parse(["eval", str(tmp_path / "new"), "--held-out"]).execute(Console(quiet=True))
 

@@ -201,6 +201,10 @@ def test_a_model_that_tells_its_attention_nothing_is_refused_beyond_its_context(
     assert model(prompt(1, 20), use_cache=False).logits.isfinite().all()
     with pytest.raises(NotImplementedError, match="NemotronForCausalLM hands its attention no further arguments"):
         model(prompt(1, 40), use_cache=False)
+    documents = torch.arange(20)[None] // 7 * 7
+    with pytest.raises(NotImplementedError, match="no layer can be told where documents begin"):
+        model(prompt(1, 20), segment_ids=documents, use_cache=False)
+    assert model(prompt(1, 20), segment_ids=0 * documents, use_cache=False).logits.isfinite().all()
 
 
 def test_a_cache_from_before_extensions_is_of_a_model_without_one(tmp_path):

@@ -13,16 +13,21 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
 )
 
 from benchmarks.paged import served
 from pi_attention import PiPattern
 from pi_attention.convert import convert
 from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.models.ragged import RaggedCall
 from pi_attention.ops import paged
 from pi_attention.ops.fused.attention import paged_decoding, why_not_triton
 
@@ -278,6 +283,7 @@ def test_a_rotary_embedding_that_depends_on_the_batch_is_refused():
         model.generate_batch([[3, 4]], greedy(2), continuous_batching_config=small())
 
 
+WINDOW = PiPattern(8, 1, 0, sinks=2)
 BEYOND = {
     "llama: sinks": converted(LlamaForCausalLM, LlamaConfig, PLAIN | {"sinks": 3}, max_position_embeddings=40),
     "llama: heads that differ": converted(
@@ -323,8 +329,39 @@ def test_sinks_that_stayed_would_give_other_texts(monkeypatch):
     torch.manual_seed(0)
     model, prompts = telling(BEYOND["llama: sinks"]()), prompts_of([130, 36])
     want = [wanted(model, prompt, 20) for prompt in prompts]
-    monkeypatch.setattr(type(model), "_move_sinks_of_requests", lambda *arguments: None)
+    monkeypatch.setattr(RaggedCall, "move_sinks", lambda *arguments: None)
     assert texts(model, prompts, 20, small(num_blocks=400)) != want
+
+
+@known
+@pytest.mark.parametrize("name", ["llama: sinks", "llama: all skips"])
+def test_sinks_move_along_in_requests_that_begin_anew(name):
+    torch.manual_seed(0)
+    model, prompts = telling(BEYOND[name]()), prompts_of([9, 34, 20, 37, 12, 45, 16, 8])
+    watch, found = served(model, prompts, 40, pages=10 if name == "llama: sinks" else 14)
+    assert watch.evictions > 0
+    assert [found[str(number)] for number in range(8)] == [wanted(model, prompt, 40) for prompt in prompts]
+
+
+@known
+def test_a_request_beyond_learned_positions_is_refused_and_ends_no_other():
+    model = convert(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=40, vocab_size=99)), WINDOW)
+    prompts = prompts_of([30, 36])
+    with pytest.raises(ValueError, match="36 tokens and max_new_tokens=8 may outgrow the 40 positions"):
+        texts(model, prompts, 8)
+    manager_of = model.continuous_batching_context_manager
+    with manager_of(generation_config=greedy(8), continuous_batching_config=small()) as manager:
+        manager.add_request(prompts[0])
+        with pytest.raises(ValueError, match="may outgrow the 40 positions"):
+            manager.add_request(prompts[1])
+        assert manager.get_result(timeout=60).generated_tokens == wanted(model, prompts[0], 8)
+
+
+@known
+def test_a_model_that_tells_its_attention_nothing_is_refused_at_the_start():
+    model = convert(NemotronForCausalLM(NemotronConfig(**SIZES, head_dim=8)), WINDOW)
+    with pytest.raises(NotImplementedError, match="NemotronForCausalLM hands its attention no further arguments"):
+        texts(model, prompts_of([5]), 2)
 
 
 @known

@@ -10,7 +10,7 @@ queries of a chunk, each with its own n, take one call of the operator over twic
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -72,34 +72,41 @@ class RaggedSinks:
     Args:
         near: how far they may lie behind.
         sinks: of a request, its first keys.
-        position: [B, T] of the queries, each in its own request; one row for all, or a row for each request.
+        position: [1, ΣT] of the queries, each in its own request.
     """
 
     near: NearSinks
     sinks: int
     position: Tensor
 
-    def at(self, places: Tensor | slice) -> RaggedSinks:
-        """The same for some of the queries in a row."""
-        return replace(self, position=self.position[:, places])
-
-    def a_row_each(self) -> RaggedSinks:
-        """The same where each query of a row is alone in a row of its own."""
-        return replace(self, position=self.position.T)
-
-    def around(self, operator: Callable[..., Tensor], number: Tensor) -> Callable[..., Tensor]:
-        """The operator, each query seeing the sinks moved by its own shift.
+    def around(self, operator: Callable[..., Tensor], places: Tensor | slice, number: Tensor) -> Callable[..., Tensor]:
+        """The operator for the queries at these places, each seeing the sinks moved by its own shift.
 
         Args:
             operator: output of query, key, value and whatever else.
-            number: [B or 1, S], which key of its request each is; −1 for padding.
+            places: in the row.
+            number: [1, S], which key of its request each key is.
         """
-        is_sink, shift = (number >= 0) & (number < self.sinks), self.near.shift(self.position, 0)
+        is_sink, shift = number < self.sinks, self.near.shift(self.position[:, places], 0)
 
         def moved(query: Tensor, key: Tensor, value: Tensor, *more: Tensor | None) -> Tensor:
             return self.near.attend(lambda *keys: operator(*keys, *more), query, key, value, shift, is_sink)
 
         return moved
+
+    def move(self, key: Tensor, places: Tensor | slice, first: Tensor) -> None:
+        """Move the sinks of N requests with one query each, in place.
+
+        Args:
+            key: [N, G, S, D].
+            places: of the queries in the row.
+            first: [N], which of the S keys is the first of each request.
+        """
+        column = first[:, None] + torch.arange(self.sinks, device=key.device)
+        shift = self.near.shift(self.position[:, places], 0).T
+        by = torch.where(column < key.shape[2], shift, 0)  # a request may have fewer keys
+        index = column.clamp(max=key.shape[2] - 1)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        key.scatter_(2, index, moved_rotary(key.gather(2, index), by, self.near.frequencies))
 
 
 def sinks_among(position: Tensor, start: Tensor | int, pattern: PiPattern) -> Tensor:

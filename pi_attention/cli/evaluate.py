@@ -32,7 +32,7 @@ class Eval:
     """Measure perplexity, bits per byte and loss by position on a text."""
 
     run: Annotated[Path, tyro.conf.Positional] = Path("runs/pi")
-    """Folder of a run, of a saved model, or of a pretrained model of transformers, measured as it is."""
+    """Folder of a run, of a saved model, or of a pretrained model of transformers, measured as it is, in fp32."""
     data: str | None = None
     """Text to evaluate on, as for train; the run's own validation text by default."""
     held_out: bool = False
@@ -56,8 +56,8 @@ class Eval:
         from pi_attention.tasks.language_modelling import evaluate
 
         need_folder("run" if self.out is None else "out", self.out or self.run)
-        if self.held_out and self.data is None:
-            raise ValueError("held_out=True is of data, and none is given: a run's own text is held out already.")
+        if self.held_out:
+            self._refuse_beside_held_out()
         model, tokenizer = self._model()
         blocks = self._blocks(model, tokenizer)
         if not console.is_terminal:  # where no bar is shown
@@ -74,7 +74,8 @@ class Eval:
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
         out = self.out or self.run
-        found = {"data": self.data or "validation", "context": blocks.context} | dataclasses.asdict(result)
+        found = {"model": str(self.run), "data": self.data or "validation", "held_out": self.held_out}
+        found |= {"context": blocks.context} | dataclasses.asdict(result)
         write_text(out / "eval.json", json.dumps(found, indent=2))
         plots.save(plots.loss_by_position(result.position, result.loss_by_position), out / "loss_by_position.png")
         console.print(
@@ -87,24 +88,35 @@ class Eval:
         console.print(table)
         return 0
 
+    def _refuse_beside_held_out(self) -> None:
+        """Raise ValueError for what contradicts the text that convert holds out."""
+        if self.data is None:
+            raise ValueError("held_out=True is of data, and none is given: a run's own text is held out already.")
+        if self.split != Eval.split:
+            raise ValueError(
+                f"split={self.split!r} beside held_out=True, which is a part of what convert trains on: leave one out."
+            )
+
     def _model(self) -> tuple[Any, Any]:
         """The model and its tokenizer; a pretrained one sees every token, as it did."""
         from pi_attention.accelerator import best_device
-        from pi_attention.cli.runs import OURS, kind_of, load_run
+        from pi_attention.cli.runs import OURS, kind_of, load_run, model_folder
 
         if kind_of(self.run) in OURS:
             return load_run(self.run)
-        if self.out is None:
+        folder = model_folder(self.run)
+        if self.out is None or self.out.resolve() in (self.run.resolve(), folder.resolve()):
             raise ValueError(
-                f"out is needed: run={str(self.run)!r} is a pretrained model, whose folder is left as it is."
+                f"out={None if self.out is None else str(self.out)!r}, and run={str(self.run)!r} is a pretrained "
+                "model, whose folder is left as it is: name another folder."
             )
         from pi_attention.convert import convert
         from pi_attention.stack import DENSE
 
-        name = str(self.run)
-        need_decoder(name)
-        tokenizer = load_tokenizer_of(name)
-        return convert(load_decoder(name), DENSE).to(best_device()).eval(), tokenizer
+        name = str(folder)
+        need_decoder(name, "run")
+        tokenizer = load_tokenizer_of(name, "run")
+        return convert(load_decoder(name, "run"), DENSE).to(best_device()).eval(), tokenizer
 
     def _blocks(self, model: Any, tokenizer: Any) -> PackedBlocks:
         from pi_attention.cli.runs import known_context
@@ -119,10 +131,12 @@ class Eval:
         context = self.context or known_context(model.config)
         need_positions(model, context)
         if self.data is not None:
-            documents, what = load_documents(self.data, split=self.split, text_field=self.text_field), "data"
-            if self.held_out:
-                documents, what = training_and_held_out(documents)[1], "the held-out part of data"
-            return blocks_named(f"{what}={self.data!r}", documents, tokenizer, context)
+            split = "train" if self.held_out else self.split
+            documents = load_documents(self.data, split=split, text_field=self.text_field)
+            if not self.held_out:
+                return blocks_named(f"data={self.data!r}", documents, tokenizer, context)
+            held_out = training_and_held_out(documents)[1]
+            return blocks_named(f"the held-out part of data={self.data!r}", held_out, tokenizer, context)
         need_whole_settings(self.run / SETTINGS)
         config = load_yaml(TrainConfig, self.run / SETTINGS)
         config.data.context = context

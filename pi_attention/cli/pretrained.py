@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pi_attention.cli.runs import OURS, SAFELY
+from pi_attention.cli.runs import OURS, SAFELY, need_own_weights
 from pi_attention.paths import shown, status_of
 
 HELD_OUT = 0.1
@@ -19,40 +19,42 @@ def training_and_held_out(documents: list[str]) -> tuple[list[str], list[str]]:
     return hold_out(documents, HELD_OUT, seed=0)
 
 
-def _refusal(model: str, what: str, error: Exception) -> ValueError:
+def _refusal(model: str, what: str, error: Exception, argument: str) -> ValueError:
     words = " ".join(str(error).split())[:400]
-    return ValueError(f"model={shown(model)} {what}: {words}")
+    return ValueError(f"{argument}={shown(model)} {what}: {words}")
 
 
-def need_decoder(model: str) -> Any:
-    """The configuration of a pretrained model's text.
+def need_decoder(model: str, argument: str = "model") -> Any:
+    """The configuration of the text of a pretrained model, which an argument of the command names.
 
     Raises:
         ValueError: a local path holds no pretrained model of another kind than ours.
     """
     from transformers import AutoConfig
 
-    status = status_of("model", Path(model)) if len(model) <= 96 or "/" in model else None  # else no name on the hub
+    status = status_of(argument, Path(model)) if len(model) <= 96 or "/" in model else None  # else no name on the hub
     if status is not None and not (Path(model) / "config.json").exists():
         inner = Path(model) / "model"
         hint = f" The run's model is in {shown(inner)}." if (inner / "config.json").exists() else ""
         raise ValueError(
-            f"model={shown(model)} holds no config.json: give the hub name of a pretrained model, or a folder that "
-            f"save_pretrained wrote.{hint}"
+            f"{argument}={shown(model)} holds no config.json: give the hub name of a pretrained model, or a folder "
+            f"that save_pretrained wrote.{hint}"
         )
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # transformers and the hub client raise many kinds
         raise _refusal(
-            model, "cannot be loaded, give the folder or the hub name of a pretrained model", error
+            model, "cannot be loaded, give the folder or the hub name of a pretrained model", error, argument
         ) from error
     kind = config.model_type
     if kind in OURS:
-        raise ValueError(f"model={shown(model)} is a model of π-Attention already ({kind}): give a pretrained one.")
+        raise ValueError(
+            f"{argument}={shown(model)} is a model of π-Attention already ({kind}): give a pretrained one."
+        )
     return config.get_text_config()
 
 
-def load_tokenizer_of(model: str) -> Any:
+def load_tokenizer_of(model: str, argument: str = "model") -> Any:
     """The tokenizer that lies beside a pretrained model.
 
     Raises:
@@ -64,10 +66,10 @@ def load_tokenizer_of(model: str) -> Any:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # as above
         remedy = "has no tokenizer that can be loaded, save one there by tokenizer.save_pretrained"
-        raise _refusal(model, remedy, error) from error
+        raise _refusal(model, remedy, error, argument) from error
 
 
-def load_decoder(model: str) -> Any:
+def load_decoder(model: str, argument: str = "model") -> Any:
     """The pretrained model in fp32, so that the small steps of a fine-tune are not rounded away.
 
     Raises:
@@ -76,25 +78,26 @@ def load_decoder(model: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    if Path(model).is_dir():
+        need_own_weights(Path(model), argument)
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, output_loading_info=True, **SAFELY
         )
     except Exception as error:  # as above
-        raise _refusal(model, "cannot be loaded as a causal language model", error) from error
+        raise _refusal(model, "cannot be loaded as a causal language model", error, argument) from error
     if found["missing_keys"]:
         raise ValueError(
-            f"model={shown(model)} lacks weights, such as {sorted(found['missing_keys'])[0]}: give a causal language "
-            "model with all of its weights."
+            f"{argument}={shown(model)} lacks weights, such as {sorted(found['missing_keys'])[0]}: give a causal "
+            "language model with all of its weights."
         )
     return loaded
 
 
 def need_positions(model: Any, context: int) -> None:
     """Raise ValueError where a context has more tokens than the positions that a model has learned, as GPT-2 has."""
-    from torch import nn
+    from pi_attention.models.inputs import learned_positions
 
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tables = (name for name, part in model.named_modules() if isinstance(part, nn.Embedding))
-    if most is not None and context > most and any("position" in name or name.endswith("wpe") for name in tables):
+    most = learned_positions(model)
+    if most is not None and context > most:
         raise ValueError(f"context={context} is more than the {most} positions that the model has learned: give fewer.")

@@ -55,18 +55,18 @@ def load_run(run: Path) -> tuple[Any, Any]:
     return model.to(best_device()).eval(), tokenizer
 
 
-def need_own_weights(run: Path) -> None:
+def need_own_weights(run: Path, argument: str = "run") -> None:
     """Raise ValueError where the index of a model's weights names files outside of its folder."""
     folder = model_folder(run)
     for index in folder.glob("*.safetensors.index.json"):
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"run={str(run)!r} has a {index.name} that cannot be read: {error}") from error
+            raise ValueError(f"{argument}={str(run)!r} has a {index.name} that cannot be read: {error}") from error
         strange = sorted(str(name) for name in names if Path(str(name)).name != name)
         if strange:
             raise ValueError(
-                f"run={str(run)!r} has a {index.name} that names {strange[0]!r}: weights lie in its folder."
+                f"{argument}={str(run)!r} has a {index.name} that names {strange[0]!r}: weights lie in its folder."
             )
 
 

@@ -57,6 +57,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         self._patterns = config.patterns()
         if config.gate:
             add_gates(model, self._patterns)
+        self._near: list[NearSinks | None] | None = None
         self._far_layers: list[int] = []  # those that turn slower
         self.slower_rotary: Any = None
         if config.extend_to is not None:
@@ -89,6 +90,11 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
 
     def _near_sinks(self) -> list[NearSinks | None]:
         """How the sinks of each layer move beyond the context that it knows; None where they stay."""
+        if self._near is None:
+            self._near = self._found_near_sinks()
+        return list(self._near)
+
+    def _found_near_sinks(self) -> list[NearSinks | None]:
         known = self.sinks_move_beyond
         frequencies = None if known is None else layer_frequencies(self.model, len(self._patterns))
         if known is None or frequencies is None:
@@ -122,16 +128,21 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             position_ids = torch.arange(new.shape[1], device=new.device)[None] + past
         return SlowerAngles(self.slower_rotary, self._far_layers, position_ids)
 
-    def _move_sinks_of_requests(self, requests: RaggedCall, position_ids: Tensor) -> None:
-        """Let the sinks of each request move along where one of them goes beyond the pretrained context."""
-        context = self.sinks_move_beyond
-        if context is not None and int(position_ids.max()) >= context:
-            requests.keep_sinks_near(self._near_sinks(), position_ids)
+    def _moving_sinks(
+        self, cache: BoundedCache | None, tokens: int, position_ids: Tensor | None
+    ) -> list[NearSinks | None] | None:
+        """How the sinks of each layer move for so many new tokens.
 
-    def _moving_sinks(self, cache: BoundedCache | None, tokens: int) -> list[NearSinks | None] | None:
-        """How the sinks of each layer move for so many new tokens; None within the pretrained context."""
+        None within the pretrained context, and for many requests, whose own positions tell: that cache moves them.
+        """
         context = self.sinks_move_beyond
-        if context is None or (cache is not None and not cache.moves_sinks):
+        if context is None:
+            return None
+        if isinstance(cache, RaggedCall) and position_ids is not None:
+            if int(position_ids.max()) >= context:
+                cache.move_sinks(self._near_sinks(), position_ids)
+            return None
+        if cache is not None and not cache.moves_sinks:
             return None
         if (0 if cache is None else cache.get_seq_length()) + tokens <= context:
             return None
@@ -142,11 +153,35 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
                 layer.near = of_layer
         return near
 
+    def _need_nothing_told(self, beyond: bool, segment_ids: Tensor | None) -> None:
+        """Raise NotImplementedError where the layers had to be told something, and none was."""
+        what = f"{type(self.model).__name__} hands its attention no further arguments, so that no layer can be told"
+        if beyond:
+            raise NotImplementedError(
+                f"{what} how to see beyond the pretrained context of {self._context}: give shorter texts, and no "
+                "extend_to."
+            )
+        if segment_ids is not None and bool((segment_ids != segment_ids[:, :1]).any()):
+            raise NotImplementedError(f"{what} where documents begin: give one document a row.")
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """See `BoundedGeneration`.
+
+        Raises:
+            NotImplementedError: as there, or the layers of this model cannot be told which tokens are of one request.
+        """
+        documents = torch.arange(2, device=self.device)[None]
+        self.eval()  # as the manager does
+        with torch.no_grad():
+            self(input_ids=torch.zeros_like(documents), segment_ids=documents, use_cache=False)
+        return super().init_continuous_batching(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but keep the frequencies of rotary embeddings in fp32."""
         rotary = list(rotary_modules(self))
         before = [dict(module.named_buffers(recurse=False)) for module in rotary]
         super()._apply(fn, recurse)
+        self._near = None  # its frequencies lie where they lay
         for module, buffers in zip(rotary, before, strict=True):
             keep_in_fp32(module, buffers)
         return self
@@ -186,6 +221,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         if like is None:
             raise ValueError("pass either input_ids or inputs_embeds.")
         check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, segment_ids)
+        given = segment_ids
         segment_ids = without_padding(segment_ids, attention_mask)
         use_cache = self.config.text_config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -198,9 +234,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         if past_key_values is not None:
             check_cache(past_key_values, self._patterns)
         batch, tokens = like.shape[:2]
-        if isinstance(past_key_values, RaggedCall) and position_ids is not None:
-            self._move_sinks_of_requests(past_key_values, position_ids)
-        near = self._moving_sinks(past_key_values, tokens)
+        near = self._moving_sinks(past_key_values, tokens, position_ids)
         angles = self._angles(position_ids, past_key_values, like)
         if past_key_values is not None:
             segment_ids = past_key_values.segments(segment_ids, attention_mask, position_ids, (batch, tokens))
@@ -220,9 +254,6 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
             **{CACHE: past_key_values},
             **kwargs,
         )
-        if not call.arrived and (near is not None or angles is not None):
-            raise NotImplementedError(
-                f"{type(self.model).__name__} hands its attention no further arguments, so that no layer can be told "
-                f"how to see beyond the pretrained context of {self._context}: give shorter texts, and no extend_to."
-            )
+        if not call.arrived:
+            self._need_nothing_told(near is not None or angles is not None, given)
         return out

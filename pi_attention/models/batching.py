@@ -90,7 +90,7 @@ class ServedModel:
 
 
 class PiBatchingManager(BatchingManager):
-    """transformers' manager; a request with what is no token of the model is refused before it is queued."""
+    """transformers' manager; a request that would end all others is refused before it is queued."""
 
     def add_request(self, input_ids: list[int], *args: Any, **kwargs: Any) -> str | None:
         """As of transformers.
@@ -98,7 +98,9 @@ class PiBatchingManager(BatchingManager):
         Raises:
             TypeError, ValueError: see `BoundedGeneration.check_request`.
         """
-        self.model.check_request(input_ids)
+        most = kwargs.get("max_new_tokens", args[1] if len(args) > 1 else None)
+        most = self.generation_config.max_new_tokens if most is None else most
+        self.model.check_request(input_ids, most)
         return super().add_request(input_ids, *args, **kwargs)
 
 

@@ -153,7 +153,7 @@ class BoundedCache:
     layers: list[Any]
     get_seq_length: Any
     moves_sinks: bool
-    """Whether sinks can move along with the text: see `keep_sinks_near`."""
+    """Whether its layers say, as `near`, how sinks move along with the text: see `PiCache.keep_sinks_near`."""
 
     def storage(self, layer: int) -> KeyValueCache:
         """The cache of a layer."""

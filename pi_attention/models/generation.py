@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 from pi_attention.models.cache_argument import CACHE
 from pi_attention.models.caching import PiCache, PiStaticCache
 from pi_attention.models.continuous import need_known_version
+from pi_attention.models.inputs import learned_positions
 from pi_attention.ops.checks import check_layout
 
 
@@ -65,16 +66,18 @@ class BoundedGeneration:
                 f"inputs must be a list of prompts, each a list of token ids, got {type(inputs).__name__}: of a tensor "
                 "without padding pass tolist()."
             )
+        most = kwargs.get("max_new_tokens")
+        most = getattr(generation_config or self.generation_config, "max_new_tokens", None) if most is None else most
         for prompt in inputs:
-            self.check_request(prompt)
+            self.check_request(prompt, most)
         return super().generate_batch(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
-    def check_request(self, prompt: list[int]) -> None:
+    def check_request(self, prompt: list[int], max_new_tokens: int | None) -> None:
         """Refuse a request that continuous batching would not serve exactly, or with which it would end all others.
 
         Raises:
             TypeError: the prompt is no list of token ids.
-            ValueError: it is empty, or holds what is no token of the model.
+            ValueError: it is empty, holds what is no token of the model, or may outgrow the positions that it learned.
         """
         try:
             ids = torch.as_tensor(prompt)
@@ -91,6 +94,12 @@ class BoundedGeneration:
         for token in (int(ids.min()), int(ids.max())):
             if not 0 <= token <= last:
                 raise ValueError(f"a prompt holds the token {token}, and those of the model are 0 to {last:,}.")
+        positions = learned_positions(self)
+        if positions is not None and (max_new_tokens is None or len(prompt) + max_new_tokens > positions):
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} may outgrow the {positions} "
+                "positions that the model has learned: shorten the prompt or set a smaller max_new_tokens."
+            )
 
     def _prepare_static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from pi_attention.models.caching import BoundedCache
@@ -42,6 +42,13 @@ def check_inputs(
             raise TypeError(f"{name} has dtype {x.dtype}: cast it to int64.")
         if name != "attention_mask" and (x.dim() != layout.count(",") + 1 or min(x.shape) < least):
             raise ValueError(f"{name} must be {layout} with at least one token, got shape {tuple(x.shape)}.")
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model has learned, as GPT-2 has; None where it has no table of them."""
+    most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = (name for name, part in model.named_modules() if isinstance(part, nn.Embedding))
+    return most if any("position" in name or name.endswith("wpe") for name in tables) else None
 
 
 def check_cache(cache: Any, patterns: list[PiPattern]) -> None:

@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
-from pi_attention.models.ragged import RaggedCall, RaggedLayer, Requests, decode
+from pi_attention.models.ragged import RaggedCall, RaggedLayer, Requests, one_query_each
 from pi_attention.ops.paged import Pages
 from pi_attention.pattern import PiPattern
 
@@ -165,9 +165,10 @@ class PagedLayer(RaggedLayer):
         if pages is None:
             return super().attend(operator, query, key, value, gate)
         if self.moving is None:
-            return decode(operator, query, key, value, gate, None, None, pages)
-        keys, values, ids = pages.gathered(key, value)  # which hold the sinks where they came
-        return decode(operator, query, keys, values, gate, ids, self.moving)
+            return one_query_each(operator, query, key, value, gate, None, pages)
+        keys, values, ids = pages.gathered(key, value)  # a copy, since the pages keep sinks where they came
+        self.moving.move(keys, slice(None), pages.first)
+        return one_query_each(operator, query, keys, values, gate, ids)
 
 
 def paged_call(cache: Any, arguments: dict[str, Any], patterns: list[PiPattern]) -> RaggedCall:

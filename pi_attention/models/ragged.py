@@ -40,8 +40,9 @@ class Parts(NamedTuple):
 
     fresh: tuple[Tensor, Tensor, Tensor | None] | None
     """Without earlier keys: the places of their queries and of their keys, and segment ids where they are several."""
-    decoding: tuple[Tensor, Tensor, Tensor | None] | None
-    """With one query, and earlier keys: the places of the queries, the slots of the keys, padded, and segment ids."""
+    decoding: tuple[Tensor, Tensor, Tensor | None, Tensor] | None
+    """With one query, and earlier keys: the places of the queries, the slots of the keys, padded, their segment ids,
+    and where the keys of each begin."""
     others: list[tuple[slice, slice]]
     """Queries and keys of each."""
 
@@ -85,7 +86,7 @@ class Requests:
         if decoding:
             spans = [k for _, k in decoding]
             pages = Pages.of([span.stop - span.start for span in spans], _places(spans, device))
-            parts = parts._replace(decoding=(_places([q for q, _ in decoding], device), *pages.padded()))
+            parts = parts._replace(decoding=(_places([q for q, _ in decoding], device), *pages.padded, pages.first))
         return parts
 
     def attend(
@@ -114,18 +115,19 @@ class Requests:
         if parts.fresh is not None:
             places, of_keys, ids = parts.fresh
             of_gate = None if gate is None else gate[:, :, places]
-            attend = operator if moving is None else moving.at(places).around(operator, moving.position[:, places])
+            attend = operator if moving is None else moving.around(operator, places, moving.position[:, places])
             out[:, :, places] = attend(query[:, :, places], key[:, :, of_keys], value[:, :, of_keys], of_gate, ids)
         if parts.decoding is not None:
-            places, slots, ids = parts.decoding
+            places, slots, ids, first = parts.decoding
             keys, values = (x[0][:, slots].transpose(0, 1) for x in (key, value))  # [requests, G, longest, D]
+            if moving is not None:
+                moving.move(keys, places, first)
             of_gate = None if gate is None else gate[:, :, places]
-            of_moving = None if moving is None else moving.at(places)
-            out[:, :, places] = decode(operator, query[:, :, places], keys, values, of_gate, ids, of_moving)
+            out[:, :, places] = one_query_each(operator, query[:, :, places], keys, values, of_gate, ids)
         for q, k in parts.others:
             of_gate = None if gate is None else gate[:, :, q]
             number = torch.arange(k.stop - k.start, device=query.device)[None]
-            attend = operator if moving is None else moving.at(q).around(operator, number)
+            attend = operator if moving is None else moving.around(operator, q, number)
             out[:, :, q] = attend(query[:, :, q], key[:, :, k], value[:, :, k], of_gate, None)
         return out
 
@@ -140,9 +142,8 @@ class RaggedLayer(RaggedKeys):
 
     length = 0
     seen_ids: None = None
-    near: None = None
     moving: RaggedSinks | None = None
-    """See `RaggedCall.keep_sinks_near`."""
+    """See `RaggedCall.move_sinks`."""
 
     def __init__(self, pattern: PiPattern, requests: Requests) -> None:
         self.pattern, self._requests = pattern, requests
@@ -178,7 +179,7 @@ class RaggedCall(BoundedCache, Cache):
         """Not asked for: every forward passes its positions."""
         return 0
 
-    def keep_sinks_near(self, near: list[NearSinks | None], position: Tensor) -> None:
+    def move_sinks(self, near: list[NearSinks | None], position: Tensor) -> None:
         """Let the sinks of layers move along in this forward: how those of each move, None where they stay.
 
         Args:
@@ -214,32 +215,27 @@ def _numbered(lengths: list[int], device: torch.device) -> Tensor:
     return number.repeat_interleave(torch.tensor(lengths, device=device))[None]
 
 
-def decode(
+def one_query_each(
     operator: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     gate: Tensor | None,
     ids: Tensor | None,
-    moving: RaggedSinks | None,
-    *more: Any,
+    *pages: Pages,
 ) -> Tensor:
     """The operator where each of N requests has one query: [1, H, N, D].
 
     Args:
         operator: of the layer.
         query: [1, H, N, D].
-        key: [N, G, longest, D], padded on the left, like value; or what `more` tells the operator to read.
+        key: [N, G, longest, D], padded on the left, like value; with pages [slots, G, D].
         value: like key.
         gate: logits [1, H, N], or None.
         ids: [N, longest], −1 for padding; None where nothing is padded.
-        moving: sinks that move along, of these queries; None where they stay.
-        more: further arguments of the operator.
+        pages: where the keys of each request lie, if they were not gathered.
     """
-    if moving is not None:
-        present = key.new_ones(1, key.shape[2], dtype=torch.bool) if ids is None else ids >= 0
-        operator = moving.a_row_each().around(operator, present.cumsum(dim=1) - 1)
     queries = query[0].transpose(0, 1)[:, :, None]  # [N, H, 1, D]
     of_gate = None if gate is None else gate[0].T[:, :, None]
-    out = operator(queries, key, value, of_gate, ids, *more)
+    out = operator(queries, key, value, of_gate, ids, *pages)
     return out[:, :, 0].transpose(0, 1)[None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -51,6 +52,12 @@ class Pages:
         """The most keys that a request has."""
         return max(self.lengths)
 
+    @cached_property
+    def first(self) -> Tensor:
+        """Which of the `longest` keys is the first of each request, [N]; before it is padding."""
+        return self.longest - self.table[: len(self.lengths) + 1].long().diff()
+
+    @cached_property
     def padded(self) -> tuple[Tensor, Tensor | None]:
         """Slots [N, longest] of the keys, padded on the left, and their segment ids; None where nothing is padded."""
         ends = self.table[: len(self.lengths) + 1].long()
@@ -62,7 +69,7 @@ class Pages:
 
     def gathered(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [N, G, longest, D] of slots [slots, G, D], padded on the left, and their segment ids."""
-        slots, ids = self.padded()
+        slots, ids = self.padded
         return key[slots].transpose(1, 2), value[slots].transpose(1, 2), ids
 
 

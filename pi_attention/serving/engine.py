@@ -167,7 +167,7 @@ class Engine:
             room = limits.context - len(prompt)
             settings.max_new_tokens = min(limits.new_tokens, room) if room > 0 else limits.new_tokens
         try:
-            self.model.check_request(prompt)
+            self.model.check_request(prompt, settings.max_new_tokens)
         except ValueError as error:
             raise RequestError(str(error)) from error
 

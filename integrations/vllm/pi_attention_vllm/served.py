@@ -71,14 +71,14 @@ def _parts(model_config: Any) -> Iterator[str]:
 
 
 def _need_context(config: Any, most: int) -> None:
-    """Beyond the pretrained context the sinks of a converted model move along, which they cannot in a paged cache."""
+    """Beyond the pretrained context the sinks of a converted model move along, which they do not here."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if config.model_type != "pi_converted" or context is None or not any(p.sinks for p in config.patterns()):
         return
     if most > context:
         raise ValueError(
             f"max_model_len={most} is more than the pretrained context of {context}, beyond which sinks move along, "
-            "and a paged cache keeps them where they are: set a smaller max_model_len, or use generate."
+            "and not in vLLM: set a smaller max_model_len, or use generate or pi-attention serve."
         )
 
 
