@@ -323,6 +323,19 @@ def test_a_file_of_a_chat_template_is_read_or_refused_by_its_name(tmp_path):
             read_template(file)
 
 
+def test_texts_beyond_the_pretrained_context_are_those_of_generate():
+    model = random_model("converted").eval()
+    model.config.text_config.max_position_embeddings = 40
+    engine = Engine(model, byte_tokenizer(), "converted", LIMITS, requests=4, batch_tokens=32)
+    try:
+        with TestClient(build_app(engine, ["testserver"])) as client:
+            for prompt in ("To be, or not to be", "To be, or not to be: that is the question. " * 4):
+                got = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 30})
+                assert got.json()["choices"][0]["text"] == wanted(engine, prompt, 30)
+    finally:
+        engine.close()
+
+
 def test_an_unforeseen_error_is_json_and_tells_nothing_of_the_inside(engine, client, monkeypatch):
     def broken(*args):
         raise RuntimeError("the inside")
