@@ -103,9 +103,9 @@ class RaggedSinks:
             first: [N], which of the S keys is the first of each request.
         """
         column = first[:, None] + torch.arange(self.sinks, device=key.device)
-        shift = self.near.shift(self.position[:, places], 0).T
-        by = torch.where(column < key.shape[2], shift, 0)  # a request may have fewer keys
-        index = column.clamp(max=key.shape[2] - 1)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        by = self.near.shift(self.position[:, places], 0).T.expand_as(column)
+        column = column.clamp(max=key.shape[2] - 1)  # where a request has fewer keys, its last one is a sink, too
+        index = column[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
         key.scatter_(2, index, moved_rotary(key.gather(2, index), by, self.near.frequencies))
 
 
