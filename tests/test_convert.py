@@ -624,7 +624,7 @@ def test_a_pretrained_model_is_evaluated_as_it_is_on_the_text_that_a_conversion_
     assert lines["all"] != lines["after"]
     assert {path.name for path in (tmp_path / "llama").iterdir()} == before
     for out in ([], ["--out", folder]):
-        with pytest.raises(ValueError, match=r"out=.*, and run=.*llama.* is a pretrained model, whose folder is left"):
+        with pytest.raises(ValueError, match=r"run=.*llama.* is a pretrained model, whose folder is left as it is"):
             parse(["eval", folder, "--data", text, *out]).execute(Console(quiet=True))
     with pytest.raises(ValueError, match="split='validation' beside held_out=True"):
         parse([*commands["before"], "--split", "validation"]).execute(Console(quiet=True))
@@ -748,22 +748,34 @@ def test_an_interrupted_fine_tune_goes_on_to_the_same_result(part, llama, tmp_pa
     (tmp_path / "text.txt").write_text(text.replace("question", "answer"))
     with pytest.raises(ValueError, match="gives other training tokens than the run"):
         parse(["convert", "--out", str(new), "--resume"]).execute(Console(quiet=True))
-    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
+    moved = str(tmp_path / "moved.txt")
+    (tmp_path / "moved.txt").write_text(text)
     checkpoint = new / "finetune" / "checkpoint-6"  # as of a process that was killed while it wrote
     checkpoint.mkdir()
     console = interrupted_after(None)
-    assert parse(["convert", "--out", str(new), "--resume"]).execute(console) == 0
+    with pytest.warns(UserWarning, match="checkpoint-6 is damaged, it was not written to its end"):
+        assert parse(["convert", "--out", str(new), "--resume", "--data", moved]).execute(console) == 0
     said = console.export_text()
-    assert "step 6/8" in said and "step 5/8" not in said and "trying each" not in said and "untrained" not in said
+    assert (
+        "going on after step 5 of 8" in said
+        and "step 6/8" in said
+        and "step 5/8" not in said
+        and "trying each" not in said
+        and "untrained" not in said
+    )
     assert not (new / "finetune").exists()
     one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "new"))
     assert one.config.patterns() == other.config.patterns()
     differ = [name for name, x in one.state_dict().items() if not torch.equal(x, other.state_dict()[name])]
     assert not differ
     cards = [(tmp_path / name / "README.md").read_text().replace(name, "") for name in ("whole", "new")]
+    cards[1] = cards[1].replace("moved", "text")
     assert cards[0] == cards[1] and "| perplexity, dense |" in cards[0] and "| dense layers |" in cards[0]
-    with pytest.raises(FileNotFoundError, match="holds no fine-tune that was interrupted"):
+    with pytest.raises(FileNotFoundError, match="holds a model that is finished"):
         parse(["convert", "--out", str(new), "--resume"]).execute(Console(quiet=True))
+    with pytest.raises(FileNotFoundError, match="holds no fine-tune that was interrupted"):
+        parse(["convert", "--out", str(tmp_path), "--resume"]).execute(Console(quiet=True))
 
 
 @pytest.mark.parametrize("other_files", [False, True])

@@ -23,6 +23,7 @@ from pi_attention.recommended import EVERY
 from pi_attention.stack import DENSE
 from pi_attention.tasks.language_modelling import evaluate
 from pi_attention.training.card import save_picture
+from pi_attention.training.checkpoints import step_of
 from pi_attention.training.finetune import LEARNING_RATES, finetune
 from pi_attention.training.text import need_same_text
 from pi_attention.training.unfinished import keep, whole_checkpoint
@@ -85,7 +86,7 @@ class Conversion:
             self._name_dense_layers(self._report("converted, untrained", converted) / dense - 1)
         if asked.finetune_steps:
             if found is None:
-                keep(asked.unfinished, asked, {"layers": self.layers, "facts": self.facts}, **parts)
+                keep(asked.unfinished, asked.in_place(), {"layers": self.layers, "facts": self.facts}, **parts)
             done = self._finetune(converted)
             if done < asked.finetune_steps:
                 again = f"pi-attention convert --out {asked.out} --resume"
@@ -96,7 +97,9 @@ class Conversion:
             converted.config.text_config.dtype = self.dtype or converted.dtype
             converted.to(converted.config.text_config.dtype)  # the weights are still those that were loaded
         self._save(converted)
-        self.console.print(f"Saved in {asked.out}. Next: pi-attention generate {asked.out}", soft_wrap=True)
+        generate = f"pi-attention generate {asked.out}"
+        measure = f"pi-attention eval {asked.out} --data {asked.data} --held-out --context {asked.context}"
+        self.console.print(f"Saved in {asked.out}. Next: {generate}, or {measure}", soft_wrap=True)
         return 0
 
     def _measure(self) -> float:
@@ -153,9 +156,9 @@ class Conversion:
         gains = dense_gains(self.model, self.pattern, loss)
         if max(gains.values()) <= 0:
             raise ValueError(
-                f"dense_layers={asked.dense_layers}: no dense layer lowers the loss of blocks of at most "
-                f"{asked.context} tokens. Give a longer --context or more --eval-blocks, name --layers, or leave it "
-                "out."
+                f"dense_layers={asked.dense_layers}: no dense layer lowers the loss of blocks of {text.context} "
+                f"tokens, of the pretrained context of {self.known} at most. Give more --eval-blocks or a longer "
+                "--context, name --layers, or leave it out."
             )
         dense = neediest(gains, asked.dense_layers)
         said = ", ".join(f"{layer} ({gains[layer]:.4f})" for layer in dense)
@@ -164,7 +167,9 @@ class Conversion:
 
     def _finetune(self, converted: Any) -> int:
         """Train from the last checkpoint on, if there is one; the step after which it ended."""
-        asked = self.asked
+        asked, checkpoint = self.asked, whole_checkpoint(self.asked.unfinished)
+        if checkpoint is not None:
+            self.console.print(f"going on after step {step_of(checkpoint)} of {asked.finetune_steps}")
         return finetune(
             converted,
             self.training,
@@ -174,7 +179,7 @@ class Conversion:
             out=asked.unfinished,
             seed=asked.seed,
             save_every=asked.save_every,
-            checkpoint=whole_checkpoint(asked.unfinished),
+            checkpoint=checkpoint,
             tell=self.console.print,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,14 +85,21 @@ class Convert:
             return self._conversion(console).run(None)
         from pi_attention.training.unfinished import kept
 
-        settings, found = kept(self.unfinished, self, ("out", "resume"))
+        settings, found = kept(self.unfinished, self.in_place(), ("out", "resume", "data"))
         settings.out = self.out
+        if self.data != Convert.data:  # it may have moved
+            settings.data = self.data
         return settings._conversion(console).run(found)
 
     @property
     def unfinished(self) -> Path:
         """Folder of a fine-tune that has not ended."""
         return self.out / "finetune"
+
+    def in_place(self) -> Convert:
+        """The same settings with paths that serve in every folder."""
+        model, data = (str(Path(x).resolve()) if x and Path(x).exists() else x for x in (self.model, self.data))
+        return replace(self, model=model, data=data)
 
     def _conversion(self, console: Console) -> Conversion:
         """What the settings ask for: model and text are loaded, and what cannot be converted is refused before."""
@@ -193,6 +200,12 @@ class Convert:
                 f"dense_layers={self.dense_layers} are chosen by what a window misses in the pretrained context of "
                 f"{known}, and window={self.window} with sinks={self.sinks} covers it: give a smaller window, or name "
                 "--layers."
+            )
+        if self.extend_to is None and self.dense_layers and self.context > known:
+            warnings.warn(
+                f"context={self.context} is beyond the pretrained context of {known}, and dense layers see it whole: "
+                "with --extend-to their rotary embedding turns slower.",
+                stacklevel=2,
             )
         if self.extend_to is not None and self.context <= known:
             warnings.warn(

@@ -39,8 +39,8 @@ class Eval:
     """Only the tenth of --data that convert holds out from what it trains on."""
     text_field: str = "text"
     """The field of .jsonl, .csv and .parquet files and data sets that holds the text."""
-    split: str = "test"
-    """Split of a data set on the hub."""
+    split: str | None = None
+    """Split of a data set on the hub; "test" when None."""
     context: int | None = None
     """Tokens of a block; the model's by default."""
     batch_size: int = 1
@@ -92,7 +92,7 @@ class Eval:
         """Raise ValueError for what contradicts the text that convert holds out."""
         if self.data is None:
             raise ValueError("held_out=True is of data, and none is given: a run's own text is held out already.")
-        if self.split != Eval.split:
+        if self.split is not None:
             raise ValueError(
                 f"split={self.split!r} beside held_out=True, which is a part of what convert trains on: leave one out."
             )
@@ -105,10 +105,10 @@ class Eval:
         if kind_of(self.run) in OURS:
             return load_run(self.run)
         folder = model_folder(self.run)
-        if self.out is None or self.out.resolve() in (self.run.resolve(), folder.resolve()):
+        if (self.out or self.run).resolve() in (self.run.resolve(), folder.resolve()):
             raise ValueError(
-                f"out={None if self.out is None else str(self.out)!r}, and run={str(self.run)!r} is a pretrained "
-                "model, whose folder is left as it is: name another folder."
+                f"run={str(self.run)!r} is a pretrained model, whose folder is left as it is: give out another one "
+                "(--out)."
             )
         from pi_attention.convert import convert
         from pi_attention.stack import DENSE
@@ -131,7 +131,7 @@ class Eval:
         context = self.context or known_context(model.config)
         need_positions(model, context)
         if self.data is not None:
-            split = "train" if self.held_out else self.split
+            split = "train" if self.held_out else self.split or "test"
             documents = load_documents(self.data, split=split, text_field=self.text_field)
             if not self.held_out:
                 return blocks_named(f"data={self.data!r}", documents, tokenizer, context)

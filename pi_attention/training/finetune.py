@@ -34,6 +34,16 @@ class _Lines(TrainerCallback):
             self.tell(f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}")
 
 
+class _Trainer(Trainer):
+    """A Trainer that does not miss tied weights in a checkpoint, which holds them once."""
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        model: Any = self.model
+        tied = set(dict(model.named_parameters(remove_duplicate=False))) - set(dict(model.named_parameters()))
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
+
 class _Checkpoints(TrainerCallback):
     """Seals each checkpoint, and ends the training after the step in which Ctrl-C came, with a checkpoint."""
 
@@ -155,7 +165,7 @@ def finetune(
             remove_unused_columns=False,
             seed=seed,
         )
-        trainer = Trainer(model=trained, args=arguments, train_dataset=blocks, callbacks=[_Lines(tell)])
+        trainer = _Trainer(model=trained, args=arguments, train_dataset=blocks, callbacks=[_Lines(tell)])
         trainer.remove_callback(PrinterCallback)
         with nullcontext() if save_every is None else Interrupts() as interrupts:
             if interrupts is not None:

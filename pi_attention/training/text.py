@@ -84,6 +84,6 @@ def need_same_text(run: Path, data: str, **parts: PackedBlocks) -> None:
     if changed is not None:
         raise ValueError(
             f"data={data!r} gives other {changed} tokens than the run in {str(run)!r} began with: "
-            f"{now[changed]['tokens']:,}, then {then[changed]['tokens']:,}. Put the old text and tokenizer back, or "
-            "name another folder or text."
+            f"{now[changed]['tokens']:,} now, {then[changed]['tokens']:,} then. Put the old text and tokenizer back, "
+            "or name another folder or text."
         )

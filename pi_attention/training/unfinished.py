@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pi_attention.data.packing import PackedBlocks
 from pi_attention.files import write_text
-from pi_attention.training.checkpoints import MANIFEST, checkpoints_of, damage
+from pi_attention.training.checkpoints import CONFIG, MANIFEST, checkpoints_of, damage
 from pi_attention.training.config import load_yaml, save_yaml, to_plain
 from pi_attention.training.text import TEXT, seal_of
 
@@ -49,6 +50,8 @@ def kept(folder: Path, asked: Settings, of_the_moment: tuple[str, ...]) -> tuple
         FileNotFoundError: there is none.
         ValueError: a setting differs, or a file is damaged.
     """
+    if not (folder / SETTINGS).exists() and (folder.parent / CONFIG).exists():
+        raise FileNotFoundError(f"out={str(folder.parent)!r} holds a model that is finished: nothing is left to do.")
     if not (folder / SETTINGS).exists():
         raise FileNotFoundError(
             f"out={str(folder.parent)!r} holds no fine-tune that was interrupted: leave out --resume, or name the "
@@ -70,9 +73,14 @@ def kept(folder: Path, asked: Settings, of_the_moment: tuple[str, ...]) -> tuple
 
 
 def whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder that is as it was written, if there is one; those after it are removed."""
+    """The newest checkpoint of a folder that is as it was written, if there is one; those after it are removed.
+
+    Whichever it is, training from there on gives the same result.
+    """
     for checkpoint in reversed(checkpoints_of(folder)):
-        if (checkpoint / MANIFEST).exists() and damage(checkpoint) is None:
+        wrong = damage(checkpoint) if (checkpoint / MANIFEST).exists() else "it was not written to its end"
+        if wrong is None:
             return checkpoint
+        warnings.warn(f"{checkpoint} is damaged, {wrong}: what came before it is used.", stacklevel=2)
         shutil.rmtree(checkpoint)
     return None
