@@ -285,6 +285,7 @@ def test_a_rotary_embedding_that_depends_on_the_batch_is_refused():
 
 WINDOW = PiPattern(8, 1, 0, sinks=2)
 BEYOND = {
+    "llama: no sinks": converted(LlamaForCausalLM, LlamaConfig, PLAIN, max_position_embeddings=40),
     "llama: sinks": converted(LlamaForCausalLM, LlamaConfig, PLAIN | {"sinks": 3}, max_position_embeddings=40),
     "llama: heads that differ": converted(
         LlamaForCausalLM, LlamaConfig, HEADS | {"sinks": 2}, max_position_embeddings=70
@@ -302,7 +303,7 @@ BEYOND = {
     ),
     "llama: a dense layer that turns slower": lambda: convert(
         LlamaForCausalLM(LlamaConfig(**SIZES | {"max_position_embeddings": 40})),
-        PiPattern(8, 1, 0, sinks=2),
+        WINDOW,
         layers=[0, 2],
         extend_to=200,
     ),

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from pi_attention.cli.pretrained import HELD_OUT
+from pi_attention.cli.terminal import INTERRUPTED
 from pi_attention.convert import convert, dense_gains, neediest
 from pi_attention.data.packing import PackedBlocks
 from pi_attention.files import replacing_folder
@@ -64,34 +65,49 @@ class Conversion:
     console: Console
     facts: dict[str, str] = field(default_factory=dict)
 
-    def run(self, found: dict[str, Any] | None) -> int:
-        """Convert and save; the exit code.
+    def run(self) -> int:
+        """Measure, choose, convert and save; the exit code."""
+        dense = self._measure()
+        converted = self._converted()
+        self._name_dense_layers(self._report("converted, untrained", converted) / dense - 1)
+        if self.asked.finetune_steps:
+            keep(self.asked.unfinished, self.asked.in_place(), self._found(), **self._parts())
+        return self._finish(converted)
+
+    def go_on(self, found: dict[str, Any]) -> int:
+        """Go on with a fine-tune that was interrupted; the exit code.
 
         Args:
-            found: layers and facts of a fine-tune that goes on, which are not measured again; None for a new one.
+            found: layers and facts, which are not measured again.
 
         Raises:
-            ValueError: the text of a fine-tune that goes on has changed.
+            ValueError: the text has changed.
         """
-        asked, parts = self.asked, {"training": self.training, "validation": self.validation}
-        dense = math.nan
-        if found is None:
-            dense = self._measure()
-        else:
-            need_same_text(asked.unfinished, asked.data, **parts)
-            self.layers, self.facts = found["layers"], found["facts"]
-        set_seed(asked.seed)  # of gates and adapters
-        converted = convert(self.model, self.pattern, gate=asked.gate, layers=self.layers, extend_to=asked.extend_to)
-        if found is None:
-            self._name_dense_layers(self._report("converted, untrained", converted) / dense - 1)
+        need_same_text(self.asked.unfinished, self.asked.data, **self._parts())
+        self.layers, self.facts = found["layers"], found["facts"]
+        return self._finish(self._converted())
+
+    def _found(self) -> dict[str, Any]:
+        return {"layers": self.layers, "facts": self.facts}
+
+    def _parts(self) -> dict[str, PackedBlocks]:
+        return {"training": self.training, "validation": self.validation}
+
+    def _converted(self) -> Any:
+        set_seed(self.asked.seed)  # of gates and adapters
+        return convert(
+            self.model, self.pattern, gate=self.asked.gate, layers=self.layers, extend_to=self.asked.extend_to
+        )
+
+    def _finish(self, converted: Any) -> int:
+        """Fine-tune if that was asked for, and save; the exit code."""
+        asked = self.asked
         if asked.finetune_steps:
-            if found is None:
-                keep(asked.unfinished, asked.in_place(), {"layers": self.layers, "facts": self.facts}, **parts)
             done = self._finetune(converted)
             if done < asked.finetune_steps:
                 again = f"pi-attention convert --out {asked.out} --resume"
                 self.console.print(f"Interrupted at step {done}, saved. Go on: {again}", soft_wrap=True)
-                return 130
+                return INTERRUPTED
             self._report(f"after {asked.finetune_steps} steps of {asked.part}", converted)
         else:
             converted.config.text_config.dtype = self.dtype or converted.dtype

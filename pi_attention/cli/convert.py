@@ -82,14 +82,14 @@ class Convert:
         """Run the command; the exit code."""
         if not self.resume:
             self._refuse()
-            return self._conversion(console).run(None)
+            return self._conversion(console).run()
         from pi_attention.training.unfinished import kept
 
         settings, found = kept(self.unfinished, self.in_place(), ("out", "resume", "data"))
         settings.out = self.out
         if self.data != Convert.data:  # it may have moved
             settings.data = self.data
-        return settings._conversion(console).run(found)
+        return settings._conversion(console).go_on(found)
 
     @property
     def unfinished(self) -> Path:

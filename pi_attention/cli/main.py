@@ -29,6 +29,7 @@ from pi_attention.cli.options import (
 from pi_attention.cli.plan import Plan
 from pi_attention.cli.serve import Serve
 from pi_attention.cli.terminal import (
+    INTERRUPTED,
     TRACEBACK,
     close_quietly,
     in_words,
@@ -53,8 +54,8 @@ COMMANDS: dict[str, Any] = {
     "convert": Convert,
     "env": Env,
 }
-WRONG, UNEXPECTED, INTERRUPTED = 2, 1, 130
-"""Exit codes: what the user gave is wrong, the library is, Ctrl-C."""
+WRONG, UNEXPECTED = 2, 1
+"""Exit codes: what the user gave is wrong, the library is."""
 
 
 def parse(arguments: list[str]) -> Any:

@@ -17,6 +17,8 @@ from rich.text import Text
 
 from pi_attention.paths import REMEDIES
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 TRACEBACK = "PI_ATTENTION_TRACEBACK"
 """Environment variable that shows where an error came from."""
 ASCII = {"–": "-", "—": "-", "−": "-", "…": "...", "π": "pi", "·": "*", "×": "x", "≥": ">=", "≤": "<=", "→": "->"}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from pi_attention.cli.terminal import INTERRUPTED
 from pi_attention.training.config import TrainConfig, to_plain
 
 
@@ -18,7 +19,7 @@ class Train(TrainConfig):
         """Run the command; the exit code."""
         from pi_attention.training.train import train
 
-        return 0 if train(self, console) else 130
+        return 0 if train(self, console) else INTERRUPTED
 
 
 def need_settings_of_run(command: Train, again: Callable[[Train], Train]) -> None:

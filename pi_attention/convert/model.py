@@ -92,7 +92,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         """How the sinks of each layer move beyond the context that it knows; None where they stay."""
         if self._near is None:
             self._near = self._found_near_sinks()
-        return list(self._near)
+        return self._near
 
     def _found_near_sinks(self) -> list[NearSinks | None]:
         known = self.sinks_move_beyond
@@ -164,17 +164,12 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
         if segment_ids is not None and bool((segment_ids != segment_ids[:, :1]).any()):
             raise NotImplementedError(f"{what} where documents begin: give one document a row.")
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """See `BoundedGeneration`.
-
-        Raises:
-            NotImplementedError: as there, or the layers of this model cannot be told which tokens are of one request.
-        """
+    def check_batching(self) -> None:
+        """See `BoundedGeneration`: the layers must be told which tokens are of one request."""
         documents = torch.arange(2, device=self.device)[None]
         self.eval()  # as the manager does
         with torch.no_grad():
             self(input_ids=torch.zeros_like(documents), segment_ids=documents, use_cache=False)
-        return super().init_continuous_batching(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move, but keep the frequencies of rotary embeddings in fp32."""

@@ -151,6 +151,7 @@ def _need_tested(model: Any, settings: Any) -> None:
     asked += ["default_compile_level"] if getattr(settings, "default_compile_level", 0) else []
     if asked:
         raise NotImplementedError(f"continuous batching of π-Attention runs without {asked[0]}: leave it out.")
+    model.check_batching()
     if getattr(model, "_device_mesh", None) is not None:
         raise NotImplementedError("continuous batching of π-Attention runs on one device: load it without tp_plan.")
     for kind in moving_rope_types(model.config.get_text_config()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,6 +73,13 @@ class BoundedGeneration:
             self.check_request(prompt, most)
         return super().generate_batch(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
+    @cached_property
+    def _learned_positions(self) -> int | None:
+        return learned_positions(self)
+
+    def check_batching(self) -> None:
+        """Raise NotImplementedError for a model whose layers could not keep requests apart."""
+
     def check_request(self, prompt: list[int], max_new_tokens: int | None) -> None:
         """Refuse a request that continuous batching would not serve exactly, or with which it would end all others.
 
@@ -94,7 +102,7 @@ class BoundedGeneration:
         for token in (int(ids.min()), int(ids.max())):
             if not 0 <= token <= last:
                 raise ValueError(f"a prompt holds the token {token}, and those of the model are 0 to {last:,}.")
-        positions = learned_positions(self)
+        positions = self._learned_positions
         if positions is not None and (max_new_tokens is None or len(prompt) + max_new_tokens > positions):
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} may outgrow the {positions} "

@@ -40,9 +40,8 @@ class Parts(NamedTuple):
 
     fresh: tuple[Tensor, Tensor, Tensor | None] | None
     """Without earlier keys: the places of their queries and of their keys, and segment ids where they are several."""
-    decoding: tuple[Tensor, Tensor, Tensor | None, Tensor] | None
-    """With one query, and earlier keys: the places of the queries, the slots of the keys, padded, their segment ids,
-    and where the keys of each begin."""
+    decoding: tuple[Tensor, Pages] | None
+    """With one query, and earlier keys: the places of the queries, and where the keys lie in the row."""
     others: list[tuple[slice, slice]]
     """Queries and keys of each."""
 
@@ -86,7 +85,7 @@ class Requests:
         if decoding:
             spans = [k for _, k in decoding]
             pages = Pages.of([span.stop - span.start for span in spans], _places(spans, device))
-            parts = parts._replace(decoding=(_places([q for q, _ in decoding], device), *pages.padded, pages.first))
+            parts = parts._replace(decoding=(_places([q for q, _ in decoding], device), pages))
         return parts
 
     def attend(
@@ -118,16 +117,18 @@ class Requests:
             attend = operator if moving is None else moving.around(operator, places, moving.position[:, places])
             out[:, :, places] = attend(query[:, :, places], key[:, :, of_keys], value[:, :, of_keys], of_gate, ids)
         if parts.decoding is not None:
-            places, slots, ids, first = parts.decoding
+            places, pages = parts.decoding
+            slots, ids = pages.padded
             keys, values = (x[0][:, slots].transpose(0, 1) for x in (key, value))  # [requests, G, longest, D]
             if moving is not None:
-                moving.move(keys, places, first)
+                moving.move(keys, places, pages.first)
             of_gate = None if gate is None else gate[:, :, places]
             out[:, :, places] = one_query_each(operator, query[:, :, places], keys, values, of_gate, ids)
         for q, k in parts.others:
             of_gate = None if gate is None else gate[:, :, q]
-            number = torch.arange(k.stop - k.start, device=query.device)[None]
-            attend = operator if moving is None else moving.around(operator, q, number)
+            attend = operator
+            if moving is not None:
+                attend = moving.around(operator, q, torch.arange(k.stop - k.start, device=query.device)[None])
             out[:, :, q] = attend(query[:, :, q], key[:, :, k], value[:, :, k], of_gate, None)
         return out
 

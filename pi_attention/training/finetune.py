@@ -16,6 +16,7 @@ from pi_attention.accelerator import best_device, has_bf16
 from pi_attention.data.packing import PackedBlocks
 from pi_attention.training.checkpoints import contents, seal
 from pi_attention.training.interrupts import Interrupts
+from pi_attention.training.state import tied_weights
 
 Part = Literal["gates", "lora", "all"]
 
@@ -38,8 +39,7 @@ class _Trainer(Trainer):
     """A Trainer that does not miss tied weights in a checkpoint, which holds them once."""
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        model: Any = self.model
-        tied = set(dict(model.named_parameters(remove_duplicate=False))) - set(dict(model.named_parameters()))
+        tied = tied_weights(self.model)
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
 

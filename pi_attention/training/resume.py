@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from pi_attention.distributed.layout import Layout
 from pi_attention.models import PiConfig
@@ -78,6 +80,19 @@ def settings_of(out: Path) -> TrainConfig:
     return load_yaml(TrainConfig, out / SETTINGS)
 
 
+def differing(asked: dict[str, Any], kept: dict[str, Any], left_out: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that somebody gave, and not as they were kept: name, value given, value kept.
+
+    Args:
+        asked: values asked for, by name.
+        kept: those that were kept.
+        left_out: what a value is that nobody gave.
+    """
+    for name, value in kept.items():
+        if asked[name] not in (value, left_out[name]):
+            yield name, asked[name], value
+
+
 def need_same_settings(given: TrainConfig, config: TrainConfig, left_out: TrainConfig) -> None:
     """Raise ValueError for a setting that is to differ from the run's.
 
@@ -93,9 +108,8 @@ def need_same_settings(given: TrainConfig, config: TrainConfig, left_out: TrainC
         if replace(config.model, period=period, phase=phase).pattern() == config.model.pattern():
             asked["model"] |= {name: kept["model"][name] for name in ("period", "phase")}
     for part, settings in kept.items():
-        for name, value in settings.items():
-            other = asked[part][name]
-            if f"{part}.{name}" not in OF_THE_MOMENT + BATCH and other not in (value, none[part][name]):
+        for name, other, value in differing(asked[part], settings, none[part]):
+            if f"{part}.{name}" not in OF_THE_MOMENT + BATCH:
                 raise ValueError(
                     f"{name}={other!r} differs from {value!r} of the run in out={str(given.run.out)!r}, and a resumed "
                     "run keeps its settings: leave it out, or train anew in another folder."

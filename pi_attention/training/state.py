@@ -86,11 +86,16 @@ def _barrier() -> None:
         dist.barrier()
 
 
+def tied_weights(model: nn.Module) -> set[str]:
+    """Further names of parameters that have one already."""
+    once = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+
+
 def _tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """State dicts of model and optimizer, and the tensors of both that a checkpoint holds, tied ones once."""
     weights, moments = get_state_dict(model, optimizer)
-    once = {name for name, _ in model.named_parameters()}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    tied = tied_weights(model)
     held = {name: x for name, x in weights.items() if name not in tied}
     return weights, moments, {"model": held, "optimizer": {"state": moments["state"]}}
 

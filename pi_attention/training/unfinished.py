@@ -13,6 +13,7 @@ from pi_attention.data.packing import PackedBlocks
 from pi_attention.files import write_text
 from pi_attention.training.checkpoints import CONFIG, MANIFEST, checkpoints_of, damage
 from pi_attention.training.config import load_yaml, save_yaml, to_plain
+from pi_attention.training.resume import differing
 from pi_attention.training.text import TEXT, seal_of
 
 SETTINGS = "settings.yaml"
@@ -58,11 +59,10 @@ def kept(folder: Path, asked: Settings, of_the_moment: tuple[str, ...]) -> tuple
             "folder of one."
         )
     settings = load_yaml(type(asked), folder / SETTINGS)
-    given, then, default = (to_plain(x) for x in (asked, settings, type(asked)()))
-    for name, value in then.items():
-        if name not in of_the_moment and given[name] not in (value, default[name]):
+    for name, given, value in differing(*map(to_plain, (asked, settings, type(asked)()))):
+        if name not in of_the_moment:
             raise ValueError(
-                f"{name}={given[name]!r} differs from {value!r} of the fine-tune in out={str(folder.parent)!r}, which "
+                f"{name}={given!r} differs from {value!r} of the fine-tune in out={str(folder.parent)!r}, which "
                 "keeps its settings: leave it out, or convert anew in another folder."
             )
     try:
