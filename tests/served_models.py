@@ -78,6 +78,13 @@ def wanted(model, prompt, tokens):
     return out[0, len(prompt) :].tolist()
 
 
+def most_likely(model, prompt, text, within=1e-5):
+    """Whether no other token is likelier than each of the text; of two alike, which one depends on the batches."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1]
+    return bool((logits.amax(-1) - logits[range(len(text)), text] < within).all())
+
+
 def greedy(tokens, **more):
     return GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=-1, **more)
 
