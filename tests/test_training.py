@@ -256,9 +256,9 @@ def test_evaluation(finished, corpus):
 
 
 def test_generation_streams_and_reports_the_cache(finished):
-    printed = run("generate", str(finished[0]), "--prompt", "7 times", "--max-new-tokens", "30").stdout
-    assert printed.startswith("7 times")
-    assert "cache" in printed and "never more than 24 tokens" in printed
+    done = run("generate", str(finished[0]), "--prompt", "7 times", "--max-new-tokens", "30")
+    assert done.stdout.startswith("7 times") and "cache" not in done.stdout
+    assert "30 tokens, " in done.stderr and "never more than 24 tokens" in done.stderr
     out = finished[0]
     own = run("generate", str(out), "--max-new-tokens", "1").stdout
     assert own.startswith((out / "sample.txt").read_text()[:60])  # the bytes that its sample began with

@@ -14,7 +14,7 @@ from pi_attention.units import counted
 
 @dataclass
 class Generate:
-    """Continue a text, printed as it is generated."""
+    """Continue a text, printed as it is generated. What it cost goes to stderr."""
 
     run: Annotated[Path, tyro.conf.Positional] = Path("runs/pi")
     """Folder of a run, or a saved model."""
@@ -35,7 +35,7 @@ class Generate:
         """Run the command; the exit code."""
         from pi_attention.accounting import cache_tokens
         from pi_attention.cli.runs import load_run, opening
-        from pi_attention.cli.terminal import as_typed
+        from pi_attention.cli.terminal import as_typed, make_console
         from pi_attention.tasks.generation import generate_text
 
         model, tokenizer = load_run(self.run)
@@ -56,7 +56,7 @@ class Generate:
             if most < 10**9
             else "a layer that sees everything keeps every token"
         )
-        console.print(
+        make_console(stderr=True).print(
             f"\n{counted(result.new_tokens, 'token')}, {result.new_tokens / result.seconds:.1f} tokens/s, "
             f"cache {result.cache_bytes / 2**20:.2f} MiB ({bound})"
         )
