@@ -8,7 +8,7 @@ from operator import itemgetter
 from statistics import fmean
 
 from experiments.experiment import Result
-from experiments.pretrained import ALIKE, BEST, SAME_TIME
+from experiments.pretrained import ALIKE, BEST, SAME_TIME, WHOLE
 from experiments.rows import Row
 from report.cells import Cell, by_seed, grouped, heading, measured_on, of_seeds, paired, percent_above, shown
 from report.keys import mean_keys
@@ -121,7 +121,7 @@ def speed() -> str:
 
 
 def trained_on() -> str:
-    """Forms of a decoder after training: perplexity beside the window's, where the difference lies, pass keys found."""
+    """Forms of a decoder after training: perplexity beside a window or dense attention, where it differs, pass keys."""
     groups, of_time = grouped("pretrained"), SAME_TIME.values()
     parts = [_trained_on(common, members) for common, members in groups if common["steps"] not in of_time]
     in_time = [_in_same_time(members) for _, members in grouped("pretrained", ("variant", "steps"))]
@@ -133,7 +133,7 @@ def _in_same_time(members: list[Cell]) -> str:
     timed = [cell for cell in members if cell[0]["steps"] == SAME_TIME.get(cell[0]["variant"])]
     if not timed:
         return ""
-    best = next(cell for cell in members if cell[0]["variant"] == BEST)
+    best = min((cell for cell in members if cell[0]["variant"] == BEST), key=lambda cell: cell[0]["steps"])
     lines = []
     for settings, rows in [best, *timed]:
         gaps = [percent_above(*(of_seeds(of, itemgetter(part)) for of in (rows, best[1]))) for part in PARTS]
@@ -147,11 +147,12 @@ def _in_same_time(members: list[Cell]) -> str:
 
 
 def _trained_on(common: dict[str, object], members: list[Cell]) -> str:
-    base = next((rows for cell, rows in members if cell["variant"] == ALIKE), [])
-    lines, places = [], []
+    measured = {str(cell["variant"]): rows for cell, rows in members}
+    first = ALIKE if ALIKE in measured else WHOLE
+    base, lines, places = measured.get(first, []), [], []
     for cell, rows in members:
         variant, results = str(cell["variant"]), [row["result"] for row in rows]
-        beside = [percent_above(by_seed(members, variant, part), by_seed(members, ALIKE, part)) for part in PARTS]
+        beside = [percent_above(by_seed(members, variant, part), by_seed(members, first, part)) for part in PARTS]
         short = [fmean(result["short"][i] for result in results) for i in (0, 1)]
         lines.append(
             [
@@ -159,7 +160,7 @@ def _trained_on(common: dict[str, object], members: list[Cell]) -> str:
                 f"{mean_keys('pretrained', cell):,.1f}",
                 f"{fmean(result['untrained'] for result in results):.2f}",
                 shown([result["test"] for result in results], 2),
-                *("–" if variant == ALIKE or not values else shown(values, 1) for values in beside),
+                *("–" if variant == first or not values else shown(values, 1) for values in beside),
                 f"{short[0]:.1f}",
                 f"{short[1]:.1f}",
                 _tokens_a_second(results),
@@ -168,7 +169,7 @@ def _trained_on(common: dict[str, object], members: list[Cell]) -> str:
         )
         places.append([variant, *(_nats(rows, base, kind) for kind in ("within", "beyond")), _by_eighth(rows, base)])
         places[-1] += [_pass_keys(results, length) for length in results[0]["pass keys"]]
-    gaps = [f"from {ALIKE}, test, %", "validation, %"]
+    gaps = [f"from {first}, test, %", "validation, %"]
     head = ["variant", "keys a query", "untrained", "test perplexity", *gaps, "short texts, untrained", "trained"]
     where = ["variant", "within, nats", "beyond, nats", "by eighth of the text, %"]
     where += [f"pass keys, {int(length):,}" for length in base[0]["result"]["pass keys"]] if base else []
@@ -189,7 +190,7 @@ def _nats(rows: list[Row], base: list[Row], kind: str) -> str:
 
 
 def _by_eighth(rows: list[Row], base: list[Row]) -> str:
-    """By how many percent the perplexity is above the window's, from the beginning to the end."""
+    """By how many percent the perplexity is above that of the base, from the beginning to the end."""
     pairs = paired(*(of_seeds(of, lambda result: result["by position"]) for of in (rows, base)))
     if rows is base or not pairs:
         return "–"
