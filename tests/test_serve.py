@@ -17,8 +17,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from benchmarks.serving import CONTEXT, NEW, Server, load, random_model
+from benchmarks.serving import CONTEXT, NEW, SIZES, Server, load, random_model
+from pi_attention.cli.serve import Serve
 from pi_attention.data.tokenizers import byte_tokenizer
+from pi_attention.models import PiConfig, PiForCausalLM
 from pi_attention.models.continuous import need_known_version
 from pi_attention.serving.needs import PACKAGES
 from pi_attention.serving.requests import Limits
@@ -332,6 +334,23 @@ def test_texts_beyond_the_pretrained_context_are_those_of_generate():
             for prompt in ("To be, or not to be", "To be, or not to be: that is the question. " * 4):
                 got = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 30})
                 assert got.json()["choices"][0]["text"] == wanted(engine, prompt, 30)
+    finally:
+        engine.close()
+
+
+def test_texts_of_layers_that_see_everything_end_at_the_context():
+    model = PiForCausalLM(
+        PiConfig(**SIZES | {"max_position_embeddings": 60}, window=8, layer_patterns=["local", "dense"])
+    ).eval()
+    assert not Serve(max_prompt_tokens=61).limits(model.config).ends_at_context
+    engine = Engine(model, byte_tokenizer(), "hybrid", Serve().limits(model.config), requests=2)
+    try:
+        with TestClient(build_app(engine, ["testserver"])) as client:
+            cut = client.post("/v1/completions", json={"prompt": "a" * 50, "max_tokens": 30}).json()
+            assert cut["usage"]["completion_tokens"] == 10 and cut["choices"][0]["finish_reason"] == "length"
+            refused = client.post("/v1/completions", json={"prompt": "a" * 60})
+            assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+            assert "leaves no room for a text in the model's context of 60" in refused.json()["error"]["message"]
     finally:
         engine.close()
 

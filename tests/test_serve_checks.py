@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -33,6 +34,19 @@ known = pytest.mark.skipif(
 )
 LIMITS = Limits(prompt_tokens=100, new_tokens=50, context=100, open_requests=4)
 TOKENIZER = byte_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("ends", "prompt", "asked", "tokens"),
+    [
+        *[(False, 80, 50, 50), (False, 80, None, 20), (False, 100, None, 50), (False, 30, None, 50)],
+        *[(True, 80, 50, 20), (True, 80, None, 20), (True, 100, 5, 0), (True, 30, 40, 40), (True, 30, None, 50)],
+    ],
+)
+def test_a_text_has_so_many_tokens_at_most(ends, prompt, asked, tokens):
+    limits = replace(LIMITS, ends_at_context=ends)
+    assert limits.of_text(prompt, asked) == tokens
+    assert limits.request_tokens == (100 if ends else 150)
 
 
 def settings_for(**body):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from pi_attention.describe import by_layers, in_words
 from pi_attention.paths import need_file
+
+if TYPE_CHECKING:
+    from pi_attention.serving.requests import Limits
 
 
 @dataclass
@@ -69,19 +72,27 @@ class Serve:
 
     def _engine(self) -> Any:
         """The model, loaded and running."""
-        from pi_attention.cli.runs import known_context, load_run
+        from pi_attention.cli.runs import load_run
         from pi_attention.serving.engine import Engine
         from pi_attention.serving.handlers import read_template
-        from pi_attention.serving.requests import Limits
 
         template = None if self.chat_template is None else read_template(self.chat_template)
         model, tokenizer = load_run(self.run)
         if template is not None:
             tokenizer.chat_template = template
-        context = known_context(model.config)
-        limits = Limits(self.max_prompt_tokens or context, self.max_new_tokens, context, self.requests + self.waiting)
         name = self.model_name or self.run.resolve().name
-        return Engine(model, tokenizer, name, limits, self.requests, self.batch_tokens)
+        return Engine(model, tokenizer, name, self.limits(model.config), self.requests, self.batch_tokens)
+
+    def limits(self, config: Any) -> Limits:
+        """Of a request to a model."""
+        from pi_attention.cli.runs import known_context
+        from pi_attention.convert.extension import far_layers
+        from pi_attention.serving.requests import Limits
+
+        context = known_context(config)
+        prompt = self.max_prompt_tokens or context
+        ends = prompt <= context and bool(far_layers(config.patterns(), context))
+        return Limits(prompt, self.max_new_tokens, context, self.requests + self.waiting, ends)
 
     def _told(self, engine: Any) -> str:
         """The line of a server that is ready."""
@@ -90,9 +101,10 @@ class Serve:
         model, limits = engine.model, engine.limits
         layers = by_layers(model.config.patterns()).items()
         patterns = "; ".join(f"{where}: {in_words(pattern)}" for pattern, where in layers)
-        most = request_bytes(model, limits.prompt_tokens + limits.new_tokens)
+        most = request_bytes(model, limits.request_tokens)
+        together = f", together {limits.request_tokens:,}" if limits.ends_at_context else ""
         return (
             f"serves {engine.name!r}: {type(model).__name__} of {model.num_parameters():,} parameters, {model.device}; "
             f"{patterns}; cache {most:,} bytes a request at most, {self.requests} requests at once; "
-            f"prompts up to {limits.prompt_tokens:,} tokens, {limits.new_tokens:,} new ones"
+            f"prompts up to {limits.prompt_tokens:,} tokens, {limits.new_tokens:,} new ones{together}"
         )

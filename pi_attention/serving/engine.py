@@ -61,7 +61,7 @@ class Engine:
             GenerationConfig(do_sample=False, eos_token_id=model.generation_config.eos_token_id),
             ContinuousBatchingConfig(
                 page_size=PAGE,
-                num_blocks=blocks(model, limits.prompt_tokens + limits.new_tokens, requests),
+                num_blocks=blocks(model, limits.request_tokens, requests),
                 max_batch_tokens=max(batch_tokens, requests),
                 max_requests_per_batch=requests,
                 safety_margin=0.0,  # there is room for all
@@ -163,9 +163,13 @@ class Engine:
                 f"the prompt has {len(prompt):,} tokens, and the limit is {limits.prompt_tokens:,}: shorten it.",
                 code="context_length_exceeded",
             )
-        if settings.max_new_tokens is None:
-            room = limits.context - len(prompt)
-            settings.max_new_tokens = min(limits.new_tokens, room) if room > 0 else limits.new_tokens
+        settings.max_new_tokens = limits.of_text(len(prompt), settings.max_new_tokens)
+        if settings.max_new_tokens < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt):,} tokens and leaves no room for a text in the model's context of "
+                f"{limits.context:,}: shorten it.",
+                code="context_length_exceeded",
+            )
         try:
             self.model.check_request(prompt, settings.max_new_tokens)
         except ValueError as error:

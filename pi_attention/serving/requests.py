@@ -54,6 +54,21 @@ class Limits:
     """Tokens of the model's context, at which a text ends that names no `max_tokens`."""
     open_requests: int
     """Requests that run or wait; further ones are refused."""
+    ends_at_context: bool = False
+    """Whether every text ends at the context, whatever it asks for: some layers would see further than they learned."""
+
+    @property
+    def request_tokens(self) -> int:
+        """Most tokens of a prompt and its text."""
+        most = self.prompt_tokens + self.new_tokens
+        return min(most, self.context) if self.ends_at_context else most
+
+    def of_text(self, prompt: int, asked: int | None) -> int:
+        """Most new tokens behind a prompt of so many; 0 or fewer leave no room."""
+        room = self.context - prompt
+        if self.ends_at_context:
+            return min(asked or self.new_tokens, room)
+        return asked or (min(self.new_tokens, room) if room > 0 else self.new_tokens)
 
     @property
     def body_bytes(self) -> int:
