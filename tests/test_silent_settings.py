@@ -362,6 +362,22 @@ def test_settings_that_do_nothing_are_told(recwarn):
         PiConfig(**BASE, attention_dropout=0.5)
 
 
+def test_what_follows_from_the_settings_is_refused_with_a_remedy(tmp_path):
+    config = PiConfig(**BASE)
+    assert PiConfig(**BASE | config.pattern.to_dict()).pattern == config.pattern
+    config.save_pretrained(tmp_path)
+    for make in (
+        lambda **given: PiConfig(**BASE, **given),
+        lambda **given: PiConfig.from_pretrained(tmp_path, **given),
+    ):
+        with pytest.raises(
+            TypeError, match=r"works 'pattern' out from its settings: give window.*PiConfig\(\*\*pattern.to_dict"
+        ):
+            make(pattern=config.pattern)
+        with pytest.raises(TypeError, match="works 'has_gates' out from its settings: give gate"):
+            make(has_gates=True)
+
+
 @pytest.mark.parametrize("kind", [PiCache, lambda patterns: PiStaticCache(patterns, 40)], ids=["dynamic", "static"])
 @pytest.mark.parametrize(
     "make", [lambda: PiForCausalLM(PiConfig(**BASE)), lambda: convert(pretrained().float(), PATTERN, gate=True)]

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from pi_attention.accounting import Sizes
 from pi_attention.heads import coordinated_heads, pattern_for
 from pi_attention.models.cache_argument import CACHE
-from pi_attention.models.settings import check_settings, warn_of_unknown
+from pi_attention.models.settings import check_settings, need_no_worked_out, warn_of_unknown
 from pi_attention.nn.gate import GATE_WIDTH
 from pi_attention.ops.api import Fusion
 from pi_attention.ops.checks import FUSIONS, check_softcap
@@ -100,6 +100,7 @@ class PiConfig(PretrainedConfig):
     ) -> None:
         rope_parameters = rope_parameters or kwargs.pop("rope_scaling", None)  # the name of older configurations
         check_settings(locals())
+        need_no_worked_out(kwargs)
         warn_of_unknown(list(kwargs), PiConfig.__init__)
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.intermediate_size = intermediate_size or -(-hidden_size * 8 // 3 // 32) * 32
@@ -180,6 +181,7 @@ class PiConfig(PretrainedConfig):
         Raises:
             TypeError, ValueError: a change is wrong, or the changes name two bases, or what follows from the patterns.
         """
+        need_no_worked_out(kwargs)
         for derived in DERIVED:
             if derived in kwargs:
                 raise ValueError(f"{derived}={kwargs[derived]!r} follows from the patterns: change window or skips.")

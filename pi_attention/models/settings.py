@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -48,6 +48,13 @@ def check_settings(given: dict[str, Any]) -> None:
         raise ValueError(f"rope_type={kind!r} is unknown: use one of {sorted({'default', *ROPE_INIT_FUNCTIONS})}.")
 
 
+WORKED_OUT = {
+    "pattern": "give window, period, skips and the others, such as by PiConfig(**pattern.to_dict())",
+    "has_gates": "give gate",
+}
+"""What `PiConfig` has as properties, and how to set them."""
+
+
 def _check_layer_patterns(kinds: Any, layers: int) -> None:
     if kinds is None:
         return
@@ -59,6 +66,13 @@ def _check_layer_patterns(kinds: Any, layers: int) -> None:
             "are not used. Give as many layers, or a multiple.",
             stacklevel=4,
         )
+
+
+def need_no_worked_out(names: Iterable[str]) -> None:
+    """Raise TypeError for a name of `WORKED_OUT`."""
+    for name in names:
+        if name in WORKED_OUT:
+            raise TypeError(f"PiConfig works {name!r} out from its settings: {WORKED_OUT[name]}.")
 
 
 def warn_of_unknown(names: list[str], init: Callable[..., None]) -> None:
