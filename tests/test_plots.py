@@ -108,8 +108,10 @@ def test_the_density_picture_holds_the_octaves():
     assert [*values[:6]] == pytest.approx([1, 0.25, 0.25, 0.25, 0.25, 0.25 * 16 / 256])
 
 
-def test_the_pictures_of_a_hybrid_show_its_windows():
+def test_the_pictures_of_a_hybrid_show_its_windows_and_name_its_other_layers():
     window, dense = PiPattern(8, 1, 0), PiPattern(2**40, 1, 0)
-    titles = [plots.stack_picture(stack, 64).axes[0].get_title() for stack in ([window, window, dense], [window] * 2)]
+    figures = [plots.stack_picture(stack, 64) for stack in ([window, window, dense], [window] * 2)]
+    titles = [figure.axes[0].get_title() for figure in figures]
     assert titles == ["layers 0, 1 of 3, all heads", "one layer, all heads"]
+    assert [figure.get_supxlabel() for figure in figures] == ["layer 2: every token up to itself", ""]
     assert plots.density_picture({"window": window, "dense": dense}, 64).axes[0].get_ylim()[1] < 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from pi_attention.describe import by_layers, is_dense
+from pi_attention.describe import by_layers, in_words, is_dense
 from pi_attention.pattern import Band, PiPattern
 from pi_attention.plots.style import HEADS, LOCAL, PAPER, PIXELS, SINKS, figure_of
 from pi_attention.receptive_field import joint_coverage
@@ -150,11 +151,17 @@ def _strip(axis: Any, place: float, colours: Tensor, near: Tensor, skip: Tensor,
 
 
 def stack_picture(patterns: Sequence[PiPattern], context: int) -> Figure:
-    """`pattern_picture` of the first layer that is not dense, if there is one, named with the layers like it."""
+    """`pattern_picture` of the first layer that is not dense, if there is one, named with the layers like it.
+
+    What the other layers see is told in words.
+    """
     layers = by_layers(patterns)
     shown = next((pattern for pattern in layers if not is_dense(pattern, context)), patterns[0])
     whose = "one layer" if len(layers) == 1 else f"{layers[shown]} of {len(patterns)}"
-    return pattern_picture(shown, telling_length(shown, context), whose)
+    figure = pattern_picture(shown, telling_length(shown, context), whose)
+    others = [f"{where}: {in_words(pattern, context)}" for pattern, where in layers.items() if pattern != shown]
+    figure.supxlabel("\n".join(wrap("; ".join(others), 140)), fontsize=8)
+    return figure
 
 
 def pattern_picture(pattern: PiPattern, length: int, whose: str = "one layer") -> Figure:
