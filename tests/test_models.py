@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import transformers
+from accelerate import dispatch_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from pi_attention import PiPattern, coordinated_heads
@@ -472,3 +473,22 @@ def test_a_cache_goes_by_the_library_s_name_too(monkeypatch):
     assert named(small, cache=None) is None
     with pytest.raises(TypeError, match="are one argument"):
         named(small, cache=cache, past_key_values=cache)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_model_on_several_devices_keeps_its_cache(model, offloaded, tmp_path):
+    """As with device_map="auto": hooks move what each layer gets to its device, but the cache stays the same one."""
+    ids = prompt(length=13)
+    want = model.generate(ids, max_new_tokens=8, do_sample=False)
+    places = {name: "cpu" for name, _ in model.model.named_children() if name != "layers"}
+    places |= {f"layers.{layer}": "disk" if offloaded and layer == 1 else "cpu" for layer in range(3)}
+    places = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
+    if offloaded:
+        model.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "off")
+    else:
+        skipped = model._skip_keys_device_placement
+        model = dispatch_model(model, places, main_device="cpu", force_hooks=True, skip_keys=skipped)
+    with torch.no_grad():
+        assert getattr(model(ids, use_cache=True), CACHE).get_seq_length() == 13
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), want)

@@ -249,11 +249,12 @@ class LayerCache:
         if self._starts is not None:
             self._starts = self._once(rows, self._starts, index)
 
-    def to(self, device: torch.device | str) -> None:
-        """Move what is held."""
+    def to(self, device: torch.device | str) -> LayerCache:
+        """Move what is held; the same cache, as of `nn.Module.to`."""
         self._lay_out()
         self._buffer = None if self._buffer is None else self._buffer.to(device)
         self._starts = None if self._starts is None else self._starts.to(device)
+        return self
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         if key.dim() != 4 or key.shape != value.shape:

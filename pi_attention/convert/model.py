@@ -17,7 +17,7 @@ from pi_attention.convert.extension import SlowerAngles, check_extension, far_la
 from pi_attention.convert.gates import add_gates, initialise_gates_of
 from pi_attention.convert.interface import NAME, ConvertedCall, register_names
 from pi_attention.convert.rotary import layer_frequencies, rotary_modules
-from pi_attention.models.cache_argument import CACHE, OURS, takes_cache
+from pi_attention.models.cache_argument import CACHE, STAYING, takes_cache
 from pi_attention.models.caching import BoundedCache, PiCache, PiStaticCache
 from pi_attention.models.card import WithCard
 from pi_attention.models.generation import BoundedGeneration
@@ -39,7 +39,7 @@ class PiConvertedForCausalLM(WithCard, BoundedGeneration, PreTrainedModel, Gener
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = False
-    _skip_keys_device_placement: ClassVar[list[str]] = [OURS, CACHE]
+    _skip_keys_device_placement: ClassVar[list[str]] = STAYING
 
     def __init__(self, config: PiConvertedConfig, model: PreTrainedModel | None = None) -> None:
         super().__init__(config)

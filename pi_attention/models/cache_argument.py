@@ -13,6 +13,10 @@ OURS = "past_key_values"
 """The argument of our models' forward, with every version."""
 CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else OURS
 """The library's name for it: of its models' argument, its outputs' field, and among the keywords of `generate`."""
+OF_LAYER = "cache"
+"""Our attention layers' argument, for the cache of one layer."""
+STAYING = [*{OURS: None, CACHE: None, OF_LAYER: None}]
+"""Arguments that stay where they are when a layer is on another device than its inputs, for accelerate."""
 
 
 def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:

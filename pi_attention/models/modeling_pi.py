@@ -16,7 +16,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from pi_attention.models.attention_map import AttentionMap, PiSelfAttention
-from pi_attention.models.cache_argument import CACHE, OURS, takes_cache
+from pi_attention.models.cache_argument import CACHE, STAYING, takes_cache
 from pi_attention.models.caching import BoundedCache, PiCache
 from pi_attention.models.card import WithCard
 from pi_attention.models.configuration_pi import PiConfig
@@ -87,7 +87,7 @@ class PiPreTrainedModel(WithCard, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["PiDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = [OURS, CACHE]
+    _skip_keys_device_placement: ClassVar[list[str]] = STAYING
     _supports_sdpa = True
     _supports_attention_backend = False
     _can_compile_fullgraph = True
