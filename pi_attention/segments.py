@@ -5,6 +5,8 @@ A segment is a contiguous run of equal ids; a query sees keys of its own segment
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,10 @@ from torch import Tensor
 MADE, ALWAYS = "_pi_segment_starts", "_pi_always_segment_starts"
 """Attributes of a tensor of segment starts: its version, which changes when somebody writes to it, and whose version it
 is, which a copy's is not; and that whoever writes to it writes such starts again."""
+TORN = (
+    "attention_mask has padding between tokens of a row: those behind it do not see those before it, as if they were "
+    "another document. Leave such tokens out and pad on one side, or pass a mask of ones where a padding token is text."
+)
 RUN, LONG = 256, 8192
 """A row of more than LONG tokens is scanned by runs of RUN."""
 
@@ -23,6 +29,8 @@ def have_values(x: Tensor) -> bool:
 
 def segments_from_mask(attention_mask: Tensor) -> Tensor:
     """Segment ids of a padding mask: real tokens (non-zero) are one segment a row, padding is −1.
+
+    Padding between tokens ends a segment.
 
     Args:
         attention_mask: [B, S] of 1 and 0, in any dtype; left, right or both sides padded.
@@ -161,15 +169,21 @@ def segments_of_batch(
 ) -> Tensor | None:
     """Segment ids [B, past + T] from what Hugging Face callers pass; None when each row is one segment.
 
-    A document starts where the position ids do not continue, so packed documents never see one another, with or
+    A document starts where the position ids do not go on by one, so packed documents never see one another, with or
     without a mask and a cache; the first new token belongs to the document that started position_ids[:, 0] tokens ago.
+    One starts behind padding, too, which is warned of where the positions do not say so.
+
+    Raises:
+        ValueError: the mask is not of all tokens.
     """
     if attention_mask is None and position_ids is None:
         return None
     length = past + tokens
-    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[1] != length):
+    if attention_mask is not None and (
+        attention_mask.dim() != 2 or attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] != length
+    ):
         raise ValueError(
-            f"attention_mask must be [B, {length}] for {past} cached and {tokens} new tokens, got "
+            f"attention_mask must be [{batch}, {length}] for {past} cached and {tokens} new tokens, got "
             f"{tuple(attention_mask.shape)}: pass the padding mask of all tokens; the pattern makes the rest."
         )
     like = attention_mask if attention_mask is not None else position_ids
@@ -182,8 +196,23 @@ def segments_of_batch(
         starts_here = starts_here.expand(position_ids.shape[0], -1).clone()
         starts_here[:, past + 1 :] |= jumps
         ids = ids + starts_here.cumsum(dim=1, dtype=torch.int32)
-    if attention_mask is not None:
-        ids = torch.where(attention_mask != 0, ids, -1)
-    if have_values(ids) and bool(((ids == ids[:, :1]) & (ids >= 0)).all()):  # asked once: a GPU is waited for
-        return None
+    if attention_mask is None:
+        return None if have_values(ids) and bool((ids == ids[:, :1]).all()) else ids
+    real = attention_mask != 0
+    ids = torch.where(real, ids, -1)
+    if have_values(ids):  # asked once: a GPU is waited for
+        goes_on = _goes_on_behind_padding(real, position_ids, past)
+        whole, torn = torch.stack([((ids == ids[:, :1]) & (ids >= 0)).all(), goes_on]).tolist()
+        if torn:
+            warnings.warn(TORN, stacklevel=2)
+        if whole:
+            return None
     return ids
+
+
+def _goes_on_behind_padding(real: Tensor, position_ids: Tensor | None, past: int) -> Tensor:
+    """Whether some row [B, past + T] goes on behind padding with a new token that no position 0 names a document's."""
+    known = F.pad(real, (1, 0))[:, past:-1]  # of the token before each new one
+    before = F.pad(real.cumsum(1), (1, 0))[:, past:-1] > 0
+    torn = real[:, past:] & ~known & before
+    return (torn if position_ids is None else torn & (position_ids != 0)).any()

@@ -59,11 +59,11 @@ def test_lora_with_the_gate_trained_beside_it(tmp_path):
 
 
 def test_exported_model_takes_any_length():
-    model, length = speaking(), torch.export.Dim("length", min=5, max=4096)
+    model, length = speaking(), torch.export.Dim("length")
     shapes = {"input_ids": {1: length}, "use_cache": None}
     given = {"input_ids": prompt(2, 60), "use_cache": False}
     program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
-    for tokens in (5, 33, 200):
+    for tokens in (1, 5, 33, 200):
         ids = prompt(2, tokens)
         torch.testing.assert_close(program(input_ids=ids, use_cache=False).logits, model(ids).logits)
 

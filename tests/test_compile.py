@@ -8,6 +8,7 @@ from pi_attention.nn import PiAttention
 from pi_attention.ops.blocked.operator import band, band_backward
 from pi_attention.ops.fused.operators import decode, fused, fused_backward
 from pi_attention.segments import segment_starts
+from pi_attention.stack import DENSE
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -123,11 +124,32 @@ def test_export_gives_the_same_result(sink_logit):
             return pi_attention(query, key, value, PiPattern(4, 5, 3), gate=gate, **more)
 
     inputs = Case(PiPattern(4, 5, 3), sink_logit=sink_logit).tensors(torch.float32, grad=False)
-    tokens = torch.export.Dim("tokens", min=8, max=4096)
+    tokens = torch.export.Dim("tokens")
     shapes = [{2: tokens}] * 4 + [None] * sink_logit
     program = torch.export.export(Attend(), inputs, dynamic_shapes=shapes)
     longer = Case(PiPattern(4, 5, 3), T=77, S=77, sink_logit=sink_logit).tensors(torch.float32, grad=False)
     torch.testing.assert_close(program.module()(*longer), Attend()(*longer))
+
+
+@pytest.mark.parametrize("example", [3, 5, 40], ids=["within the window", "beyond it", "long"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *[PiPattern(4, 5, 3), PiPattern(4, 1, 0), PiPattern(4, 5, None), PiPattern(4, 5, 3, causal=False), DENSE],
+        PiPattern(4, (2, 3), 3, sinks=2),
+    ],
+    ids=str,
+)
+def test_an_exported_call_takes_lengths_on_both_sides_of_the_window(pattern, example):
+    class Attend(torch.nn.Module):
+        def forward(self, x):
+            return pi_attention(x, x, x, pattern)
+
+    tokens = torch.export.Dim("tokens", min=pattern.sinks + 1)
+    program = torch.export.export(Attend(), (torch.randn(1, 2, example, 8),), dynamic_shapes=({2: tokens},)).module()
+    for length in (pattern.sinks + 1, 4, 5, 6, 77):
+        x = torch.randn(1, 2, length, 8)
+        torch.testing.assert_close(program(x), pi_attention(x, x, x, pattern, impl="reference"))
 
 
 @pytest.mark.parametrize("by_token", [False, True])

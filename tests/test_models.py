@@ -156,6 +156,34 @@ def test_left_padded_generation_equals_separate(model):
     assert torch.equal(together[1, 17:], alone[0])
 
 
+@pytest.mark.parametrize(
+    ("row", "positions"),
+    [("0011111100", None), ("1111111111", "0123456789"), ("0011111111", "1101234567"), ("1110001111", "0120000123")],
+    ids=["both sides", "no padding", "positions of generate", "a document behind padding"],
+)
+def test_padding_beside_a_text_is_not_warned_of(row, positions, recwarn):
+    mask, at = (None if x is None else torch.tensor([[*map(int, x)]]) for x in (row, positions))
+    make()(prompt(1, 10), attention_mask=mask, position_ids=at)
+    assert not [warning for warning in recwarn if "attention_mask" in str(warning.message)]
+
+
+@pytest.mark.parametrize("positions", [None, "0123116789", "0123114567"])
+def test_padding_inside_a_text_is_warned_of(positions):
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1, 1, 1]])
+    at = None if positions is None else torch.tensor([[*map(int, positions)]])
+    with pytest.warns(UserWarning, match="attention_mask has padding between tokens of a row"):
+        make()(prompt(1, 10), attention_mask=mask, position_ids=at)
+    with pytest.warns(UserWarning, match="attention_mask has padding between tokens of a row"):
+        make().generate(prompt(1, 6), attention_mask=mask[:, :6], max_new_tokens=2)  # padded on the right
+
+
+def test_a_mask_of_another_batch_is_refused():
+    mask = torch.ones(2, 10)
+    mask[1, :5] = 0
+    with pytest.raises(ValueError, match=r"attention_mask must be \[1, 10\]"):
+        make()(prompt(1, 10), attention_mask=mask)
+
+
 def test_speculative_generation_equals_greedy(model):
     ids = prompt(1, 9).repeat(1, 4)
     greedy = model.generate(ids, max_new_tokens=40, pad_token_id=0, do_sample=False)

@@ -153,7 +153,7 @@ def attention_forward(
 
     Args:
         attention_mask: from `padding_of_keys`.
-        position_ids: [B or 1, T]; where they restart, a new packed document starts.
+        position_ids: [B or 1, T]; where they do not go on by one, a new packed document starts.
         softcap: of the scores, as in Gemma 2.
         s_aux: [H], a learned term in the denominator of each head's softmax, as in gpt-oss.
         pi_gate: logits [B, H, T] of a fusion gate, added to λ − μ.

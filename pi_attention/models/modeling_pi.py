@@ -153,8 +153,8 @@ class PiModel(PiPreTrainedModel):
         Args:
             input_ids: [B, T]; or inputs_embeds [B, T, hidden].
             inputs_embeds: instead of input_ids.
-            attention_mask: [B, cached + T], 0 for padding on either side.
-            position_ids: [B or 1, T]; where they restart, a new document starts.
+            attention_mask: [B, cached + T], 0 for padding on either side; padding between tokens parts them.
+            position_ids: [B or 1, T]; where they do not go on by one, a new document starts.
             past_key_values: cache of earlier tokens; created when None and use_cache.
             use_cache: return a cache.
             segment_ids: [B, cached + T] int32 (see `pi_attention`), instead of deriving them from mask and positions.

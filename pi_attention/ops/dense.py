@@ -12,13 +12,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pi_attention.masks import dense_masks
 from pi_attention.pattern import PiPattern
 
+LONGEST = 1 << 31
+"""No sequence is as long: starts of segments are int32."""
 MASKED = 1 << 25
 """Elements of a causal mask that exist at a time, where nothing is compiled or differentiated."""
 
 
 def covers_everything(pattern: PiPattern, key_length: int) -> bool:
-    """True when the local band of each query holds all the keys that it may see, so that no skip key is left."""
-    return pattern.window >= key_length
+    """True when the local band of each query holds all the keys that it may see, so that no skip key is left.
+
+    Exported for any length, only when it does for all of them: a program has no branch on the length.
+    """
+    covers: Any = pattern.window >= key_length
+    if isinstance(covers, torch.SymBool) and torch.compiler.is_exporting():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
+        return pattern.window >= LONGEST or statically_known_true(covers)
+    return bool(covers)
 
 
 def needs_mask(query: Tensor, key: Tensor, pattern: PiPattern, starts: Tensor | None) -> bool:
