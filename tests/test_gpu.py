@@ -264,3 +264,37 @@ def test_a_batch_that_decodes_compiles_nothing_for_other_lengths():
         paged_attention(query, key, value, pages, PiPattern(64, 64, 8, sinks=4), gate=gate, impl="triton")
         compiled.append(sum(len(cache[0]) for cache in decode_kernel.device_caches.values()))
     assert compiled[0] > 0 and len(set(compiled)) == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_model_over_two_gpus_generates_what_it_does_on_one(converted):
+    transformers = pytest.importorskip("transformers")
+    from accelerate import dispatch_model
+
+    from pi_attention.convert import convert
+    from pi_attention.models import PiConfig, PiForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    if converted:
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=512))
+        model = convert(llama, PiPattern(30, 7, 5, sinks=3), layers=[0, 2, 3])
+    else:
+        model = PiForCausalLM(PiConfig(**sizes, window=30, skips=40, sinks=3))
+    model = model.to("cuda", torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(4)
+    ids, mask = torch.randint(3, 300, (2, 200), device="cuda"), torch.ones(2, 200, dtype=torch.long, device="cuda")
+    mask[0, :50] = 0
+    asked = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(ids, **asked)
+    base = "model.model" if converted else "model"
+    places = {f"{base}.{name}": 0 for name in ("embed_tokens", "rotary_emb", "layers.0", "layers.1")}
+    places |= {f"{base}.{name}": 1 for name in ("layers.2", "layers.3", "norm")}
+    places[f"{base.removesuffix('model')}lm_head"] = 1
+    model = dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)
+    assert model.device.index == 0 and model.get_output_embeddings().weight.device.index == 1
+    assert torch.equal(model.generate(ids, **asked), want)

@@ -56,7 +56,7 @@ def _check(command: str, name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a finite number, got {value}.")
     if name in FRACTIONS:
         if not 0 < value < 1:
-            raise ValueError(f"{name} must lie between 0 and 1, got {value}.")
+            raise ValueError(f"{name} must be above 0 and below 1, got {value}.")
         return
     if name in POSITIVE:
         if value <= 0:

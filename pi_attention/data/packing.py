@@ -19,7 +19,7 @@ IGNORE = -100  # the label that transformers' losses leave out
 def hold_out(documents: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
     """Split documents into training and validation: whole documents if there are at least ten, else each one's end."""
     if not 0 < fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, got {fraction}.")
+        raise ValueError(f"validation_fraction must be above 0 and below 1, got {fraction}.")
     if len(documents) >= 10:
         order = list(range(len(documents)))
         random.Random(seed).shuffle(order)
