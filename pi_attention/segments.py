@@ -196,23 +196,19 @@ def segments_of_batch(
         starts_here = starts_here.expand(position_ids.shape[0], -1).clone()
         starts_here[:, past + 1 :] |= jumps
         ids = ids + starts_here.cumsum(dim=1, dtype=torch.int32)
-    if attention_mask is None:
-        return None if have_values(ids) and bool((ids == ids[:, :1]).all()) else ids
-    real = attention_mask != 0
-    ids = torch.where(real, ids, -1)
-    if have_values(ids):  # asked once: a GPU is waited for
-        goes_on = _goes_on_behind_padding(real, position_ids, past)
-        whole, torn = torch.stack([((ids == ids[:, :1]) & (ids >= 0)).all(), goes_on]).tolist()
-        if torn:
-            warnings.warn(TORN, stacklevel=2)
-        if whole:
+    if attention_mask is not None:
+        ids = torch.where(attention_mask != 0, ids, -1)
+    if have_values(ids):  # a GPU is waited for
+        if bool(((ids == ids[:, :1]) & (ids >= 0)).all()):
             return None
+        if attention_mask is not None and _goes_on_behind_padding(attention_mask != 0, position_ids, past):
+            warnings.warn(TORN, stacklevel=2)
     return ids
 
 
-def _goes_on_behind_padding(real: Tensor, position_ids: Tensor | None, past: int) -> Tensor:
-    """Whether some row [B, past + T] goes on behind padding with a new token that no position 0 names a document's."""
-    known = F.pad(real, (1, 0))[:, past:-1]  # of the token before each new one
-    before = F.pad(real.cumsum(1), (1, 0))[:, past:-1] > 0
-    torn = real[:, past:] & ~known & before
-    return (torn if position_ids is None else torn & (position_ids != 0)).any()
+def _goes_on_behind_padding(real: Tensor, position_ids: Tensor | None, past: int) -> bool:
+    """Whether some row [B, past + T] has a new token behind padding that no position 0 calls a document's first."""
+    before = F.pad(real, (1, 0))[:, past:-1]  # of each new token
+    begun = F.pad(real.cumsum(dim=1), (1, 0))[:, past:-1] > 0
+    torn = real[:, past:] & ~before & begun
+    return bool((torn if position_ids is None else torn & (position_ids != 0)).any())

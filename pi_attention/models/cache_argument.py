@@ -15,7 +15,7 @@ CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_gener
 """The library's name for it: of its models' argument, its outputs' field, and among the keywords of `generate`."""
 OF_LAYER = "cache"
 """Our attention layers' argument, for the cache of one layer."""
-STAYING = [*{OURS: None, CACHE: None, OF_LAYER: None}]
+STAYING = list(dict.fromkeys((OURS, CACHE, OF_LAYER)))
 """Arguments that stay where they are when a layer is on another device than its inputs, for accelerate."""
 
 
