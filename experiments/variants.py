@@ -20,7 +20,7 @@ from pi_attention.heads import coordinated_heads, coprime_periods, dilated_heads
 from pi_attention.models import PiConfig
 from pi_attention.nn import PiAttention
 from pi_attention.nn.gate import GATE_WIDTH
-from pi_attention.nn.sources import Operator
+from pi_attention.nn.sources import KeySource, Operator
 from pi_attention.pattern import PiPattern
 from pi_attention.planner import plan
 
@@ -205,7 +205,7 @@ def random_blocks(length: int, window: int, skips: int, generator: torch.Generat
     return mask & (key <= query)
 
 
-class RandomBlocks:
+class RandomBlocks(KeySource):
     """The keys that a mask [context, context] shows, whatever the layer's pattern; a `KeySource`."""
 
     def __init__(self, mask: Tensor) -> None:

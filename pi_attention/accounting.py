@@ -23,7 +23,14 @@ def _pairs_of_lags(lags: range, length: int) -> int:
 
 
 def visible_pairs(pattern: PiPattern, length: int, *, head: int = 0) -> tuple[int, int]:
-    """Query–key pairs that one head computes over a sequence of `length` tokens: local and skip."""
+    """Query–key pairs that one head computes over a sequence of `length` tokens: local and skip.
+
+    Raises:
+        ValueError: the pattern has no such head, or is a ring whose period does not divide the length.
+    """
+    pattern.check_length(length)
+    if pattern.per_head and not 0 <= head < len(pattern.periods):
+        raise ValueError(f"head={head} is not one of the pattern's {len(pattern.periods)} heads, counted from 0.")
 
     def pairs(band: Band) -> int:
         signed = pattern.signed_bands(band, length)
@@ -55,7 +62,12 @@ def decoding_keys(pattern: PiPattern, length: int, *, head: int = 0) -> tuple[in
 
 
 def attention_flops(pattern: PiPattern, length: int, *, heads: int, head_dim: int) -> int:
-    """Floating-point operations of one layer's forward pass over the visible pairs: 4 · D a pair (QKᵀ and PV)."""
+    """Floating-point operations of one layer's forward pass over the visible pairs: 4 · D a pair (QKᵀ and PV).
+
+    Raises:
+        ValueError: the pattern is for another number of heads, or is a ring whose period does not divide the length.
+    """
+    pattern.check_heads(heads)
     of_heads = [sum(visible_pairs(pattern, length, head=head)) for head in range(len(pattern.periods))]
     return 4 * head_dim * sum(of_heads[head % len(of_heads)] for head in range(heads))
 

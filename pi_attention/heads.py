@@ -125,7 +125,7 @@ def pattern_for(heads: int, settings: Mapping[str, Any]) -> PiPattern:
 
 
 def dilated_heads(window: int, skips: int, heads: int, context: int, *, sinks: int = 0) -> PiPattern:
-    """Heads whose stride grows from 1 geometrically, so that the last one sees about the whole context.
+    """Heads whose stride grows from 1 geometrically, so that the last of several sees about the whole context.
 
     Args:
         window: keys of the ring-local band, of every head.

@@ -80,6 +80,6 @@ def _of_kind(kind: str | dict[str, Any], pattern: PiPattern) -> PiPattern:
             raise ValueError('layer_patterns holds "all-skips", and skips=0: leave skips out, or give another number.')
         return replace(pattern, skips=None)
     if kind == "dense":
-        return replace(DENSE, causal=pattern.causal)
+        return replace(DENSE, causal=pattern.causal, ring=pattern.ring)
     known = ", ".join(f'"{name}"' for name in get_args(Kind))
     raise ValueError(f"layer_patterns holds {kind!r}: use {known}, or a dict of pattern fields.")

@@ -159,3 +159,16 @@ def test_bytes_and_roofline():
     moved = attention_bytes(32768, heads=16, kv_heads=16, head_dim=128)
     assert moved == {"forward": 4 * 16 * 32768 * 128 * 2, "backward": 8 * 16 * 32768 * 128 * 2}
     assert roofline_seconds(10, 20, flops_per_second=5, bytes_per_second=2) == 10
+
+
+def test_what_no_layer_has_is_not_counted():
+    heads, ring = PiPattern(4, (2, 3, 5, 7), 3), PiPattern(4, 4, 2, causal=False, ring=True)
+    for wrong in (2, 6):
+        with pytest.raises(ValueError, match=f"period has 4 entries but there are {wrong} query heads"):
+            attention_flops(heads, 50, heads=wrong, head_dim=8)
+    for head in (-1, 4):
+        with pytest.raises(ValueError, match=f"head={head} is not one of the pattern's 4 heads"):
+            visible_pairs(heads, 50, head=head)
+    with pytest.raises(ValueError, match="30 % 4 != 0"):
+        visible_pairs(ring, 30)
+    assert visible_pairs(ring, 32) == (32 * 7, 32 * 4)

@@ -1,4 +1,5 @@
 import itertools
+from copy import deepcopy
 
 import pytest
 import torch
@@ -491,3 +492,36 @@ def test_a_static_cache_that_follows_one_of_its_pattern_is_like_one_of_its_own(s
         cache.reorder(index)
     assert torch.equal(second.keys, alone.keys) and torch.equal(second.ids, alone.ids)
     assert second.nbytes < first.nbytes == alone.nbytes
+
+
+@pytest.mark.parametrize("make", [LayerCache, lambda pattern: StaticLayerCache(pattern, 40)], ids=["growing", "static"])
+def test_tokens_of_another_batch_are_refused(make):
+    cache = make(PiPattern(4, 4, 2))
+    cache.extend(*torch.randn(2, 2, 3, 5, 8))
+    for shape in ((1, 3, 1, 8), (3, 3, 1, 8), (2, 1, 1, 8), (2, 3, 1, 4)):
+        with pytest.raises(ValueError, match=r"must be \[2, 3, T, 8\], as the tokens before it"):
+            cache.extend(*torch.randn(2, *shape))
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_a_token_may_be_taken_back_where_the_window_is_one(sinks):
+    pattern, (query, key, value) = PiPattern(1, 1, 0, sinks=sinks), tokens(80)
+    ids = (torch.arange(80) >= 3).int().expand(2, -1)
+    cache, taken = LayerCache(pattern), 0
+    with torch.no_grad():
+        cache.extend(key[:, :, :5], value[:, :, :5], ids[:, :5])
+        for end in range(6, 80):
+            cache.extend(key[:, :, end - 1 : end], value[:, :, end - 1 : end])
+            copy = deepcopy(cache)
+            try:
+                copy.crop(1)
+            except ValueError:
+                continue
+            taken += 1
+            seen = copy.extend(key[:, :, end : end + 1], value[:, :, end : end + 1])
+            got = pi_attention(query[:, :, end : end + 1], *seen[:2], pattern, segment_ids=seen[2])
+            places = [*range(end - 1), end]
+            whole = [x[:, :, places] for x in (query, key, value)]
+            want = pi_attention(*whole, pattern, segment_ids=ids[:, places], impl="reference")[:, :, -1:]
+            torch.testing.assert_close(got, want)
+    assert taken > 60

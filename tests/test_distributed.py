@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 
 from pi_attention import PiPattern
-from pi_attention.distributed import attach, detach, halo_plan
+from pi_attention.distributed import HaloContext, attach, detach, halo_plan
 from pi_attention.distributed.tensor_parallel import split_heads
 from pi_attention.models import PiConfig, PiForCausalLM
 
@@ -142,6 +142,20 @@ def test_wrong_plans_are_named():
         halo_plan(PiPattern(2, 2, 1), [4, -4])
 
 
+def test_a_document_that_begins_with_a_shard_must_be_named(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 1)
+    one, several = (HaloContext(None, [12, 12], PiPattern(4, 4, 2), documents) for documents in (None, [0, 12]))
+    positions = torch.arange(12)[None]
+    several.check_batch(None, positions)
+    one.check_batch(None, positions + 12)
+    one.check_batch(torch.ones(1, 12), None)
+    with pytest.raises(
+        ValueError, match=r"begin with \[0\] in the shard of rank 1, which begins at 12: give positions"
+    ):
+        one.check_batch(None, positions)
+
+
 def test_what_a_sharded_model_cannot_know_is_refused():
     model = PiForCausalLM(PiConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
     ids = torch.randint(50, (1, 20))
@@ -158,6 +172,12 @@ def test_what_a_sharded_model_cannot_know_is_refused():
         with pytest.raises(ValueError, match="padding or packed documents"):
             model(ids, position_ids=torch.arange(20)[None] % 7, use_cache=False)
         torch.testing.assert_close(model(ids, use_cache=False).logits, want)
+        mask, marks = (torch.arange(20) > 3).int()[None], (torch.arange(20) > 9).int()[None]
+        for told in ({}, {"documents": [0, 10]}, {"segment_ids": marks}):
+            attach(model, dist.group.WORLD, [20], **told)
+            with pytest.raises(ValueError, match="attention_mask has padding, which a sharded sequence does not know"):
+                model(ids, attention_mask=mask, use_cache=False)
+        attach(model, dist.group.WORLD, [20])
         detach(model)
         torch.testing.assert_close(model(ids).logits, want)
         of_layer, ids_of = model.model.layers[0].self_attn, torch.zeros(1, 20, dtype=torch.int32)

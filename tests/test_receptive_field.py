@@ -21,6 +21,7 @@ from pi_attention.receptive_field import (
     positions_of,
     receptive_field,
 )
+from pi_attention.stack import stacked
 
 
 @st.composite
@@ -344,3 +345,10 @@ def test_wrong_arguments_are_named():
         keys_read(PiPattern(2, 2, 1), 10, heads=3, kv_heads=2)
     with pytest.raises(ValueError, match="without sinks"):
         paths([PiPattern(2, 2, 1, sinks=1)], 10)
+
+
+def test_a_dense_layer_beside_rings_sees_the_whole_ring():
+    patterns = stacked(["dense", "pi"], PiPattern(4, 4, 2, causal=False, ring=True), 2)
+    assert patterns[0].ring
+    assert receptive_field(patterns, 16).covered() == 16
+    assert receptive_field(patterns[1:], 16).covered() < 16

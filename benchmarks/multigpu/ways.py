@@ -16,7 +16,7 @@ from benchmarks import ring_attention
 from benchmarks.ring_attention import Block, RingAttention, chunks_of
 from pi_attention.distributed import HaloContext, attach
 from pi_attention.nn import PiAttention
-from pi_attention.nn.sources import Operator
+from pi_attention.nn.sources import KeySource, Operator
 from pi_attention.pattern import PiPattern
 
 HALO, GATHER, RING = "halo", "all-gather", "dense ring"
@@ -47,7 +47,7 @@ class Gather(torch.autograd.Function):
         return own, None
 
 
-class GatherContext:
+class GatherContext(KeySource):
     """Every key to every rank, then those up to its own."""
 
     def __init__(self, group: ProcessGroup, tokens: int) -> None:
@@ -65,7 +65,7 @@ class GatherContext:
         return operator(query, *(x[:, :, : self.end] for x in every), gate, None)
 
 
-class RingContext:
+class RingContext(KeySource):
     """Dense causal attention; a rank holds two chunks. The operator is not asked."""
 
     def __init__(self, group: ProcessGroup) -> None:

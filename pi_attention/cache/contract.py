@@ -41,6 +41,23 @@ class KeyValueCache(Protocol):
         ...
 
 
+def check_new(key: Tensor, value: Tensor, kept: Tensor | None) -> None:
+    """Raise ValueError for new keys and values that do not go on with the kept ones [2, B, G, ·, D]."""
+    if key.dim() != 4 or key.shape != value.shape:
+        raise ValueError(
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape [B, G, T, D], heads before "
+            "tokens."
+        )
+    if kept is None:
+        return
+    _, batch, heads, _, dim = kept.shape
+    if (key.shape[0], key.shape[1], key.shape[3]) != (batch, heads, dim):
+        raise ValueError(
+            f"key {tuple(key.shape)} must be [{batch}, {heads}, T, {dim}], as the tokens before it: call reset() "
+            "before another sequence."
+        )
+
+
 class RaggedKeys:
     """A `KeyValueCache` whose `extend` returns keys of many requests, one behind another in one row."""
 

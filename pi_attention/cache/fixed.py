@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi_attention.cache.contract import going_on, nbytes_of, sink_places, starts_of_new, take
+from pi_attention.cache.contract import check_new, going_on, nbytes_of, sink_places, starts_of_new, take
 from pi_attention.cache.held import Held, held
 from pi_attention.pattern import PiPattern, need_int, need_pattern
 from pi_attention.segments import as_starts, starts_of_last
@@ -205,8 +205,13 @@ class StaticLayerCache:
         return (self._slots.nbytes if self._leads else 0) + nbytes_of(self._states)
 
     def extend(self, key: Tensor, value: Tensor, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Append, as `KeyValueCache.extend` says; the segment ids returned are −1 for empty slots."""
+        """Append, as `KeyValueCache.extend` says; the segment ids returned are −1 for empty slots.
+
+        Raises:
+            ValueError: key and value do not have one shape [B, G, T, D], or another B, G or D than those kept.
+        """
         first = self.is_empty
+        check_new(key, value, None if first else self._states)
         self._leave_inference_mode()
         if first:
             self._allocate(key)

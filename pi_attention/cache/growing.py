@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pi_attention.cache.contract import nbytes_of, take
+from pi_attention.cache.contract import check_new, nbytes_of, take
 from pi_attention.cache.held import Held, held, held_states, last_tokens
 from pi_attention.cache.starts import Kept, Once, new_starts, of_prompt, rows, starts_of_kept, step, without_last
 from pi_attention.ops.transforms import transforming
@@ -121,7 +121,7 @@ class LayerCache:
             ValueError: key and value do not have one shape [B, G, T, D], or another B, G or D than those kept.
         """
         self._lay_out()
-        self._check(key, value)
+        check_new(key, value, self._buffer)
         if self._buffer is None:
             return self._begin(key, value, segment_ids)
         new, slots = torch.stack([key, value]), self.pattern.sinks
@@ -207,8 +207,8 @@ class LayerCache:
         if tokens == self.length:
             return
         reach, kept = self._reach, self._end - self._first if self._prompt is None else self.length
-        left = self.length - tokens
-        needed = left if reach is None else min(left, reach)
+        left, least = self.length - tokens, int(self._starts is not None and self.pattern.sinks > 0)  # whose sinks stay
+        needed = left if reach is None else min(left, max(reach, least))
         if not 0 <= tokens <= self.length or kept - tokens < needed:
             raise ValueError(
                 f"cannot forget the last {tokens} of {self.length} tokens: {kept} are kept, and {needed} must be left. "
@@ -255,21 +255,6 @@ class LayerCache:
         self._buffer = None if self._buffer is None else self._buffer.to(device)
         self._starts = None if self._starts is None else self._starts.to(device)
         return self
-
-    def _check(self, key: Tensor, value: Tensor) -> None:
-        if key.dim() != 4 or key.shape != value.shape:
-            raise ValueError(
-                f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape [B, G, T, D], heads before "
-                "tokens."
-            )
-        if self._buffer is None:
-            return
-        _, batch, heads, _, dim = self._buffer.shape
-        if (key.shape[0], key.shape[1], key.shape[3]) != (batch, heads, dim):
-            raise ValueError(
-                f"key {tuple(key.shape)} must be [{batch}, {heads}, T, {dim}], as the tokens before it: call reset() "
-                "before another sequence."
-            )
 
     def _begin(self, key: Tensor, value: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """`extend` for the first tokens, which are returned and held as they are."""

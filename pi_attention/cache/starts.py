@@ -83,7 +83,12 @@ def step(
     if known is None and new is None:
         return Step()
     known = starts_of_kept(known, kept, batch, device)
-    new = going_on(known, kept.length, tokens) if new is None else new_starts(new, kept.length, tokens, batch, device)
+    if new is not None:
+        new = new_starts(new, kept.length, tokens, batch, device)
+    elif known.shape[1]:
+        new = going_on(known, kept.length, tokens)
+    else:  # after a crop, where a token sees itself alone
+        new = known.new_full((batch, tokens), kept.length)
     every = torch.cat([known, new], dim=1)
     place, visible = None, every[:, kept.sinks + forgotten :]
     if kept.sinks:

@@ -17,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from pi_attention.cache.contract import KeyValueCache
 from pi_attention.distributed.exchange import Extend, Finish, Flight, Route, Start, route, unpacked
 from pi_attention.distributed.plan import halo_plan
-from pi_attention.nn.sources import Operator
+from pi_attention.nn.sources import KeySource, Operator
 from pi_attention.ops.api import Fusion, as_autocast, pi_attention
 from pi_attention.pattern import PiPattern
+from pi_attention.segments import have_values
 
 
 def shard(x: Tensor, ends: Sequence[int], rank: int, dim: int = 1) -> Tensor:
@@ -41,7 +42,7 @@ class Started(NamedTuple):
     flight: Flight
 
 
-class HaloContext:
+class HaloContext(KeySource):
     """What one layer's attention needs to work on a shard of a sequence; a `KeySource`.
 
     Every rank of the group must call as often as the others, in the same order.
@@ -266,6 +267,26 @@ class HaloContext:
 
     def _ids_for(self, key: Tensor, rows: slice) -> Tensor | None:
         return None if self._ids is None else self._ids.to(key.device)[:, rows].expand(key.shape[0], -1)
+
+    def check_batch(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Refuse what no rank can tell from its shard alone.
+
+        Raises:
+            ValueError: the batch has padding; or the shard's first position is that of a document that began after the
+                whole sequence, and this object was told of one document.
+        """
+        if attention_mask is not None and have_values(attention_mask) and bool((attention_mask == 0).any()):
+            raise ValueError(
+                "attention_mask has padding, which a sharded sequence does not know: pad no rows, and leave it out."
+            )
+        if self._ids is not None or position_ids is None or not position_ids.shape[1] or not have_values(position_ids):
+            return
+        if int(position_ids[:, 0].min()) < self.position():
+            raise ValueError(
+                f"position_ids begin with {position_ids[:, 0].tolist()[:4]} in the shard of rank {self.rank}, which "
+                f"begins at {self.position()}: give positions of the whole sequence, and name packed documents by "
+                "documents= or segment_ids=."
+            )
 
     def _check_segments(self, segment_ids: Tensor | None) -> None:
         if segment_ids is not None and self._ids is None:

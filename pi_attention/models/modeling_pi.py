@@ -164,6 +164,7 @@ class PiModel(PiPreTrainedModel):
             raise ValueError("pass either input_ids or inputs_embeds, not both or none.")
         least = 0 if self._is_sharded() else 1
         check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, segment_ids, least=least)
+        next(self._attentions()).source.check_batch(attention_mask, position_ids)
         segment_ids = without_padding(segment_ids, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)

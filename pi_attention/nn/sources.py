@@ -16,6 +16,10 @@ Operator = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tens
 class KeySource(Protocol):
     """What a layer asks for attention: the one place that knows where keys beside the new ones lie."""
 
+    def check_batch(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Raise ValueError where a model is given a batch whose keys cannot be found; any will do here."""
+        return
+
     def position(self, cache: KeyValueCache | None = None) -> int | Tensor:
         """Position of the first new token."""
         ...
@@ -47,7 +51,7 @@ class KeySource(Protocol):
         ...
 
 
-class NewKeys:
+class NewKeys(KeySource):
     """The keys of this call, and of the cache if there is one; a `KeySource`."""
 
     def position(self, cache: KeyValueCache | None = None) -> int | Tensor:
