@@ -59,7 +59,7 @@ def save_prompt_cache(
         path: of the file; one that is there is replaced.
         model: a causal model of ours, which filled the cache.
         input_ids: [B, T] int64, all tokens that the cache has seen, and perhaps more behind them.
-        attention_mask: [B, T], 0 for padding.
+        attention_mask: [B, T], 0 for padding: the one that the cache was filled with.
 
     Raises:
         TypeError: the cache is not one of ours, the model is none that generates, or the tokens are no tensor.
