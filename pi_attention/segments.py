@@ -196,12 +196,13 @@ def segments_of_batch(
         starts_here = starts_here.expand(position_ids.shape[0], -1).clone()
         starts_here[:, past + 1 :] |= jumps
         ids = ids + starts_here.cumsum(dim=1, dtype=torch.int32)
-    if attention_mask is not None:
-        ids = torch.where(attention_mask != 0, ids, -1)
+    real = None if attention_mask is None else attention_mask != 0
+    if real is not None:
+        ids = torch.where(real, ids, -1)
     if have_values(ids):  # a GPU is waited for
         if bool(((ids == ids[:, :1]) & (ids >= 0)).all()):
             return None
-        if attention_mask is not None and _goes_on_behind_padding(attention_mask != 0, position_ids, past):
+        if real is not None and _goes_on_behind_padding(real, position_ids, past):
             warnings.warn(TORN, stacklevel=2)
     return ids
 

@@ -1,10 +1,11 @@
 """Small models with random weights, whose texts depend on what each layer sees."""
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from pi_attention import PiPattern
 from pi_attention.convert import convert
-from pi_attention.models import PiConfig, PiForCausalLM
+from pi_attention.models import PiConfig, PiForCausalLM, PiStaticCache
 
 SIZES = {
     "vocab_size": 99,
@@ -46,3 +47,18 @@ def telling(model):
 def prompts_of(lengths, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 99, (length,), generator=generator).tolist() for length in lengths]
+
+
+def padded_over_two_devices(model, ids, last, kind):
+    """Call a model [2, 13] whose `last` modules and head are on a second device; the cache of this kind, or None."""
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for module in (*last, model.get_output_embeddings()):
+        add_hook_to_module(module.to("meta"), AlignDevicesHook("meta", skip_keys=model._skip_keys_device_placement))
+    size = [60] if kind is PiStaticCache else []
+    past = None if kind is None else kind(model.config.patterns(), *size)
+    with torch.no_grad():
+        for first, end in ((0, 12), (12, 13)) if past is not None else ((0, 13),):
+            given = {"attention_mask": mask[:, :end], "past_key_values": past, "use_cache": past is not None}
+            assert model(ids[:, first:end], **given).logits.is_meta
+    return past

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from rich.console import Console
+from small_models import padded_over_two_devices
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -809,14 +809,5 @@ def test_an_interrupted_conversion_leaves_nothing(other_files, llama, tmp_path, 
 def test_a_padded_batch_passes_from_one_device_of_a_model_to_the_next(cache, context):
     """As with device_map="auto" on two GPUs: accelerate moves tensors among a layer's arguments, and no others."""
     model = convert(pretrained(max_position_embeddings=context), PiPattern(4, 3, 2, sinks=2), gate=True)
-    ids, mask = prompt(length=13), torch.ones(2, 13, dtype=torch.long)
-    mask[0, :3] = 0
     decoder = model.model.model
-    for module in (decoder.layers[-1], decoder.norm, model.model.lm_head):
-        add_hook_to_module(module.to("meta"), AlignDevicesHook("meta", skip_keys=model._skip_keys_device_placement))
-    size = [60] if cache is PiStaticCache else []
-    past = None if cache is None else cache(model.config.patterns(), *size)
-    with torch.no_grad():
-        for first, end in ((0, 12), (12, 13)) if past is not None else ((0, 13),):
-            given = {"attention_mask": mask[:, :end], "past_key_values": past, "use_cache": past is not None}
-            assert model(ids[:, first:end], **given).logits.is_meta
+    padded_over_two_devices(model, prompt(length=13), [decoder.layers[-1], decoder.norm], cache)

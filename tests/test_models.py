@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from accelerate import dispatch_model
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from small_models import padded_over_two_devices
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from pi_attention import PiPattern, coordinated_heads
@@ -526,14 +526,5 @@ def test_a_model_on_several_devices_keeps_its_cache(model, offloaded, tmp_path):
 @pytest.mark.parametrize("cache", [None, PiCache, PiStaticCache])
 def test_a_padded_batch_passes_from_one_device_to_the_next(model, cache):
     """Tensors that layers share are made on the first device, and the last layers are on another one."""
-    ids, mask = prompt(length=13), torch.ones(2, 13, dtype=torch.long)
-    mask[0, :3] = 0
-    for module in (model.model.layers[-1], model.model.norm, model.lm_head):
-        add_hook_to_module(module.to("meta"), AlignDevicesHook("meta", skip_keys=model._skip_keys_device_placement))
-    size = [60] if cache is PiStaticCache else []
-    past = None if cache is None else cache(model.config.patterns(), *size)
-    with torch.no_grad():
-        for first, end in ((0, 12), (12, 13)) if past is not None else ((0, 13),):
-            given = {"attention_mask": mask[:, :end], "past_key_values": past, "use_cache": past is not None}
-            assert model(ids[:, first:end], **given).logits.is_meta
+    past = padded_over_two_devices(model, prompt(length=13), [model.model.layers[-1], model.model.norm], cache)
     assert past is None or past.get_seq_length() == 13
